@@ -1,0 +1,29 @@
+"""petal_swarm: run and fine-tune large language models together, each peer hosting some of the blocks.
+
+The names below are loaded on first use, so that `import petal_swarm` stays cheap and free of side
+effects.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from petal_swarm.version import __version__
+
+if TYPE_CHECKING:
+    from petal_swarm.client.auto import AutoSwarmModelForCausalLM as AutoSwarmModelForCausalLM
+    from petal_swarm.span import Span as Span
+
+_LAZY = {
+    "AutoSwarmModelForCausalLM": "petal_swarm.client.auto",
+    "Span": "petal_swarm.span",
+}
+
+__all__ = ["AutoSwarmModelForCausalLM", "Span", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

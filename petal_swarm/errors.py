@@ -1,0 +1,172 @@
+"""Everything petal_swarm raises on purpose.
+
+The tree follows who is to blame: the caller (`ConfigError`), the checkpoint (`ModelError`), this
+process (`LocalProtocolError`), the other side (`RemoteProtocolError`, `RemoteError`), or the network
+between (`NetworkError`). Messages are one line and say what to do next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import ClassVar
+
+
+class PetalSwarmError(Exception):
+    """Base of all errors raised by this package."""
+
+
+class ConfigError(PetalSwarmError, ValueError):
+    """An argument that cannot be used."""
+
+
+class ModelError(PetalSwarmError):
+    """The checkpoint cannot be used."""
+
+
+class UnknownModelError(ModelError):
+    """There is no checkpoint at this path or Hub id."""
+
+
+class UnsupportedArchitectureError(ModelError):
+    """A checkpoint of an architecture that has no lean blocks here."""
+
+
+class CheckpointError(ModelError):
+    """The checkpoint is damaged or lacks a tensor."""
+
+
+class ProtocolError(PetalSwarmError):
+    """The rules of `docs/protocol.md` were broken."""
+
+
+class LocalProtocolError(ProtocolError):
+    """By this process: a bug here."""
+
+
+class RemoteProtocolError(ProtocolError):
+    """By the peer: bytes or messages that are not allowed."""
+
+
+class NetworkError(PetalSwarmError):
+    """The network failed, or the peer went away."""
+
+
+class PeerUnreachableError(NetworkError):
+    """No connection to the peer could be made in time."""
+
+
+class UnsupportedProtocolError(NetworkError):
+    """The peer is there, and does not speak this protocol version."""
+
+
+class StreamClosedError(NetworkError):
+    """The stream ended while something was still expected on it."""
+
+
+class DeadlineError(NetworkError, TimeoutError):
+    """Nothing came within the stated time."""
+
+
+class SwarmError(PetalSwarmError):
+    """The swarm as a whole cannot do what was asked."""
+
+
+class MissingBlocksError(SwarmError):
+    """Nobody serves some blocks of the model."""
+
+    def __init__(self, message: str, blocks: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.blocks = tuple(blocks)
+
+
+class RemoteError(PetalSwarmError):
+    """A peer answered a request with an error; `code` is its name on the wire."""
+
+    code: ClassVar[str] = "internal"
+
+    def __init__(self, message: str, *, peer_id: str | None = None) -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+
+
+class BadMessageError(RemoteError):
+    """The peer could not accept a frame or message of ours."""
+
+    code = "bad-message"
+
+
+class VersionMismatchError(RemoteError):
+    """The peer speaks another protocol version."""
+
+    code = "version"
+
+
+class WrongModelError(RemoteError):
+    """The peer serves another model."""
+
+    code = "wrong-model"
+
+
+class WrongSpanError(RemoteError):
+    """The peer does not serve these blocks."""
+
+    code = "wrong-span"
+
+
+class UnknownSessionError(RemoteError):
+    """The peer knows no session of this id, or it has ended."""
+
+    code = "unknown-session"
+
+
+class BadTensorError(RemoteError):
+    """A tensor of the wrong shape, dtype or size."""
+
+    code = "bad-tensor"
+
+
+class SessionTooLongError(RemoteError):
+    """A step reaches past the session's `max_length`."""
+
+    code = "too-long"
+
+
+class CacheFullError(RemoteError):
+    """The KV cache has no room for this."""
+
+    code = "cache-full"
+
+
+class BusyError(RemoteError):
+    """The peer has reached a limit; try again later or elsewhere."""
+
+    code = "busy"
+
+
+class HopLostError(RemoteError):
+    """A server lost its next hop."""
+
+    code = "hop-lost"
+
+
+_BY_CODE: dict[str, type[RemoteError]] = {
+    cls.code: cls
+    for cls in (
+        RemoteError,
+        BadMessageError,
+        VersionMismatchError,
+        WrongModelError,
+        WrongSpanError,
+        UnknownSessionError,
+        BadTensorError,
+        SessionTooLongError,
+        CacheFullError,
+        BusyError,
+        HopLostError,
+    )
+}
+
+
+def remote_error(code: str, message: str, *, peer_id: str | None = None) -> RemoteError:
+    """The exception for an `error` message; codes from newer peers become a plain `RemoteError`."""
+    return _BY_CODE.get(code, RemoteError)(message, peer_id=peer_id)

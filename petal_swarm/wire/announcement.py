@@ -1,0 +1,120 @@
+"""What a server says about itself: the record that goes into the DHT, as plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from petal_swarm.errors import ConfigError, RemoteProtocolError
+from petal_swarm.span import Span
+from petal_swarm.wire import fields
+
+MAX_ADDRESSES = 16
+MAX_NEIGHBOURS = 64
+MAX_BLOCKS = 100_000
+STATES = ("joining", "serving", "left")
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """One server's span of one model, with the measurements that routing needs.
+
+    Times are seconds. `block_time_s` is what one decode step of one token costs for each block;
+    `step_time_s` what a step costs whatever its blocks; `queue_s` the work already waiting.
+    `next_rtts_s` holds round trips this server measured to peers that may follow it on a route.
+    """
+
+    peer_id: str
+    model: str
+    span: Span
+    addresses: tuple[str, ...] = ()
+    name: str = ""
+    state: str = "serving"
+    dtype: str = "float32"
+    quant: str = "none"
+    block_time_s: float = 0.001
+    step_time_s: float = 0.0
+    prefill_tokens_per_s: float = 0.0
+    queue_s: float = 0.0
+    kv_tokens_free: int = 0
+    kv_tokens: int = 0
+    max_batch_tokens: int = 0
+    bandwidth_bytes_per_s: float = 0.0
+    next_rtts_s: Mapping[str, float] = field(default_factory=dict)
+    version: str = ""
+
+    def to_header(self) -> dict[str, Any]:
+        """A msgpack-able map, read back by `from_header`."""
+        return {
+            "peer_id": self.peer_id,
+            "model": self.model,
+            "span": [self.span.start, self.span.end],
+            "addresses": list(self.addresses),
+            "name": self.name,
+            "state": self.state,
+            "dtype": self.dtype,
+            "quant": self.quant,
+            "block_time_s": self.block_time_s,
+            "step_time_s": self.step_time_s,
+            "prefill_tokens_per_s": self.prefill_tokens_per_s,
+            "queue_s": self.queue_s,
+            "kv_tokens_free": self.kv_tokens_free,
+            "kv_tokens": self.kv_tokens,
+            "max_batch_tokens": self.max_batch_tokens,
+            "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s,
+            "next_rtts_s": dict(self.next_rtts_s),
+            "version": self.version,
+        }
+
+    @classmethod
+    def from_header(cls, header: Any) -> Announcement:
+        """Read what another peer wrote; unknown fields are ignored.
+
+        Raises:
+            RemoteProtocolError: a field is missing, of the wrong type or out of range.
+        """
+        if not isinstance(header, dict):
+            raise RemoteProtocolError("an announcement must be a map")
+        rtts = fields.mapping(header, "next_rtts_s") if "next_rtts_s" in header else {}
+        if len(rtts) > MAX_NEIGHBOURS:
+            raise RemoteProtocolError(f"field 'next_rtts_s': more than {MAX_NEIGHBOURS} entries")
+        return cls(
+            peer_id=fields.text(header, "peer_id", limit=128),
+            model=fields.text(header, "model", limit=256),
+            span=span_from_list(header.get("span")),
+            addresses=fields.items(header, "addresses", fields.as_text, limit=MAX_ADDRESSES),
+            name=fields.text(header, "name", "", limit=64),
+            state=fields.choice(header, "state", STATES, "serving"),
+            dtype=fields.text(header, "dtype", "float32", limit=32),
+            quant=fields.text(header, "quant", "none", limit=32),
+            block_time_s=fields.number(header, "block_time_s", 1e-9, 1e4),
+            step_time_s=fields.number(header, "step_time_s", 0, 1e4, 0.0),
+            prefill_tokens_per_s=fields.number(header, "prefill_tokens_per_s", 0, 1e12, 0.0),
+            queue_s=fields.number(header, "queue_s", 0, 1e6, 0.0),
+            kv_tokens_free=fields.integer(header, "kv_tokens_free", 0, 1 << 40, 0),
+            kv_tokens=fields.integer(header, "kv_tokens", 0, 1 << 40, 0),
+            max_batch_tokens=fields.integer(header, "max_batch_tokens", 0, 1 << 40, 0),
+            bandwidth_bytes_per_s=fields.number(header, "bandwidth_bytes_per_s", 0, 1e15, 0.0),
+            next_rtts_s={
+                fields.as_text(peer): fields.number(rtts, peer, 0, 1e4) for peer in rtts if isinstance(peer, str)
+            },
+            version=fields.text(header, "version", "", limit=64),
+        )
+
+
+def span_from_list(value: Any) -> Span:
+    """`[start, end]` from the wire as a `Span`.
+
+    Raises:
+        RemoteProtocolError: if it is not one.
+    """
+    start, end = fields.items({"span": value}, "span", _block_index, limit=2, low=2)
+    try:
+        return Span(start, end)
+    except ConfigError as error:
+        raise RemoteProtocolError(f"field 'span': {error}") from None
+
+
+def _block_index(value: Any) -> int:
+    return fields.integer({"block": value}, "block", 0, MAX_BLOCKS)
