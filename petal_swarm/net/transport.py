@@ -50,7 +50,7 @@ class Stream(Protocol):
         ...
 
     async def close(self) -> None:
-        """Send what is queued, then end the stream in both directions. Idempotent; never raises for a dead peer."""
+        """Send what is queued, then end the stream in both directions. Idempotent; never raises."""
         ...
 
     def abort(self) -> None:
@@ -70,7 +70,7 @@ class Transport(Protocol):
         ...
 
     def addresses(self) -> tuple[str, ...]:
-        """Multiaddrs, each ending in `/p2p/PEER_ID`, at which others can dial this peer; empty if none can."""
+        """Multiaddrs, each ending in `/p2p/PEER_ID`, at which others can dial this peer."""
         ...
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
@@ -94,8 +94,9 @@ class Transport(Protocol):
         ...
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
-        """Call `handler` in a task of its own for every stream that a peer opens; the stream is closed when it returns.
+        """Call `handler` in a task of its own for every stream that a peer opens.
 
+        The stream is closed when the handler returns.
         An exception from the handler is logged and resets the stream. Not every transport can accept
         streams: one that cannot raises `ConfigError`.
         """

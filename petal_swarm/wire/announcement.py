@@ -97,7 +97,9 @@ class Announcement:
             max_batch_tokens=fields.integer(header, "max_batch_tokens", 0, 1 << 40, 0),
             bandwidth_bytes_per_s=fields.number(header, "bandwidth_bytes_per_s", 0, 1e15, 0.0),
             next_rtts_s={
-                fields.as_text(peer): fields.number(rtts, peer, 0, 1e4) for peer in rtts if isinstance(peer, str)
+                fields.as_text(peer): fields.number(rtts, peer, 0, 1e4)
+                for peer in rtts
+                if isinstance(peer, str)
             },
             version=fields.text(header, "version", "", limit=64),
         )

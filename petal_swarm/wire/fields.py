@@ -15,7 +15,9 @@ MAX_TEXT = 1024
 
 
 def _bad(name: str, expected: str, value: object) -> RemoteProtocolError:
-    return RemoteProtocolError(f"field {name!r}: expected {expected}, got {type(value).__name__} {value!r:.60}")
+    return RemoteProtocolError(
+        f"field {name!r}: expected {expected}, got {type(value).__name__} {value!r:.60}"
+    )
 
 
 def integer(header: Header, name: str, low: int, high: int, default: int | None = None) -> int:

@@ -1,0 +1,24 @@
+"""Multiaddrs as text: the little that this project needs to know of them."""
+
+from __future__ import annotations
+
+from petal_swarm.errors import ConfigError
+
+
+def split_address(address: str) -> tuple[str, str]:
+    """`/ip4/1.2.3.4/tcp/31330/p2p/12D3Koo...` -> (`/ip4/1.2.3.4/tcp/31330`, `12D3Koo...`).
+
+    Raises:
+        ConfigError: it does not start with `/` or does not end in `/p2p/PEER_ID`.
+    """
+    base, separator, peer_id = address.strip().rpartition("/p2p/")
+    if not separator or not base.startswith("/") or not peer_id or "/" in peer_id:
+        raise ConfigError(
+            f"a peer's address looks like /ip4/1.2.3.4/tcp/31330/p2p/PEER_ID, got {address!r:.200}"
+        )
+    return base, peer_id
+
+
+def join_address(base: str, peer_id: str) -> str:
+    """The inverse of `split_address`; a base that already ends in `/p2p/...` is left as it is."""
+    return base if "/p2p/" in base else f"{base.rstrip('/')}/p2p/{peer_id}"

@@ -1,0 +1,75 @@
+"""A stream that speaks messages: bytes of a `Stream` through the state machine of `wire.connection`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+from petal_swarm.errors import DeadlineError, RemoteProtocolError, StreamClosedError, remote_error
+from petal_swarm.net.transport import Stream
+from petal_swarm.wire.connection import Connection, Role, StreamEnded, Table
+from petal_swarm.wire.messages import Error, Message
+
+T = TypeVar("T")
+
+
+class Channel:
+    """One end of a protocol over one stream."""
+
+    def __init__(self, stream: Stream, table: Table, role: Role) -> None:
+        self._stream = stream
+        self._connection = Connection(table, role)
+
+    @property
+    def peer_id(self) -> str:
+        return self._stream.peer_id
+
+    async def receive(self) -> Message | None:
+        """The next message; None once the peer has ended its side. Cancelling loses nothing.
+
+        Raises:
+            StreamClosedError: the connection is gone.
+            RemoteProtocolError: the peer broke the protocol; the channel is unusable.
+        """
+        while (event := self._connection.next_event()) is None:
+            self._connection.receive_data(await self._stream.read())
+        return None if isinstance(event, StreamEnded) else event
+
+    async def expect(self, kind: type[T], *, timeout_s: float) -> T:
+        """The next message, which must be a `kind`.
+
+        Raises:
+            RemoteError: the peer answered with an error.
+            DeadlineError: nothing came within `timeout_s`.
+            StreamClosedError: the stream ended instead.
+            RemoteProtocolError: something else came.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = await self.receive()
+        except TimeoutError:
+            raise DeadlineError(f"peer {self.peer_id} did not answer within {timeout_s:g} s") from None
+        if isinstance(message, kind):
+            return message
+        if message is None:
+            raise StreamClosedError(f"peer {self.peer_id} ended the stream before it answered")
+        if isinstance(message, Error):
+            raise remote_error(message.code, message.message, peer_id=self.peer_id)
+        raise RemoteProtocolError(f"peer {self.peer_id} sent {message.type!r} instead of an answer")
+
+    def send(self, message: Message) -> None:
+        """Queue a message; see `Stream.write`.
+
+        Raises:
+            LocalProtocolError: it may not be sent now.
+        """
+        self._stream.write(*self._connection.send(message))
+
+    async def drain(self) -> None:
+        await self._stream.drain()
+
+    async def close(self) -> None:
+        await self._stream.close()
+
+    def abort(self) -> None:
+        self._stream.abort()

@@ -1,0 +1,238 @@
+"""The default transport on Linux x86-64: hivemind's `P2P`, which runs the Go libp2p daemon as a child process.
+
+The daemon gives encryption (TLS 1.3), NAT traversal and relays; this process talks to it over a Unix
+socket, one per stream. hivemind is imported on use: it cannot share a process with py-libp2p.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+from petal_swarm.errors import (
+    ConfigError,
+    NetworkError,
+    PeerUnreachableError,
+    StreamClosedError,
+    UnsupportedProtocolError,
+)
+from petal_swarm.net.addresses import join_address, split_address
+from petal_swarm.net.identity import Identity
+from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Buffer, StreamHandler
+
+logger = logging.getLogger(__name__)
+
+READ_BYTES = 1 << 20
+CLOSE_TIMEOUT_S = 2.0
+
+
+class P2pdStream:
+    """A stream through the daemon: an asyncio reader and writer on a Unix socket of its own."""
+
+    def __init__(self, peer_id: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.peer_id = peer_id
+        self._reader = reader
+        self._writer = writer
+        self._aborted = False
+        writer.transport.set_write_buffer_limits(high=WRITE_HIGH_WATER_BYTES)
+
+    async def read(self) -> bytes:
+        try:
+            data = await self._reader.read(READ_BYTES)
+        except OSError as error:
+            raise StreamClosedError(f"the stream to {self.peer_id} broke: {error}") from error
+        if self._aborted and not data:
+            raise StreamClosedError(f"the stream to {self.peer_id} was aborted")
+        return data
+
+    def write(self, *buffers: Buffer) -> None:
+        if not self._writer.transport.is_closing():
+            self._writer.writelines(buffers)
+
+    async def drain(self) -> None:
+        try:
+            await self._writer.drain()
+        except OSError as error:
+            raise StreamClosedError(f"the stream to {self.peer_id} broke: {error}") from error
+
+    async def close(self) -> None:
+        self._writer.close()
+        with contextlib.suppress(OSError, TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._writer.wait_closed()
+
+    def abort(self) -> None:
+        self._aborted = True
+        self._writer.transport.abort()
+
+
+class P2pdTransport:
+    """A peer with its own daemon. `p2p` is hivemind's object, which the DHT shares."""
+
+    def __init__(self, p2p: Any, addresses: tuple[str, ...]) -> None:
+        self.p2p = p2p
+        self.peer_id = str(p2p.peer_id)
+        self._addresses = addresses
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closed = False
+
+    @classmethod
+    async def create(
+        cls,
+        *,
+        identity: Identity | None = None,
+        listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
+        announce: Sequence[str] = (),
+        initial_peers: Sequence[str] = (),
+        startup_timeout_s: float = 15.0,
+    ) -> P2pdTransport:
+        """Start the daemon. `announce` replaces what others are told to dial; no `listen` makes a pure client.
+
+        Raises:
+            ConfigError: hivemind is not installed, or the daemon refuses an address.
+        """
+        p2p_class, daemon_error = _import_hivemind()
+        identity = identity or Identity.generate()
+        for address in initial_peers:
+            split_address(address)
+        with tempfile.TemporaryDirectory(prefix="petal-swarm-") as folder:
+            # The daemon reads the key once, at its start, and only from a file.
+            key_file = os.path.join(folder, "identity")
+            with open(os.open(key_file, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
+                file.write(identity.private_key_protobuf())
+            try:
+                p2p = await p2p_class.create(
+                    identity_path=key_file,
+                    check_if_identity_free=False,
+                    host_maddrs=list(listen),
+                    no_listen=not listen,
+                    announce_maddrs=[split[0] for split in map(_split_optional, announce)] or None,
+                    initial_peers=list(initial_peers) or None,
+                    dht_mode="server" if listen else "client",
+                    startup_timeout=startup_timeout_s,
+                    idle_timeout=startup_timeout_s,
+                )
+            except (daemon_error, ValueError) as error:
+                raise ConfigError(f"the libp2p daemon did not start: {_first_line(error)}") from error
+        try:
+            visible = [str(address) for address in await p2p.get_visible_maddrs()] if listen else []
+        except BaseException:
+            await p2p.shutdown()
+            raise
+        told = [join_address(address, identity.peer_id) for address in announce] or visible
+        return cls(p2p, tuple(told))
+
+    def addresses(self) -> tuple[str, ...]:
+        return self._addresses
+
+    async def connect(self, address: str, *, timeout_s: float) -> str:
+        from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
+        from hivemind.utils.multiaddr import Multiaddr
+
+        base, peer_id = split_address(address)
+        try:
+            target, base_address = PeerID.from_base58(peer_id), Multiaddr(base)
+        except ValueError as error:
+            raise ConfigError(f"not a usable address: {address!r:.200} ({_first_line(error)})") from None
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self.p2p._client.control.connect(target, [base_address])
+        except TimeoutError:
+            raise PeerUnreachableError(f"no answer from {address} within {timeout_s:g} s") from None
+        except Exception as error:
+            raise PeerUnreachableError(f"cannot reach {address}: {_first_line(error)}") from None
+        return peer_id
+
+    async def open_stream(
+        self, peer_id: str, protocol: str, *, addresses: Sequence[str] = (), timeout_s: float
+    ) -> P2pdStream:
+        from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
+
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._dial(peer_id, addresses, timeout_s)
+                _, reader, writer = await self.p2p.call_binary_stream_handler(
+                    PeerID.from_base58(peer_id), protocol
+                )
+        except (NetworkError, ConfigError):
+            raise
+        except TimeoutError:
+            raise PeerUnreachableError(f"no answer from peer {peer_id} within {timeout_s:g} s") from None
+        except Exception as error:
+            # The daemon reports everything as ControlFailure with a Go error message.
+            if "protocols not supported" in str(error) or "protocol not supported" in str(error):
+                raise UnsupportedProtocolError(
+                    f"peer {peer_id} does not speak {protocol}; it may run another version"
+                ) from None
+            raise PeerUnreachableError(f"cannot reach peer {peer_id}: {_first_line(error)}") from None
+        return P2pdStream(peer_id, reader, writer)
+
+    async def _dial(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
+        """Make the daemon know the peer, if it is not connected; the first address that answers will do."""
+        if not addresses or peer_id in {str(peer.peer_id) for peer in await self.p2p.list_peers()}:
+            return
+        failure: NetworkError | None = None
+        for address in addresses:
+            if split_address(address)[1] != peer_id:
+                continue
+            try:
+                await self.connect(address, timeout_s=timeout_s)
+                return
+            except NetworkError as error:
+                failure = error
+        if failure is not None:
+            raise failure
+
+    async def serve(self, protocol: str, handler: StreamHandler) -> None:
+        async def on_stream(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.current_task()
+            assert task is not None
+            self._tasks.add(task)
+            stream = P2pdStream(str(info.peer_id), reader, writer)
+            try:
+                await handler(stream)
+            except asyncio.CancelledError:
+                stream.abort()
+            except Exception:
+                logger.exception("stream %s from %s failed", protocol, stream.peer_id)
+                stream.abort()
+            finally:
+                self._tasks.discard(task)
+                await stream.close()
+
+        await self.p2p.add_binary_stream_handler(protocol, on_stream)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
+        await self.p2p.shutdown()
+
+
+def _import_hivemind() -> tuple[Any, type[Exception]]:
+    try:
+        from hivemind.p2p import P2P
+        from hivemind.p2p.p2p_daemon_bindings.utils import P2PDaemonError
+    except ImportError as error:
+        raise ConfigError(
+            "the p2pd transport needs hivemind, which ships for Linux x86-64 only; use transport='libp2p'"
+        ) from error
+    return P2P, P2PDaemonError
+
+
+def _split_optional(address: str) -> tuple[str, str]:
+    return split_address(address) if "/p2p/" in address else (address, "")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300] if lines else type(error).__name__

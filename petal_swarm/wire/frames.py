@@ -1,0 +1,131 @@
+"""Frames: `u32 header length | u32 payload length | msgpack header | payload`, lengths big-endian.
+
+Every length is checked against its bound before anything of that size is allocated. This file knows
+no message types and no tensors.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import msgpack
+
+from petal_swarm.errors import LocalProtocolError, RemoteProtocolError
+
+Buffer: TypeAlias = bytes | bytearray | memoryview
+
+PREFIX = struct.Struct(">II")
+MAX_HEADER_BYTES = 256 << 10
+MAX_PAYLOAD_BYTES = 64 << 20
+
+_EMPTY = memoryview(b"")
+
+
+class Frame(NamedTuple):
+    """One decoded frame; `payload` is a view of memory that nobody else writes to."""
+
+    header: dict[str, Any]
+    payload: memoryview
+
+
+def encode_frame(header: Mapping[str, Any], payload: Buffer = b"") -> list[Buffer]:
+    """The buffers to send, in order; the payload is not copied.
+
+    Raises:
+        LocalProtocolError: a length passes its bound.
+    """
+    packed: bytes = msgpack.packb(header, use_bin_type=True)
+    size = len(payload) if not isinstance(payload, memoryview) else payload.nbytes
+    if len(packed) > MAX_HEADER_BYTES or size > MAX_PAYLOAD_BYTES:
+        raise LocalProtocolError(f"frame of {len(packed)} + {size} bytes is over the protocol's bounds")
+    prefix = PREFIX.pack(len(packed), size)
+    if size == 0:
+        return [prefix + packed]
+    return [prefix + packed, payload]
+
+
+class FrameDecoder:
+    """Turns a stream of bytes, split anywhere, into frames.
+
+    Memory is bounded by one frame and one read: the payload buffer is allocated once its length has
+    been checked, and filled in place.
+    """
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._header: dict[str, Any] | None = None
+        self._payload = bytearray()
+        self._filled = 0
+
+    @property
+    def mid_frame(self) -> bool:
+        """Whether the bytes so far end inside a frame."""
+        return bool(self._head) or self._header is not None
+
+    def feed(self, data: Buffer) -> list[Frame]:
+        """Take bytes, return the frames they complete.
+
+        Raises:
+            RemoteProtocolError: a length over its bound, or a header that is no msgpack map.
+        """
+        view = memoryview(data)
+        frames: list[Frame] = []
+        while True:
+            if self._header is None:
+                view = self._take_head(view)
+                if self._header is None:
+                    return frames
+            if not self._payload:
+                frames.append(Frame(self._header, _EMPTY))
+                self._header = None
+                continue
+            taken = min(len(view), len(self._payload) - self._filled)
+            self._payload[self._filled : self._filled + taken] = view[:taken]
+            self._filled += taken
+            view = view[taken:]
+            if self._filled < len(self._payload):
+                return frames
+            frames.append(Frame(self._header, memoryview(self._payload)))
+            self._header, self._payload, self._filled = None, bytearray(), 0
+
+    def _take_head(self, view: memoryview) -> memoryview:
+        """Consume prefix and header as far as they have come; sets `_header` once both are whole."""
+        view = self._fill_head(view, PREFIX.size)
+        if len(self._head) < PREFIX.size:
+            return view
+        header_bytes, payload_bytes = PREFIX.unpack_from(self._head)
+        if not 0 < header_bytes <= MAX_HEADER_BYTES:
+            raise RemoteProtocolError(
+                f"frame header of {header_bytes} bytes; 1 to {MAX_HEADER_BYTES} are allowed"
+            )
+        if payload_bytes > MAX_PAYLOAD_BYTES:
+            raise RemoteProtocolError(
+                f"frame payload of {payload_bytes} bytes; at most {MAX_PAYLOAD_BYTES} are allowed"
+            )
+        view = self._fill_head(view, PREFIX.size + header_bytes)
+        if len(self._head) < PREFIX.size + header_bytes:
+            return view
+        self._header = _unpack_header(memoryview(self._head)[PREFIX.size :])
+        self._head = bytearray()
+        self._payload, self._filled = bytearray(payload_bytes), 0
+        return view
+
+    def _fill_head(self, view: memoryview, size: int) -> memoryview:
+        missing = size - len(self._head)
+        if missing > 0:
+            self._head += view[:missing]
+            return view[missing:]
+        return view
+
+
+def _unpack_header(packed: memoryview) -> dict[str, Any]:
+    try:
+        header = msgpack.unpackb(packed, raw=False, strict_map_key=True, max_ext_len=0)
+    except Exception as error:
+        # msgpack raises a dozen unrelated types, ValueError and UnicodeDecodeError among them.
+        raise RemoteProtocolError(f"frame header is not msgpack: {type(error).__name__}") from None
+    if not isinstance(header, dict):
+        raise RemoteProtocolError(f"frame header is a {type(header).__name__}, not a map")
+    return header

@@ -1,0 +1,415 @@
+"""The messages of the three stream protocols, each a frozen dataclass that checks what it reads.
+
+A message is a frame: its header is the map made by `to_header`, its payload (for those that carry a
+tensor) the encoded tensor. Reading ignores unknown fields and raises `RemoteProtocolError` for
+anything missing, mistyped or out of range. Tensors stay bytes here; `tensors.py` decodes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any, ClassVar, Literal, TypeAlias
+
+from petal_swarm.errors import RemoteProtocolError
+from petal_swarm.span import Slice, Span
+from petal_swarm.wire import fields
+from petal_swarm.wire.announcement import MAX_ADDRESSES, span_from_list
+from petal_swarm.wire.frames import Buffer, Frame, encode_frame
+from petal_swarm.wire.protocols import VERSION
+
+SESSION_ID_BYTES = 16
+MAX_POSITION = 1 << 30
+MAX_SEQUENCES = 1024
+MAX_STEP = 1 << 53
+MAX_HOPS = 1024
+MAX_ANNOUNCEMENTS = 512
+MAX_RECORD_BYTES = 8 << 10
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+CODECS = ("raw",)
+
+Rows: TypeAlias = Literal["last", "all", "none"]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMeta:
+    """What a payload holds: a row-major little-endian matrix `[rows, columns]`, packed by `codec`."""
+
+    dtype: str
+    shape: tuple[int, int]
+    codec: str = "raw"
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    def to_header(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "shape": list(self.shape), "codec": self.codec}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> TensorMeta:
+        """Read and check against the payload's true length."""
+        header = fields.mapping(frame.header, "tensor")
+        rows, columns = fields.items(header, "shape", _extent, limit=2, low=2)
+        meta = cls(
+            dtype=fields.choice(header, "dtype", tuple(DTYPE_BYTES)),
+            shape=(rows, columns),
+            codec=fields.choice(header, "codec", CODECS),
+        )
+        if meta.nbytes != frame.payload.nbytes:
+            raise RemoteProtocolError(
+                f"tensor {list(meta.shape)} {meta.dtype} needs {meta.nbytes} bytes, got {frame.payload.nbytes}"
+            )
+        return meta
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A peer on a route and where to dial it."""
+
+    peer_id: str
+    addresses: tuple[str, ...] = ()
+
+    def to_header(self) -> dict[str, Any]:
+        return {"peer_id": self.peer_id, "addresses": list(self.addresses)}
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, Any]) -> Neighbour:
+        return cls(
+            fields.text(header, "peer_id", limit=128),
+            fields.items(header, "addresses", fields.as_text, limit=MAX_ADDRESSES),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Open:
+    """Client to each hop: begin a session on `span`. At the ends of the route `upstream` or `next` is None."""
+
+    type: ClassVar[str] = "open"
+    session: bytes
+    epoch: int
+    model: str
+    span: Span
+    max_length: int
+    upstream: str | None = None
+    next: Neighbour | None = None
+    version: int = VERSION
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "version": self.version,
+            "session": self.session,
+            "epoch": self.epoch,
+            "model": self.model,
+            "span": [self.span.start, self.span.end],
+            "max_length": self.max_length,
+            "upstream": self.upstream,
+            "next": self.next.to_header() if self.next else None,
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Open:
+        header = frame.header
+        return cls(
+            version=fields.integer(header, "version", 0, 1 << 31),
+            session=fields.raw(header, "session", SESSION_ID_BYTES, SESSION_ID_BYTES),
+            epoch=fields.integer(header, "epoch", 0, MAX_STEP),
+            model=fields.text(header, "model", limit=256),
+            span=span_from_list(header.get("span")),
+            max_length=fields.integer(header, "max_length", 1, MAX_POSITION),
+            upstream=fields.text(header, "upstream", limit=128)
+            if header.get("upstream") is not None
+            else None,
+            next=Neighbour.from_header(fields.mapping(header, "next"))
+            if header.get("next") is not None
+            else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PushOpen:
+    """Hop k-1 to hop k: this stream carries the steps of `session`."""
+
+    type: ClassVar[str] = "push-open"
+    session: bytes
+    epoch: int
+    version: int = VERSION
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "version": self.version, "session": self.session, "epoch": self.epoch}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> PushOpen:
+        return cls(
+            version=fields.integer(frame.header, "version", 0, 1 << 31),
+            session=fields.raw(frame.header, "session", SESSION_ID_BYTES, SESSION_ID_BYTES),
+            epoch=fields.integer(frame.header, "epoch", 0, MAX_STEP),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """Answer to `Open` and `PushOpen`: ready for steps. `dtype` is what the blocks compute in."""
+
+    type: ClassVar[str] = "opened"
+    dtype: str = "float32"
+    max_batch_tokens: int = 1
+    kv_tokens_free: int = 0
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "dtype": self.dtype,
+            "max_batch_tokens": self.max_batch_tokens,
+            "kv_tokens_free": self.kv_tokens_free,
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Opened:
+        return cls(
+            dtype=fields.choice(frame.header, "dtype", tuple(DTYPE_BYTES), "float32"),
+            max_batch_tokens=fields.integer(frame.header, "max_batch_tokens", 1, 1 << 40, 1),
+            kv_tokens_free=fields.integer(frame.header, "kv_tokens_free", 0, 1 << 40, 0),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Packed hidden states for the blocks of the next hop.
+
+    Before anything else, if `forks` is not None, sequence i becomes a copy of sequence `forks[i]`
+    and all others end. Then each slice truncates its sequence to its position, and appends.
+    `rows` says which rows the last hop answers with. `trace` holds, for each hop so far, the seconds
+    from a step's arrival to its departure.
+    """
+
+    type: ClassVar[str] = "step"
+    step: int
+    epoch: int
+    slices: tuple[Slice, ...]
+    tensor: TensorMeta
+    payload: Buffer
+    rows: Rows = "last"
+    forks: tuple[int, ...] | None = None
+    trace: tuple[float, ...] = ()
+
+    def to_header(self) -> dict[str, Any]:
+        header: dict[str, Any] = {
+            "type": self.type,
+            "step": self.step,
+            "epoch": self.epoch,
+            "slices": [list(entry) for entry in self.slices],
+            "rows": self.rows,
+            "tensor": self.tensor.to_header(),
+        }
+        if self.forks is not None:
+            header["forks"] = list(self.forks)
+        if self.trace:
+            header["trace"] = list(self.trace)
+        return header
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Step:
+        header = frame.header
+        message = cls(
+            step=fields.integer(header, "step", 0, MAX_STEP),
+            epoch=fields.integer(header, "epoch", 0, MAX_STEP),
+            slices=fields.items(header, "slices", _slice, limit=MAX_SEQUENCES, low=1),
+            rows=fields.choice(header, "rows", ("last", "all", "none")),  # type: ignore[arg-type]
+            tensor=TensorMeta.from_frame(frame),
+            payload=frame.payload,
+            forks=(
+                fields.items(header, "forks", _sequence, limit=MAX_SEQUENCES, low=1)
+                if header.get("forks") is not None
+                else None
+            ),
+            trace=fields.items(header, "trace", _seconds, limit=MAX_HOPS),
+        )
+        if len({entry.sequence for entry in message.slices}) != len(message.slices):
+            raise RemoteProtocolError("field 'slices': a sequence appears twice")
+        if sum(entry.length for entry in message.slices) != message.tensor.shape[0]:
+            raise RemoteProtocolError("field 'slices': lengths do not add up to the tensor's rows")
+        return message
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Last hop to client: the rows that step `step` asked for, in the order of its slices."""
+
+    type: ClassVar[str] = "output"
+    step: int
+    epoch: int
+    tensor: TensorMeta
+    payload: Buffer
+    trace: tuple[float, ...] = ()
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "step": self.step,
+            "epoch": self.epoch,
+            "tensor": self.tensor.to_header(),
+            "trace": list(self.trace),
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Output:
+        return cls(
+            step=fields.integer(frame.header, "step", 0, MAX_STEP),
+            epoch=fields.integer(frame.header, "epoch", 0, MAX_STEP),
+            tensor=TensorMeta.from_frame(frame),
+            payload=frame.payload,
+            trace=fields.items(frame.header, "trace", _seconds, limit=MAX_HOPS),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Error:
+    """Why a message was refused; `step` names the step at fault, if it was one. The stream ends after it."""
+
+    type: ClassVar[str] = "error"
+    code: str
+    message: str
+    step: int | None = None
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "code": self.code,
+            "message": self.message[: fields.MAX_TEXT],
+            "step": self.step,
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Error:
+        return cls(
+            code=fields.text(frame.header, "code", limit=64),
+            message=fields.text(frame.header, "message"),
+            step=fields.integer(frame.header, "step", 0, MAX_STEP)
+            if frame.header.get("step") is not None
+            else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Ask for a `Pong`, to measure the round trip."""
+
+    type: ClassVar[str] = "ping"
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Ping:
+        return cls()
+
+
+@dataclass(frozen=True, slots=True)
+class Pong(Ping):
+    """Answer to `Ping`."""
+
+    type: ClassVar[str] = "pong"
+
+
+@dataclass(frozen=True, slots=True)
+class ListRequest:
+    """Ask for the signed announcements that a peer knows of `model`."""
+
+    type: ClassVar[str] = "list"
+    model: str
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "model": self.model}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> ListRequest:
+        return cls(fields.text(frame.header, "model", limit=256))
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """Answer to `ListRequest`: signed records, opaque here, checked by whoever reads them."""
+
+    type: ClassVar[str] = "listing"
+    records: tuple[bytes, ...] = field(default=())
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "count": len(self.records)}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Listing:
+        return cls(_split_records(fields.integer(frame.header, "count", 0, MAX_ANNOUNCEMENTS), frame.payload))
+
+
+Message: TypeAlias = Open | PushOpen | Opened | Step | Output | Error | Ping | Pong | ListRequest | Listing
+
+_TYPES: dict[str, type[Message]] = {
+    cls.type: cls for cls in (Open, PushOpen, Opened, Step, Output, Error, Ping, Pong, ListRequest, Listing)
+}
+
+
+def encode(message: Message) -> list[Buffer]:
+    """The buffers of one message, to be sent in order.
+
+    Raises:
+        LocalProtocolError: the message is over the protocol's bounds.
+    """
+    if isinstance(message, (Step, Output)):
+        return encode_frame(message.to_header(), message.payload)
+    if isinstance(message, Listing):
+        payload = b"".join(len(record).to_bytes(4, "big") + record for record in message.records)
+        return encode_frame(message.to_header(), payload)
+    return encode_frame(message.to_header())
+
+
+def decode(frame: Frame) -> Message:
+    """The message in a frame.
+
+    Raises:
+        RemoteProtocolError: an unknown type, or fields that do not fit it.
+    """
+    kind = fields.text(frame.header, "type", limit=64)
+    if kind not in _TYPES:
+        raise RemoteProtocolError(f"unknown message type {kind!r}")
+    return _TYPES[kind].from_frame(frame)
+
+
+def _split_records(count: int, payload: memoryview) -> tuple[bytes, ...]:
+    records, offset = [], 0
+    for _ in range(count):
+        size = int.from_bytes(payload[offset : offset + 4], "big")
+        record = bytes(payload[offset + 4 : offset + 4 + size])
+        if size > MAX_RECORD_BYTES or len(record) != size or not size:
+            raise RemoteProtocolError("a listing's records do not add up to its payload")
+        records.append(record)
+        offset += 4 + size
+    if offset != payload.nbytes:
+        raise RemoteProtocolError("a listing's records do not add up to its payload")
+    return tuple(records)
+
+
+def _extent(value: Any) -> int:
+    return fields.integer({"extent": value}, "extent", 0, 1 << 31)
+
+
+def _sequence(value: Any) -> int:
+    return fields.integer({"sequence": value}, "sequence", 0, MAX_SEQUENCES - 1)
+
+
+def _seconds(value: Any) -> float:
+    return fields.number({"seconds": value}, "seconds", 0, 1e9)
+
+
+def _slice(value: Any) -> Slice:
+    if not isinstance(value, list) or len(value) != 3:
+        raise RemoteProtocolError("a slice must be [sequence, position, length]")
+    sequence, position, length = value
+    return Slice(
+        _sequence(sequence),
+        fields.integer({"position": position}, "position", 0, MAX_POSITION),
+        fields.integer({"length": length}, "length", 1, MAX_POSITION),
+    )

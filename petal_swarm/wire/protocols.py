@@ -1,0 +1,6 @@
+"""The names of the stream protocols. The number is the version; another one is another protocol."""
+
+VERSION = 1
+SESSION = f"/petal-swarm/{VERSION}/session"
+PUSH = f"/petal-swarm/{VERSION}/push"
+DIRECTORY = f"/petal-swarm/{VERSION}/directory"
