@@ -1,0 +1,111 @@
+"""The thread that owns torch in a server: it takes steps from others and calls them back with results.
+
+Whoever submits decides what `done` does; it runs in the compute thread and must not block. Everything
+that touches the engine runs here, so the engine needs no locks.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import TypeAlias, TypeVar
+
+from petal_swarm.engine.engine import Engine, StepRequest, StepResult
+from petal_swarm.engine.scheduler import Job, Scheduler
+from petal_swarm.errors import RemoteError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+Done: TypeAlias = Callable[[StepResult], None]
+
+
+class ComputeThread:
+    """Runs an `Engine`; start with `start`, end with `stop`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._scheduler: Scheduler[Done] = Scheduler(engine.max_batch_tokens)
+        self._inbox: SimpleQueue[Job[Done] | Callable[[], None]] = SimpleQueue()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="petal-swarm-compute", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        """Finish the step that is running, drop the rest, and wait for the thread to end."""
+        self._stopping = True
+        self._inbox.put(lambda: None)
+        if self._thread.is_alive():
+            self._thread.join(timeout_s)
+
+    def submit(self, request: StepRequest, done: Done) -> None:
+        """Queue a step; `done` is called in the compute thread. Steps of one session keep their order.
+
+        The steps of a session that is closed meanwhile are dropped, and `done` is not called for them.
+        """
+        self._inbox.put(Job(request, done))
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run `function` in the compute thread, before any step that has not started yet."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
+
+    def close_session(self, key: Hashable) -> None:
+        """Drop the waiting steps of a session and free its cache, soon."""
+
+        def close() -> None:
+            self._scheduler.discard(key)
+            self.engine.close_session(key)
+
+        self.call(close)
+
+    def queue_s(self) -> float:
+        """An estimate of the work that is waiting, in seconds."""
+        return len(self._scheduler) * self.engine.stats().block_time_s * len(self.engine.stack.span)
+
+    def _run(self) -> None:
+        while not self._stopping:
+            self._take_inbox(block=not len(self._scheduler))
+            batch = self._scheduler.next_batch()
+            if batch:
+                self._run_batch(batch)
+
+    def _take_inbox(self, *, block: bool) -> None:
+        try:
+            while True:
+                item = self._inbox.get(block=block)
+                block = False
+                if isinstance(item, Job):
+                    self._scheduler.add(item.request, item.owner)
+                else:
+                    item()
+        except Empty:
+            return
+
+    def _run_batch(self, batch: list[Job[Done]]) -> None:
+        started = time.perf_counter()
+        try:
+            results = self.engine.run([job.request for job in batch])
+        except Exception as error:
+            # A bug, or a device out of memory: this batch fails, the server lives.
+            logger.exception("a batch of %d steps failed", len(batch))
+            failure = RemoteError(f"the server failed to compute: {type(error).__name__}")
+            results = [StepResult(None, failure, time.perf_counter() - started) for _ in batch]
+        for job, result in zip(batch, results, strict=True):
+            job.owner(result)

@@ -1,0 +1,194 @@
+"""The engine: packed steps of many sessions through the blocks of one span.
+
+A step names its session, its blocks and its slices, and brings `hidden [tokens, hidden_size]`. Steps
+that use the same blocks run as one packed batch. One step's bad input fails that step alone. All
+calls must come from one thread (`compute.ComputeThread` in a server).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from petal_swarm.engine.kv_cache import KVCache, Placement
+from petal_swarm.errors import BadTensorError, PetalSwarmError
+from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
+from petal_swarm.models.stack import BlockStack
+from petal_swarm.span import Slice, Span
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepRequest:
+    """One step of one session. `hidden` is `[tokens, hidden_size]`, its rows in the order of `slices`."""
+
+    session: Hashable
+    blocks: Span
+    slices: tuple[Slice, ...]
+    hidden: torch.Tensor
+    forks: tuple[int, ...] | None = None
+    rows: Literal["last", "all", "none"] = "all"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """`hidden [rows, hidden_size]` as asked for by the request, or why there is none."""
+
+    hidden: torch.Tensor | None
+    error: PetalSwarmError | None
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot; times are running means of real decode steps, in seconds."""
+
+    kv_tokens: int
+    kv_tokens_free: int
+    sessions: int
+    block_time_s: float
+    prefill_tokens_per_s: float
+
+
+#: How much one new measurement moves a running mean.
+_SMOOTHING = 0.1
+
+
+class Engine:
+    """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens."""
+
+    def __init__(self, stack: BlockStack, *, kv_tokens: int, max_batch_tokens: int) -> None:
+        self.stack = stack
+        self.max_batch_tokens = max_batch_tokens
+        self._cache = KVCache(kv_tokens)
+        self._pool = KVPool.allocate(
+            stack.config, stack.span, self._cache.tokens, dtype=stack.dtype, device=stack.device
+        )
+        self._block_time_s = 0.0
+        self._prefill_tokens_per_s = 0.0
+
+    def open_session(self, key: Hashable, *, max_length: int) -> None:
+        """See `KVCache.open`."""
+        self._cache.open(key, max_length)
+
+    def close_session(self, key: Hashable) -> None:
+        """End a session and free its cache; unknown keys are ignored."""
+        self._cache.close(key)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            kv_tokens=self._cache.tokens,
+            kv_tokens_free=self._cache.tokens_free,
+            sessions=self._cache.num_sessions,
+            block_time_s=self._block_time_s,
+            prefill_tokens_per_s=self._prefill_tokens_per_s,
+        )
+
+    @torch.inference_mode()
+    def run(self, requests: Sequence[StepRequest]) -> list[StepResult]:
+        """Run steps that all use the same blocks, at most one of each session, as one packed batch.
+
+        A request that fails (wrong tensor, unknown session, no room) gets its error in its result;
+        the others are not affected.
+        """
+        started = time.perf_counter()
+        placed: list[tuple[int, list[Placement]]] = []
+        errors: dict[int, PetalSwarmError] = {}
+        for index, request in enumerate(requests):
+            try:
+                placed.append((index, self._place(request)))
+            except PetalSwarmError as error:
+                errors[index] = error
+        outputs: dict[int, torch.Tensor] = {}
+        if placed:
+            hidden = self._forward(requests, placed)
+            row = 0
+            for index, _ in placed:
+                count = requests[index].hidden.shape[0]
+                outputs[index] = _select(hidden[row : row + count], requests[index])
+                row += count
+        elapsed = time.perf_counter() - started
+        if placed:
+            self._learn(requests, placed, elapsed)
+        return [StepResult(outputs.get(index), errors.get(index), elapsed) for index in range(len(requests))]
+
+    @torch.inference_mode()
+    def measure(self) -> None:
+        """Time a few decode steps and one prefill, so that the first announcement tells measured figures."""
+        key = object()
+        hidden = torch.zeros(64, self.stack.config.hidden_size, dtype=self.stack.dtype)
+        length = min(64, self.max_batch_tokens, self._cache.tokens_free - 8)
+        if length < 1:
+            return
+        self._cache.open(key, length + 8)
+        try:
+            self.run([StepRequest(key, self.stack.span, (Slice(0, 0, length),), hidden[:length])])
+            for position in range(length, length + 8):
+                self.run([StepRequest(key, self.stack.span, (Slice(0, position, 1),), hidden[:1])])
+        finally:
+            self._cache.close(key)
+
+    def _place(self, request: StepRequest) -> list[Placement]:
+        """Check a request and give its tokens their places in the cache."""
+        expected = (sum(piece.length for piece in request.slices), self.stack.config.hidden_size)
+        if tuple(request.hidden.shape) != expected:
+            raise BadTensorError(f"hidden has shape {list(request.hidden.shape)}, expected {list(expected)}")
+        if expected[0] > self.max_batch_tokens:
+            raise BadTensorError(
+                f"a step of {expected[0]} tokens is over this server's limit of {self.max_batch_tokens}"
+            )
+        assert self.stack.span.covers(request.blocks)
+        if request.forks is not None:
+            self._cache.fork(request.session, request.forks)
+        placements = []
+        for piece in request.slices:
+            placement = self._cache.extend(request.session, piece)
+            for source, target, rows in placement.copies:
+                self._pool.copy_rows(source, target, rows)
+            placements.append(placement)
+        return placements
+
+    def _forward(
+        self, requests: Sequence[StepRequest], placed: list[tuple[int, list[Placement]]]
+    ) -> torch.Tensor:
+        pieces, row = [], 0
+        for index, placements in placed:
+            for piece, placement in zip(requests[index].slices, placements, strict=True):
+                pieces.append(PackedSlice(row, piece.length, piece.position, placement.extents))
+                row += piece.length
+        batch = PackedBatch.build(pieces, self.stack.device)
+        inputs = [requests[index].hidden for index, _ in placed]
+        hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
+        hidden = hidden.to(device=self.stack.device, dtype=self.stack.dtype)
+        return self.stack.forward(hidden, batch, self._pool, requests[placed[0][0]].blocks)
+
+    def _learn(
+        self, requests: Sequence[StepRequest], placed: list[tuple[int, list[Placement]]], elapsed: float
+    ) -> None:
+        tokens = sum(requests[index].hidden.shape[0] for index, _ in placed)
+        blocks = len(requests[placed[0][0]].blocks)
+        if tokens <= 4:
+            self._block_time_s = _smooth(self._block_time_s, elapsed / blocks)
+        elif tokens >= 32:
+            rate = tokens / elapsed * blocks / len(self.stack.span)
+            self._prefill_tokens_per_s = _smooth(self._prefill_tokens_per_s, rate)
+
+
+def _smooth(mean: float, value: float) -> float:
+    return value if mean == 0.0 else mean + _SMOOTHING * (value - mean)
+
+
+def _select(hidden: torch.Tensor, request: StepRequest) -> torch.Tensor:
+    """The rows that the request wants back."""
+    if request.rows == "all" or (request.rows == "last" and hidden.shape[0] == len(request.slices)):
+        return hidden
+    if request.rows == "none":
+        return hidden[:0]
+    ends, row = [], 0
+    for piece in request.slices:
+        row += piece.length
+        ends.append(row - 1)
+    return hidden[ends]
