@@ -1,0 +1,23 @@
+"""Which servers a session goes through, and which blocks a joining server should host.
+
+Pure functions of announcements and measurements: no I/O, no clock, no global random numbers. So
+the same code runs in a client, in a server and in a simulator. The reasons are in `docs/routing.md`.
+"""
+
+from petal_swarm.routing.blocks import coverage, format_blocks, latest, missing_blocks
+from petal_swarm.routing.links import Measurements
+from petal_swarm.routing.placement import block_throughputs, choose_span
+from petal_swarm.routing.route import Hop, Route, find_route
+
+__all__ = [
+    "Hop",
+    "Measurements",
+    "Route",
+    "block_throughputs",
+    "choose_span",
+    "coverage",
+    "find_route",
+    "format_blocks",
+    "latest",
+    "missing_blocks",
+]

@@ -1,0 +1,165 @@
+"""The route of lowest latency for one decode step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from petal_swarm.errors import ConfigError, MissingBlocksError
+from petal_swarm.routing.blocks import as_span, format_blocks, latest, missing_blocks
+from petal_swarm.routing.links import Measurements, link_costs_s
+from petal_swarm.routing.path import Graph, Visit, cheapest_path
+from petal_swarm.span import Span
+from petal_swarm.wire.announcement import Announcement
+
+FULL_PENALTY_S = 1e6
+"""More than any usable route costs: a server without room is a last resort, not an alternative."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """One server's part of a route: all of the server's span, or some of it."""
+
+    peer_id: str
+    span: Span
+    addresses: tuple[str, ...] = ()
+    name: str = ""
+
+    def __str__(self) -> str:
+        # Peer ids share their first characters, so the last ones tell them apart.
+        label = self.name or (self.peer_id if len(self.peer_id) <= 12 else f"..{self.peer_id[-8:]}")
+        # Names come from other people, and this goes to terminals and logs.
+        return f"{''.join(c if c.isprintable() else '?' for c in label)} {self.span}"
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Hops that compute consecutive blocks, no peer twice; `cost_s` is the estimated time of a step."""
+
+    hops: tuple[Hop, ...]
+    cost_s: float
+
+    @property
+    def span(self) -> Span:
+        return Span(self.hops[0].span.start, self.hops[-1].span.end)
+
+    def __str__(self) -> str:
+        return " -> ".join(["you", *map(str, self.hops), "you"])
+
+
+def find_route(
+    announcements: Iterable[Announcement],
+    blocks: int | Span,
+    *,
+    measurements: Measurements | None = None,
+    step_bytes: int = 0,
+    avoid: Collection[str] = (),
+    kv_tokens: int = 0,
+    before: str | None = None,
+    after: str | None = None,
+) -> Route:
+    """The servers through which one decode step takes the least time.
+
+    Args:
+        announcements: of one model. Of several from one peer, the last counts.
+        blocks: how many the model has, or the span to be computed.
+        measurements: what the client measured; without them every link is an estimate.
+        step_bytes: size of the hidden states that travel in one step.
+        avoid: ids of peers that must not be used.
+        kv_tokens: room the session needs. Servers announcing less are used only where a block
+            has no other server, and then as few of them as possible.
+        before, after: ids of the peers that send to the first hop and take from the last, when a
+            part of a route is replaced; `None` is the client. They are not used as hops.
+
+    Equal routes are decided by peer ids, whatever the order of the announcements.
+
+    Raises:
+        MissingBlocksError: nobody who may be used serves some of the blocks; `blocks` are those.
+        ConfigError: less than one block, or negative `step_bytes`.
+    """
+    wanted = as_span(blocks)
+    if step_bytes < 0:
+        raise ConfigError(f"step_bytes must be at least 0, got {step_bytes}")
+    known = latest(announcements)
+    barred = {*avoid, before, after}
+    usable = [a for a in known if a.state == "serving" and a.peer_id not in barred]
+    missing = missing_blocks(usable, wanted)
+    if missing:
+        raise MissingBlocksError(_explain(missing, known, usable), missing)
+    servers = [a for a in usable if a.span.start < wanted.end and wanted.start < a.span.end]
+    ends = [_endpoint(peer_id, known) for peer_id in (before, after)]
+    graph = _graph(servers, ends, wanted, measurements or Measurements(), step_bytes)
+    full = np.array([a.kv_tokens_free < kv_tokens for a in servers])
+    visits = cheapest_path(_penalised(graph, np.where(full, FULL_PENALTY_S, 0.0)))
+    hops = []
+    for server, start, end in visits:
+        chosen, span = servers[server], Span(wanted.start + start, wanted.start + end)
+        hops.append(Hop(chosen.peer_id, span, chosen.addresses, chosen.name))
+    return Route(tuple(hops), _cost_s(graph, visits))
+
+
+def _endpoint(peer_id: str | None, known: Sequence[Announcement]) -> Announcement | None:
+    if peer_id is None:
+        return None
+    nobody = Announcement(peer_id=peer_id, model="", span=Span(0, 1))
+    return next((a for a in known if a.peer_id == peer_id), nobody)
+
+
+def _graph(
+    servers: Sequence[Announcement],
+    ends: Sequence[Announcement | None],
+    wanted: Span,
+    measurements: Measurements,
+    step_bytes: int,
+) -> Graph:
+    links_s = link_costs_s([*servers, *ends], measurements, step_bytes)
+    count = len(servers)
+    hop_s = np.array([a.queue_s + a.step_time_s for a in servers])
+    return Graph(
+        blocks=len(wanted),
+        starts=np.array([max(a.span.start, wanted.start) - wanted.start for a in servers]),
+        ends=np.array([min(a.span.end, wanted.end) - wanted.start for a in servers]),
+        enter_s=links_s[count, :count] + hop_s,
+        link_s=links_s[:count, :count] + hop_s,
+        leave_s=links_s[:count, count + 1],
+        block_s=np.array([a.block_time_s for a in servers]),
+    )
+
+
+def _penalised(graph: Graph, penalty_s: NDArray[np.float64]) -> Graph:
+    if not penalty_s.any():
+        return graph
+    return replace(graph, enter_s=graph.enter_s + penalty_s, link_s=graph.link_s + penalty_s)
+
+
+def _cost_s(graph: Graph, visits: Sequence[Visit]) -> float:
+    """What the visits really cost, without penalties and their rounding."""
+    servers = [server for server, _, _ in visits]
+    cost_s = float(graph.enter_s[servers[0]]) + float(graph.leave_s[servers[-1]])
+    cost_s += sum(float(graph.link_s[pair]) for pair in pairwise(servers))
+    return cost_s + sum((end - start) * float(graph.block_s[server]) for server, start, end in visits)
+
+
+def _explain(missing: Sequence[int], known: Sequence[Announcement], usable: Sequence[Announcement]) -> str:
+    used = {a.peer_id for a in usable}
+    there = [a for a in known if a.peer_id not in used and any(block in a.span for block in missing)]
+    joining = sum(a.state == "joining" for a in there)
+    avoided = sum(a.state == "serving" for a in there)
+    if avoided:
+        advice = f"{avoided} server{'s' * (avoided > 1)} of them must be avoided; retry without avoiding any"
+    elif joining:
+        advice = f"{joining} server{'s' * (joining > 1)} of them still joining; retry in a minute"
+    else:
+        advice = f"start a server with --blocks {missing[0]}:{_run_end(missing)}"
+    return f"nobody serves {format_blocks(missing)}: {advice}"
+
+
+def _run_end(blocks: Sequence[int]) -> int:
+    end = blocks[0] + 1
+    while end in blocks:
+        end += 1
+    return end
