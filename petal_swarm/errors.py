@@ -47,6 +47,10 @@ class RemoteProtocolError(ProtocolError):
     """By the peer: bytes or messages that are not allowed."""
 
 
+class UnknownVersionError(RemoteProtocolError):
+    """By the peer: a message of a protocol version that is not spoken here."""
+
+
 class NetworkError(PetalSwarmError):
     """The network failed, or the peer went away."""
 

@@ -1,4 +1,4 @@
-"""The default transport on Linux x86-64: hivemind's `P2P`, which runs the Go libp2p daemon as a child process.
+"""The default transport on Linux x86-64: hivemind's `P2P`, with the Go libp2p daemon as a child process.
 
 The daemon gives encryption (TLS 1.3), NAT traversal and relays; this process talks to it over a Unix
 socket, one per stream. hivemind is imported on use: it cannot share a process with py-libp2p.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from petal_swarm.errors import (
@@ -91,7 +91,7 @@ class P2pdTransport:
         initial_peers: Sequence[str] = (),
         startup_timeout_s: float = 15.0,
     ) -> P2pdTransport:
-        """Start the daemon. `announce` replaces what others are told to dial; no `listen` makes a pure client.
+        """Start the daemon. `announce` is what others are told to dial; no `listen` makes a pure client.
 
         Raises:
             ConfigError: hivemind is not installed, or the daemon refuses an address.
@@ -102,12 +102,11 @@ class P2pdTransport:
             split_address(address)
         with tempfile.TemporaryDirectory(prefix="petal-swarm-") as folder:
             # The daemon reads the key once, at its start, and only from a file.
-            key_file = os.path.join(folder, "identity")
-            with open(os.open(key_file, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as file:
-                file.write(identity.private_key_protobuf())
+            key_file = Path(folder, "identity")
+            identity.save(key_file)
             try:
                 p2p = await p2p_class.create(
-                    identity_path=key_file,
+                    identity_path=str(key_file),
                     check_if_identity_free=False,
                     host_maddrs=list(listen),
                     no_listen=not listen,

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any, ClassVar, Literal, TypeAlias
 
-from petal_swarm.errors import RemoteProtocolError
+from petal_swarm.errors import RemoteProtocolError, UnknownVersionError
 from petal_swarm.span import Slice, Span
 from petal_swarm.wire import fields
 from petal_swarm.wire.announcement import MAX_ADDRESSES, span_from_list
@@ -60,7 +60,7 @@ class TensorMeta:
         )
         if meta.nbytes != frame.payload.nbytes:
             raise RemoteProtocolError(
-                f"tensor {list(meta.shape)} {meta.dtype} needs {meta.nbytes} bytes, got {frame.payload.nbytes}"
+                f"tensor {list(meta.shape)} {meta.dtype} is {meta.nbytes} bytes, not {frame.payload.nbytes}"
             )
         return meta
 
@@ -85,7 +85,10 @@ class Neighbour:
 
 @dataclass(frozen=True, slots=True)
 class Open:
-    """Client to each hop: begin a session on `span`. At the ends of the route `upstream` or `next` is None."""
+    """Client to each hop: begin a session on `span`.
+
+    `upstream` is None at the first hop, `next` at the last.
+    """
 
     type: ClassVar[str] = "open"
     session: bytes
@@ -114,7 +117,7 @@ class Open:
     def from_frame(cls, frame: Frame) -> Open:
         header = frame.header
         return cls(
-            version=fields.integer(header, "version", 0, 1 << 31),
+            version=_version(header),
             session=fields.raw(header, "session", SESSION_ID_BYTES, SESSION_ID_BYTES),
             epoch=fields.integer(header, "epoch", 0, MAX_STEP),
             model=fields.text(header, "model", limit=256),
@@ -144,7 +147,7 @@ class PushOpen:
     @classmethod
     def from_frame(cls, frame: Frame) -> PushOpen:
         return cls(
-            version=fields.integer(frame.header, "version", 0, 1 << 31),
+            version=_version(frame.header),
             session=fields.raw(frame.header, "session", SESSION_ID_BYTES, SESSION_ID_BYTES),
             epoch=fields.integer(frame.header, "epoch", 0, MAX_STEP),
         )
@@ -390,6 +393,14 @@ def _split_records(count: int, payload: memoryview) -> tuple[bytes, ...]:
     if offset != payload.nbytes:
         raise RemoteProtocolError("a listing's records do not add up to its payload")
     return tuple(records)
+
+
+def _version(header: Mapping[str, Any]) -> int:
+    """Read before any other field, since those may differ in other versions."""
+    version = fields.integer(header, "version", 0, 1 << 31)
+    if version != VERSION:
+        raise UnknownVersionError(f"protocol version {version} is not spoken here, only {VERSION}")
+    return version
 
 
 def _extent(value: Any) -> int:

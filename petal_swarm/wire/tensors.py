@@ -38,7 +38,9 @@ def encode_tensor(tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
         raise LocalProtocolError(f"only matrices travel, got shape {list(tensor.shape)}")
     meta = TensorMeta(dtype_name(tensor.dtype), (tensor.shape[0], tensor.shape[1]))
     flat = tensor.detach().to("cpu").contiguous().view(torch.uint8)
-    return meta, memoryview(flat.numpy()).cast("B")  # type: ignore[arg-type] if meta.nbytes else b""
+    if meta.nbytes == 0:
+        return meta, b""
+    return meta, memoryview(flat.numpy().reshape(-1)).cast("B")  # type: ignore[arg-type]
 
 
 def decode_tensor(meta: TensorMeta, payload: Buffer) -> torch.Tensor:

@@ -1,0 +1,61 @@
+"""What a server is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from petal_swarm.errors import ConfigError
+from petal_swarm.span import Span
+
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """Settings of one server; the names are those of `run_server --help`.
+
+    Raises:
+        ConfigError: settings that contradict each other.
+    """
+
+    model: str
+    initial_peers: tuple[str, ...] = ()
+    new_swarm: bool = False
+    blocks: Span | None = None
+    num_blocks: int | None = None
+    listen: tuple[str, ...] = (LOOPBACK,)
+    announce: tuple[str, ...] = ()
+    identity: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    quant: str = "none"
+    kv_tokens: int | None = None
+    max_batch_tokens: int = 2048
+    name: str = ""
+    drain_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.new_swarm == bool(self.initial_peers):
+            raise ConfigError(
+                "give --new-swarm to start a swarm, or --initial-peers ADDR to join one (and not both)"
+            )
+        if self.blocks is not None and self.num_blocks is not None:
+            raise ConfigError("give --blocks or --num-blocks, not both")
+        for name, value in (
+            ("num-blocks", self.num_blocks),
+            ("kv-tokens", self.kv_tokens),
+            ("max-batch-tokens", self.max_batch_tokens),
+        ):
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionLimits:
+    """Bounds on what peers may ask of a server. Times in seconds."""
+
+    max_sessions: int = 512
+    max_steps_in_flight: int = 32
+    open_timeout_s: float = 15.0
+    idle_timeout_s: float = 1800.0
+    write_timeout_s: float = 30.0

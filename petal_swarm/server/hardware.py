@@ -1,0 +1,81 @@
+"""What this machine can hold: the device, the dtype, how many blocks and how many tokens of KV cache."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from petal_swarm.errors import ConfigError
+from petal_swarm.models.config import ModelConfig
+from petal_swarm.wire.tensors import DTYPES
+
+#: Of the memory that is free at start, this part may go to blocks and KV cache together.
+_USABLE = 0.7
+_KV_SHARE = 0.25
+_MAX_DEFAULT_KV_TOKENS = 65_536
+_MIN_DEFAULT_KV_TOKENS = 2_048
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` takes CUDA, then MPS, then the CPU.
+
+    Raises:
+        ConfigError: the device was asked for by name and is not there.
+    """
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "mps" if mps else "cpu"
+    if (name == "cuda" and not cuda) or (name == "mps" and not mps):
+        raise ConfigError(f"--device {name}: this machine has no usable {name} device; try --device cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
+    """`auto`: float32 on the CPU, else the checkpoint's own 16-bit type (bfloat16 if it has none)."""
+    if name != "auto":
+        return DTYPES[name]
+    if device.type == "cpu":
+        return torch.float32
+    return torch.float16 if config.torch_dtype == "float16" else torch.bfloat16
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a new server may take on `device`, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """An estimate of one block's weights in bytes: the attention projections and the MLP."""
+    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
+    matrices = 3 if config.family == "llama" else 2
+    return (attention + matrices * config.hidden_size * config.intermediate_size) * dtype.itemsize
+
+
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Keys and values of one token in one block, in bytes."""
+    return 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+
+
+def block_capacity(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+    """How many blocks fit, leaving room for the KV cache and working space.
+
+    Raises:
+        ConfigError: not even one does.
+    """
+    usable = free_bytes(device) * _USABLE * (1 - _KV_SHARE)
+    capacity = int(usable // block_bytes(config, dtype))
+    if capacity < 1:
+        raise ConfigError(
+            f"one block of this model needs {block_bytes(config, dtype) >> 20} MiB,"
+            f" and {free_bytes(device) >> 20} MiB are free on {device}"
+        )
+    return min(capacity, config.num_blocks)
+
+
+def default_kv_tokens(config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of KV cache for a span of `num_blocks`: a share of the memory that is free, within sane bounds."""
+    per_token = kv_bytes_per_token(config, dtype) * num_blocks
+    fits = int(free_bytes(device) * _USABLE * _KV_SHARE // per_token)
+    return max(_MIN_DEFAULT_KV_TOKENS, min(fits, _MAX_DEFAULT_KV_TOKENS))

@@ -1,0 +1,194 @@
+"""The `session` and `push` protocols of a server: opening sessions, finding them, ending them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from petal_swarm.engine.compute import ComputeThread
+from petal_swarm.errors import (
+    BadMessageError,
+    BusyError,
+    HopLostError,
+    NetworkError,
+    PetalSwarmError,
+    UnknownSessionError,
+    WrongModelError,
+    WrongSpanError,
+)
+from petal_swarm.net.channel import Channel
+from petal_swarm.net.transport import Stream, Transport
+from petal_swarm.server.config import SessionLimits
+from petal_swarm.server.hosted import HostedSession, Overhead, error_message
+from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
+from petal_swarm.wire.messages import Neighbour, Open, Opened, PushOpen
+from petal_swarm.wire.protocols import PUSH
+from petal_swarm.wire.tensors import dtype_name
+
+logger = logging.getLogger(__name__)
+
+
+class SessionHost:
+    """All sessions of one server."""
+
+    def __init__(
+        self, compute: ComputeThread, transport: Transport, *, model_key: str, limits: SessionLimits
+    ) -> None:
+        self._compute = compute
+        self._transport = transport
+        self._model_key = model_key
+        self._limits = limits
+        self._sessions: dict[bytes, HostedSession] = {}
+        self._arrivals: dict[bytes, asyncio.Event] = {}
+        self._changed = asyncio.Event()
+        self.overhead = Overhead()
+        self.draining = False
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
+
+    async def drained(self) -> None:
+        """Wait until no session is left. Set `draining` first, or new ones will keep coming."""
+        while self._sessions:
+            self._changed.clear()
+            await self._changed.wait()
+
+    async def handle_session(self, stream: Stream) -> None:
+        """One client's session, from its `open` to the end of the stream."""
+        channel = Channel(stream, SESSION_TABLE, Role.LISTENER)
+        async with _answering_errors(channel):
+            opening = await channel.expect(Open, timeout_s=self._limits.open_timeout_s)
+            async with self._open(opening, channel) as session:
+                channel.send(self._opened())
+                await self._run(session, channel)
+
+    async def handle_push(self, stream: Stream) -> None:
+        """The steps that a previous hop pushes into one session."""
+        channel = Channel(stream, PUSH_TABLE, Role.LISTENER)
+        async with _answering_errors(channel):
+            opening = await channel.expect(PushOpen, timeout_s=self._limits.open_timeout_s)
+            session = await self._find(opening, channel.peer_id)
+            channel.send(self._opened())
+            try:
+                await session.pump(channel)
+            except (PetalSwarmError, TimeoutError) as error:
+                session.fail(error)
+                raise
+
+    @contextlib.asynccontextmanager
+    async def _open(self, opening: Open, channel: Channel) -> AsyncIterator[HostedSession]:
+        """A session from admission to release, connected to its next hop."""
+        self._admit(opening)
+        session = HostedSession(
+            opening, channel, compute=self._compute, limits=self._limits, overhead=self.overhead
+        )
+        self._sessions[opening.session] = session
+        try:
+            engine = self._compute.engine
+            await asyncio.wrap_future(
+                self._compute.call(
+                    lambda: engine.open_session(opening.session, max_length=opening.max_length)
+                )
+            )
+            self._announce_arrival(opening.session)
+            if opening.next is not None:
+                session.attach_next(await self._dial_next(opening, opening.next))
+            yield session
+        finally:
+            await session.close()
+            del self._sessions[opening.session]
+            self._changed.set()
+
+    async def _run(self, session: HostedSession, channel: Channel) -> None:
+        """Serve the session until the client leaves or something fails."""
+        first = session.opening.upstream is None
+        work = [
+            asyncio.create_task(session.pump(channel) if first else session.watch_client()),
+            asyncio.create_task(session.wait_ended()),
+        ]
+        if session.opening.next is not None:
+            work.append(asyncio.create_task(session.watch_next()))
+        try:
+            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in work:
+                task.cancel()
+            await asyncio.gather(*work, return_exceptions=True)
+        for task in done:
+            task.result()
+
+    def _admit(self, opening: Open) -> None:
+        if self.draining:
+            raise BusyError("this server is leaving the swarm")
+        if len(self._sessions) >= self._limits.max_sessions:
+            raise BusyError(f"this server already has {self._limits.max_sessions} sessions")
+        if opening.model != self._model_key:
+            raise WrongModelError(f"this server hosts {self._model_key}, not {opening.model}")
+        span = self._compute.engine.stack.span
+        if not span.covers(opening.span):
+            raise WrongSpanError(f"this server hosts blocks {span}, not {opening.span}")
+        if opening.session in self._sessions:
+            raise BadMessageError("a session of this id is open already")
+
+    def _opened(self) -> Opened:
+        engine = self._compute.engine
+        return Opened(
+            dtype=dtype_name(engine.stack.dtype),
+            max_batch_tokens=engine.max_batch_tokens,
+            kv_tokens_free=engine.stats().kv_tokens_free,
+        )
+
+    async def _dial_next(self, opening: Open, following: Neighbour) -> Channel:
+        try:
+            stream = await self._transport.open_stream(
+                following.peer_id, PUSH, addresses=following.addresses, timeout_s=self._limits.open_timeout_s
+            )
+        except PetalSwarmError as error:
+            raise HopLostError(f"no way to the next hop: {error}") from error
+        channel = Channel(stream, PUSH_TABLE, Role.DIALER)
+        try:
+            channel.send(PushOpen(opening.session, opening.epoch))
+            await channel.expect(Opened, timeout_s=self._limits.open_timeout_s)
+        except PetalSwarmError as error:
+            channel.abort()
+            raise HopLostError(f"the next hop {following.peer_id} refused: {error}") from error
+        return channel
+
+    async def _find(self, opening: PushOpen, peer_id: str) -> HostedSession:
+        """The session of a push stream, which may arrive before the client's `open` does."""
+        if opening.session not in self._sessions:
+            arrival = self._arrivals.setdefault(opening.session, asyncio.Event())
+            try:
+                async with asyncio.timeout(self._limits.open_timeout_s):
+                    await arrival.wait()
+            except TimeoutError:
+                self._arrivals.pop(opening.session, None)
+        session = self._sessions.get(opening.session)
+        if session is None or session.opening.upstream != peer_id or session.opening.epoch != opening.epoch:
+            # One answer for all three, so that nobody learns of others' sessions.
+            raise UnknownSessionError("no session of this id expects steps from you")
+        return session
+
+    def _announce_arrival(self, session: bytes) -> None:
+        arrival = self._arrivals.pop(session, None)
+        if arrival is not None:
+            arrival.set()
+
+
+@contextlib.asynccontextmanager
+async def _answering_errors(channel: Channel) -> AsyncIterator[None]:
+    """Tell the peer of an error where that is still possible; nothing of it reaches other sessions."""
+    try:
+        yield
+    except (PetalSwarmError, TimeoutError) as error:
+        level = logging.DEBUG if isinstance(error, NetworkError) else logging.INFO
+        logger.log(level, "stream from %s ended: %s", channel.peer_id, error)
+        with contextlib.suppress(PetalSwarmError):
+            channel.send(error_message(error))
+    except Exception:
+        logger.exception("stream from %s failed", channel.peer_id)
+        with contextlib.suppress(PetalSwarmError):
+            channel.send(error_message(RuntimeError()))

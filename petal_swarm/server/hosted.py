@@ -1,0 +1,218 @@
+"""One session at one hop: steps in from the client or the previous hop, results out along the ring."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+
+import torch
+
+from petal_swarm.engine.compute import ComputeThread
+from petal_swarm.engine.engine import StepRequest, StepResult
+from petal_swarm.errors import (
+    BadMessageError,
+    HopLostError,
+    NetworkError,
+    PetalSwarmError,
+    ProtocolError,
+    RemoteError,
+    UnknownVersionError,
+    VersionMismatchError,
+)
+from petal_swarm.net.channel import Channel
+from petal_swarm.server.config import SessionLimits
+from petal_swarm.wire.frames import Buffer
+from petal_swarm.wire.messages import Error, Message, Open, Output, Step, TensorMeta
+from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
+
+#: How much one new measurement moves the running mean of a hop's own overhead.
+_SMOOTHING = 0.1
+
+
+class Overhead:
+    """A running mean of what a step costs here besides computing, in seconds."""
+
+    def __init__(self) -> None:
+        self.mean_s = 0.0
+
+    def add(self, value_s: float) -> None:
+        self.mean_s += (value_s - self.mean_s) * (_SMOOTHING if self.mean_s else 1.0)
+
+
+class HostedSession:
+    """The hop's side of a session. Lives in the event loop; the engine runs its steps in another thread."""
+
+    def __init__(
+        self,
+        opening: Open,
+        client: Channel,
+        *,
+        compute: ComputeThread,
+        limits: SessionLimits,
+        overhead: Overhead,
+    ) -> None:
+        self.opening = opening
+        self._client = client
+        self._compute = compute
+        self._limits = limits
+        self._overhead = overhead
+        self._loop = asyncio.get_running_loop()
+        self._next: Channel | None = None
+        self._last_step = -1
+        self._in_flight = 0
+        self._room = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    @property
+    def ended(self) -> bool:
+        return self._ended.is_set()
+
+    def attach_next(self, channel: Channel) -> None:
+        """Results of this hop go to `channel`, a push stream to the next hop."""
+        self._next = channel
+
+    async def pump(self, source: Channel) -> None:
+        """Take steps from `source` until it ends; back-pressure: reads no faster than results leave.
+
+        Raises:
+            NetworkError, RemoteProtocolError, RemoteError: as `Channel.receive`, or a step is not valid.
+        """
+        output = self._next or self._client
+        while not self.ended:
+            async with asyncio.timeout(self._limits.idle_timeout_s):
+                message = await source.receive()
+            if message is None:
+                return
+            self._submit(message)
+            while self._in_flight >= self._limits.max_steps_in_flight and not self.ended:
+                self._room.clear()
+                await self._room.wait()
+            async with asyncio.timeout(self._limits.write_timeout_s):
+                await output.drain()
+
+    async def watch_next(self) -> None:
+        """Wait for the next hop to fail, and tell the client so."""
+        assert self._next is not None
+        try:
+            message = await self._next.receive()
+            reason = message.message if isinstance(message, Error) else "it ended the stream"
+        except PetalSwarmError as error:
+            reason = str(error)
+        self.fail(HopLostError(f"the next hop {self._next.peer_id} is gone: {reason}"))
+
+    async def watch_client(self) -> None:
+        """Wait for the client to leave; at a hop that gets its steps from another, it must not send any."""
+        message = await self._client.receive()
+        if message is not None:
+            raise BadMessageError("steps of this session come from its upstream hop")
+
+    def fail(self, error: Exception, step: int | None = None) -> None:
+        """End the session with an error to the client."""
+        if self.ended:
+            return
+        self._end()
+        with contextlib.suppress(ProtocolError):
+            self._client.send(error_message(error, step))
+
+    async def close(self) -> None:
+        """End the session, free its cache and close the stream to the next hop. Idempotent."""
+        self._end()
+        if self._next is not None:
+            await self._next.close()
+
+    async def wait_ended(self) -> None:
+        await self._ended.wait()
+
+    def _end(self) -> None:
+        if not self.ended:
+            self._ended.set()
+            self._room.set()
+            self._compute.close_session(self.opening.session)
+
+    def _submit(self, message: Message) -> None:
+        """Check what can be checked here and hand the step to the engine."""
+        if not isinstance(message, Step):
+            raise BadMessageError(f"expected a step, got {message.type!r}")
+        if message.epoch < self.opening.epoch:
+            return
+        if message.epoch > self.opening.epoch or message.step <= self._last_step:
+            raise BadMessageError(
+                f"step {message.step} of epoch {message.epoch} came after"
+                f" step {self._last_step} of epoch {self.opening.epoch}"
+            )
+        self._last_step = message.step
+        self._in_flight += 1
+        request = StepRequest(
+            session=self.opening.session,
+            blocks=self.opening.span,
+            slices=message.slices,
+            hidden=decode_tensor(message.tensor, message.payload),
+            forks=message.forks,
+            rows=message.rows if self.opening.next is None else "all",
+        )
+        arrived = time.perf_counter()
+        self._compute.submit(request, lambda result: self._computed(message, arrived, result))
+
+    def _computed(self, step: Step, arrived: float, result: StepResult) -> None:
+        """In the compute thread: encode there, so that the event loop only writes."""
+        encoded = None
+        if result.hidden is not None:
+            encoded = encode_tensor(_to_dtype(result.hidden, step.tensor.dtype))
+        with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
+            self._loop.call_soon_threadsafe(self._deliver, step, arrived, result, encoded)
+
+    def _deliver(
+        self, step: Step, arrived: float, result: StepResult, encoded: tuple[TensorMeta, Buffer] | None
+    ) -> None:
+        self._in_flight -= 1
+        self._room.set()
+        if self.ended:
+            return
+        if result.error is not None or encoded is None:
+            self.fail(result.error or RemoteError("the engine returned nothing"), step.step)
+            return
+        meta, payload = encoded
+        elapsed = time.perf_counter() - arrived
+        self._overhead.add(elapsed - result.compute_s)
+        trace = (*step.trace, elapsed)
+        try:
+            if self._next is not None:
+                self._next.send(
+                    Step(
+                        step=step.step,
+                        epoch=step.epoch,
+                        slices=step.slices,
+                        tensor=meta,
+                        payload=payload,
+                        rows=step.rows,
+                        forks=step.forks,
+                        trace=trace,
+                    )
+                )
+            elif step.rows != "none":
+                self._client.send(
+                    Output(step=step.step, epoch=step.epoch, tensor=meta, payload=payload, trace=trace)
+                )
+        except ProtocolError as error:
+            # The neighbour has just ended the stream with an error of its own, which its reader reports.
+            self.fail(HopLostError(str(error)), step.step)
+
+
+def error_message(error: BaseException, step: int | None = None) -> Error:
+    """What a peer is told of an error: its own mistakes as they are, everything else without details."""
+    if isinstance(error, RemoteError):
+        return Error(error.code, str(error), step)
+    if isinstance(error, UnknownVersionError):
+        return Error(VersionMismatchError.code, str(error), step)
+    if isinstance(error, ProtocolError):
+        return Error(BadMessageError.code, str(error), step)
+    if isinstance(error, TimeoutError):
+        return Error("timeout", "nothing came in time", step)
+    if isinstance(error, NetworkError):
+        return Error(HopLostError.code, str(error), step)
+    return Error(RemoteError.code, "internal error", step)
+
+
+def _to_dtype(hidden: torch.Tensor, name: str) -> torch.Tensor:
+    return hidden.to(DTYPES[name])
