@@ -4,7 +4,8 @@
 
 `wan`: spans of 8 to 20 blocks, servers up to 100 ms from the client. `lan`: the same within 1 ms and
 with speeds that differ a hundredfold, which tempts routes to return to a server they left. `whole`:
-every server hosts every block, the densest graph there is.
+every server hosts every block, the densest graph there is. `nested`: made to be slow, a fifth of the
+servers hosts everything at a hundredth of the speed of the others, which host one block each, side by side.
 """
 
 from __future__ import annotations
@@ -31,12 +32,14 @@ class Kind:
     diameter_s: float
     spans: tuple[int, int]
     block_times_s: tuple[float, float]
+    slow_whole_servers: bool = False
 
 
 KINDS = (
     Kind("wan", 0.1, (8, 20), (0.001, 0.01)),
     Kind("lan", 0.001, (8, 20), (0.0002, 0.02)),
     Kind("whole", 0.1, (BLOCKS, BLOCKS), (0.001, 0.01)),
+    Kind("nested", 0.001, (1, 1), (0.01, 0.02), slow_whole_servers=True),
 )
 
 
@@ -49,7 +52,8 @@ def random_swarm(kind: Kind, servers: int, rng: random.Random) -> tuple[list[Ann
 
     swarm: list[Announcement] = []
     for i, (peer_id, place) in enumerate(places.items()):
-        length = rng.randint(*kind.spans)
+        slow = kind.slow_whole_servers and i % 5 == 0
+        length = BLOCKS if slow else rng.randint(*kind.spans)
         anywhere = rng.randint(0, BLOCKS - length)
         # The first ten see to it that every block is served.
         span = choose_span(swarm, BLOCKS, length) if i < 10 else Span(anywhere, anywhere + length)
@@ -59,7 +63,7 @@ def random_swarm(kind: Kind, servers: int, rng: random.Random) -> tuple[list[Ann
                 peer_id=peer_id,
                 model="bloom",
                 span=span,
-                block_time_s=math.exp(rng.uniform(*map(math.log, kind.block_times_s))),
+                block_time_s=math.exp(rng.uniform(*map(math.log, kind.block_times_s))) * (100 if slow else 1),
                 step_time_s=0.0003,
                 queue_s=rng.choice([0.0, 0.0, 0.01]),
                 bandwidth_bytes_per_s=rng.uniform(1e6, 1e8),

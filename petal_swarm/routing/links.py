@@ -51,15 +51,14 @@ def link_costs_s(peers: Sequence[Announcement | None], measurements: Measurement
     # By the triangle inequality a round trip lies between |a - b| and a + b, whose middle is max(a, b).
     rtts_s = np.maximum.outer(to_client_s, to_client_s)
     index = {peer.peer_id: i for i, peer in enumerate(peers) if peer is not None}
-    known = [
-        (i, index[neighbour], rtt_s)
-        for i, peer in enumerate(peers)
-        if peer is not None
-        for neighbour, rtt_s in peer.next_rtts_s.items()
-        if neighbour in index
-    ]
-    if known:
-        senders, receivers, measured_s = (np.array(column) for column in zip(*known, strict=True))
+    senders, receivers, measured_s = [], [], []
+    for i, peer in enumerate(peers):
+        for neighbour, rtt_s in peer.next_rtts_s.items() if peer is not None else ():
+            if neighbour in index:
+                senders.append(i)
+                receivers.append(index[neighbour])
+                measured_s.append(rtt_s)
+    if measured_s:
         rtts_s[receivers, senders] = measured_s
         rtts_s[senders, receivers] = measured_s  # after the other: the sender's own measurement counts first
     costs: Costs = rtts_s / 2 + step_bytes / _rates(peers, measurements)

@@ -11,12 +11,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_REMEMBERED = 5
-"""Labels grow as 2 to this power, and what servers announce must not decide how long we compute."""
+"""At one block. Labels grow as 2 to this power, and others' announcements must not choose our run time."""
+
+MAX_PASSES = 6
+"""For the same reason."""
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -42,6 +46,12 @@ class Graph:
 
     def hosts(self, block: int) -> Ints:
         return np.flatnonzero((self.starts <= block) & (block < self.ends))
+
+    def cost_s(self, visits: Sequence[Visit]) -> float:
+        servers = [server for server, _, _ in visits]
+        cost_s = float(self.enter_s[servers[0]]) + float(self.leave_s[servers[-1]])
+        cost_s += sum(float(self.link_s[pair]) for pair in pairwise(servers))
+        return cost_s + sum((end - start) * float(self.block_s[server]) for server, start, end in visits)
 
 
 class _Labels:
@@ -74,18 +84,25 @@ class _Labels:
 def cheapest_path(graph: Graph) -> list[Visit]:
     """The cheapest visits that compute all blocks in order, no server twice.
 
-    Every block must have a host. Exact while at most `MAX_REMEMBERED` servers need remembering;
-    past that, visits of one server are joined into one, which is valid but may cost more.
+    Every block must have a host. Exact while `MAX_PASSES` passes suffice and no block has more than
+    `MAX_REMEMBERED` servers to remember. Past that, each pass's visits of one server are joined into
+    one, and the cheapest of these is the answer: valid, perhaps not the cheapest of all.
     """
     remembered: list[int] = []
-    while True:
+    joined: list[list[Visit]] = []
+    for _ in range(MAX_PASSES):
         visits = _relaxed_path(graph, remembered)
         repeated = _repeated(visits)
         if not repeated:
             return visits
-        if len(remembered) == MAX_REMEMBERED:
-            return _joined(visits)
-        remembered = (remembered + repeated)[:MAX_REMEMBERED]
+        joined.append(_joined(visits))
+        before = len(remembered)
+        for server in repeated:
+            if _most_at_one_block(graph, [*remembered, server]) <= MAX_REMEMBERED:
+                remembered.append(server)
+        if len(remembered) == before:
+            break
+    return min(joined, key=graph.cost_s)
 
 
 def _relaxed_path(graph: Graph, remembered: Sequence[int]) -> list[Visit]:
@@ -93,21 +110,25 @@ def _relaxed_path(graph: Graph, remembered: Sequence[int]) -> list[Visit]:
     bits = {server: 1 << i for i, server in enumerate(remembered)}
     servers = len(graph.starts)
     hosts = graph.hosts(0)
+    from_s = np.ascontiguousarray(graph.link_s.T)  # a row for each server entered, to search along rows
     labels = _Labels(servers, bits)
     labels.offer(0, hosts, (graph.enter_s + graph.block_s)[hosts], 0, hosts)
     history = [labels]
     for block in range(1, graph.blocks):
         before, hosts = hosts, graph.hosts(block)
         free = before[~np.isin(before, remembered)] if remembered else before
-        to_hosts_s = graph.link_s[np.ix_(free, hosts)]
+        if len(free) < servers or len(hosts) < servers:
+            free_to_hosts_s = from_s[hosts[:, None], free]
+        else:
+            free_to_hosts_s = from_s
         live = sum(bit for server, bit in bits.items() if graph.ends[server] > block)
         following = _Labels(servers, bits)
         for left, cost_s in labels.cost_s.items():
             following.offer(left & live, hosts, cost_s[hosts] + graph.block_s[hosts], left, hosts)
             if len(free):
-                ways_s = cost_s[free, None] + to_hosts_s
-                best = ways_s.argmin(axis=0)
-                way_s = ways_s[best, np.arange(len(hosts))] + graph.block_s[hosts]
+                ways_s = free_to_hosts_s + cost_s[free]
+                best = ways_s.argmin(axis=1)
+                way_s = ways_s[np.arange(len(hosts)), best] + graph.block_s[hosts]
                 following.offer(left & live, hosts, way_s, left, free[best])
             for server, bit in bits.items():
                 if cost_s[server] < math.inf:
@@ -138,6 +159,12 @@ def _walk_back(graph: Graph, history: Sequence[_Labels]) -> list[Visit]:
 def _repeated(visits: Sequence[Visit]) -> list[int]:
     servers = [server for server, _, _ in visits]
     return sorted({server for server in servers if servers.count(server) > 1})
+
+
+def _most_at_one_block(graph: Graph, servers: Sequence[int]) -> int:
+    # Spans overlap most where one of them starts.
+    starts, ends = graph.starts[servers], graph.ends[servers]
+    return max(int(((starts <= start) & (start < ends)).sum()) for start in starts)
 
 
 def _joined(visits: Sequence[Visit]) -> list[Visit]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from petal_swarm.errors import ConfigError, MissingBlocksError
 from petal_swarm.routing.blocks import as_span, format_blocks, latest, missing_blocks
 from petal_swarm.routing.links import Measurements, link_costs_s
-from petal_swarm.routing.path import Graph, Visit, cheapest_path
+from petal_swarm.routing.path import Graph, cheapest_path
 from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
 
@@ -99,7 +98,7 @@ def find_route(
     for server, start, end in visits:
         chosen, span = servers[server], Span(wanted.start + start, wanted.start + end)
         hops.append(Hop(chosen.peer_id, span, chosen.addresses, chosen.name))
-    return Route(tuple(hops), _cost_s(graph, visits))
+    return Route(tuple(hops), graph.cost_s(visits))  # without penalties and their rounding
 
 
 def _endpoint(peer_id: str | None, known: Sequence[Announcement]) -> Announcement | None:
@@ -136,23 +135,13 @@ def _penalised(graph: Graph, penalty_s: NDArray[np.float64]) -> Graph:
     return replace(graph, enter_s=graph.enter_s + penalty_s, link_s=graph.link_s + penalty_s)
 
 
-def _cost_s(graph: Graph, visits: Sequence[Visit]) -> float:
-    """What the visits really cost, without penalties and their rounding."""
-    servers = [server for server, _, _ in visits]
-    cost_s = float(graph.enter_s[servers[0]]) + float(graph.leave_s[servers[-1]])
-    cost_s += sum(float(graph.link_s[pair]) for pair in pairwise(servers))
-    return cost_s + sum((end - start) * float(graph.block_s[server]) for server, start, end in visits)
-
-
 def _explain(missing: Sequence[int], known: Sequence[Announcement], usable: Sequence[Announcement]) -> str:
     used = {a.peer_id for a in usable}
     there = [a for a in known if a.peer_id not in used and any(block in a.span for block in missing)]
-    joining = sum(a.state == "joining" for a in there)
-    avoided = sum(a.state == "serving" for a in there)
-    if avoided:
-        advice = f"{avoided} server{'s' * (avoided > 1)} of them must be avoided; retry without avoiding any"
-    elif joining:
-        advice = f"{joining} server{'s' * (joining > 1)} of them still joining; retry in a minute"
+    if any(a.state == "serving" for a in there):
+        advice = "who does is being avoided; wait, then retry without avoiding them"
+    elif any(a.state == "joining" for a in there):
+        advice = "a server of some of them is still joining; retry in a minute"
     else:
         advice = f"start a server with --blocks {missing[0]}:{_run_end(missing)}"
     return f"nobody serves {format_blocks(missing)}: {advice}"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from swarms import server, swarms
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.routing import coverage, format_blocks, latest, missing_blocks
 from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
+
+from .swarms import server, swarms
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from swarms import server, swarms
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.routing import block_throughputs, choose_span, coverage, missing_blocks
 from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
+
+from .swarms import server, swarms
 
 BLOCKS = 6
 TIE_BREAKS = st.none() | st.integers(0, 9).map(random.Random)
