@@ -1,0 +1,288 @@
+"""What `dht.py` does with hivemind's `DHTNode`: join, walk towards a key, store, fetch.
+
+`DHTNode` keeps the routing table and the storage and answers other nodes; its own `get` and `store`
+are not used, for reasons met here:
+
+- They pass the whole value of a key from each of 20 nodes, even on the way to a store. With 1000
+  servers refreshing every 4 s that is gigabytes a second. Here a walk asks for a key right beside the
+  wanted one: the same nodes are the nearest, and nobody has a value for it.
+- One record that the reader's clock finds expired makes `call_find` drop all others of that reply, and
+  the reply itself decides when `get` stops searching. Here every record is judged alone.
+- They wait for each node for as long as for the slowest. Here a walk goes on without those that stay
+  silent, while their calls run out in the background and take them off the routing table.
+
+Kademlia: Maymounkov, Mazieres, "Kademlia: A Peer-to-Peer Information System Based on the XOR Metric"
+(2002). This is the one module of the package that imports hivemind at once: import it on use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgpack
+from hivemind.dht.node import DHTNode
+from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
+from hivemind.dht.traverse import traverse_dht
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import PeerID
+from hivemind.proto import dht_pb2
+
+from petal_swarm.directory.records import CLOCK_SLACK_S, MAX_TTL_S, open_record
+from petal_swarm.errors import RemoteProtocolError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+#: k of the paper, and the width of a walk. All of a swarm of up to 20 servers know each other, and
+#: 1000 servers fill about 6 buckets. 20 random peers do not all vanish within a refresh.
+BUCKET_SIZE = 20
+#: A call is lost after this. A first contact over the Internet takes 6 or 7 round trips (TCP, TLS,
+#: two protocol negotiations), and more when the daemon has to find the address first.
+CALL_TIMEOUT_S = 3.0
+#: A walk in which somebody has answered goes on without those silent for longer than this.
+QUIET_S = 1.0
+WALK_TIMEOUT_S = 6.0
+#: Calls that one walk keeps in flight; alpha of the paper is 3. More, so that several dead nodes cost
+#: one `QUIET_S` together; their sum over all walks is bounded by `PARALLEL_CALLS`.
+WALK_WORKERS = 6
+PARALLEL_CALLS = 64
+#: A node that did not answer is left alone for 5, 10, 20... s, whoever recommends it.
+BLACKLIST_S = 5.0
+#: As p2pd: it passes no larger message.
+MAX_REPLY_BYTES = 4 << 20
+
+_DICTIONARY_EXT = 0x50
+
+
+def key_of(model: str) -> DHTID:
+    """Where the records of `model` are kept."""
+    return DHTID.generate(source=f"petal-swarm/1/{model}".encode())
+
+
+def node_id_of(peer_id: PeerID) -> DHTID:
+    """A peer's place in the id space: by the hash of its peer id, so that it cannot take another's."""
+    return DHTID.generate(source=peer_id.to_bytes())
+
+
+class SignedRecordValidator(RecordValidatorBase):  # type: ignore[misc]
+    """What an honest node agrees to store: records, each where its own peer would put it.
+
+    That is under its model's key, under its peer id as subkey, for no longer than was signed. A record
+    that has expired by less than the clocks' slack passes, and is then dropped by the storage:
+    hivemind judges dictionaries as a whole, and one late record must not take the others with it.
+    """
+
+    def __init__(self, *, now: Callable[[], float]) -> None:
+        self._now = now
+
+    def validate(self, record: DHTRecord) -> bool:
+        try:
+            announcement, expires_at = open_record(record.value)
+        except RemoteProtocolError as error:
+            logger.debug("refused to store: %s", error)
+            return False
+        now = self._now()
+        return bool(
+            record.key == key_of(announcement.model).to_bytes()
+            and record.subkey == msgpack.packb(announcement.peer_id)
+            and record.expiration_time == expires_at
+            and now - CLOCK_SLACK_S < expires_at <= now + MAX_TTL_S + CLOCK_SLACK_S
+        )
+
+
+@dataclass(slots=True)
+class _Walk:
+    peers: dict[DHTID, PeerID]
+    stop: asyncio.Future[None]
+    last_answer_s: float | None = None
+    answered: list[DHTID] = field(default_factory=list)
+
+
+class KademliaNode:
+    """One member of the DHT; in client mode one that asks and is not asked."""
+
+    def __init__(self, node: DHTNode) -> None:
+        self._node = node
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @classmethod
+    async def create(cls, p2p: Any, *, client_mode: bool, now: Callable[[], float]) -> KademliaNode:
+        """Take part in the DHT by this daemon; it knows nobody until `join`."""
+        node = await DHTNode.create(
+            p2p=p2p,
+            node_id=node_id_of(p2p.peer_id),
+            bucket_size=BUCKET_SIZE,
+            wait_timeout=CALL_TIMEOUT_S,
+            parallel_rpc=PARALLEL_CALLS,
+            refresh_timeout=None,  # in 1.1.12 this task fails at once; announcing walks often enough
+            blacklist_time=BLACKLIST_S,
+            cache_locally=False,
+            cache_nearest=0,
+            cache_on_store=False,
+            cache_refresh_before_expiry=0,
+            reuse_get_requests=False,
+            client_mode=client_mode,
+            record_validator=SignedRecordValidator(now=now),
+        )
+        # Others may still ask this node to cache, and a cached dictionary that expires later hides the
+        # stored one from everybody who asks: one record of a stranger would hide all servers.
+        node.protocol.cache.maxsize = 0
+        return cls(node)
+
+    @property
+    def isolated(self) -> bool:
+        """Whether no other node is known."""
+        return not self._node.protocol.routing_table.uid_to_peer_id
+
+    async def join(self, peer_ids: Iterable[str]) -> int:
+        """Get to know these peers and, by them, this node's neighbours; how many of them are nodes."""
+        pings = [self._node.protocol.call_ping(PeerID.from_base58(peer_id)) for peer_id in peer_ids]
+        members = [node_id for node_id in await asyncio.gather(*pings) if node_id is not None]
+        if members:
+            await asyncio.sleep(0)  # call_ping updates the routing table in a task of its own
+            await self.nearest(self._node.node_id)
+        return len(members)
+
+    async def nearest(self, key: DHTID) -> list[PeerID]:
+        """The nodes nearest to `key` that answer, nearest first; this node is not among them."""
+        probe = DHTID(key ^ 1)
+        known = self._node.protocol.routing_table.get_nearest_neighbors(
+            probe, BUCKET_SIZE, exclude=self._node.node_id
+        )
+        loop = asyncio.get_running_loop()
+        walk = _Walk(dict(self._acceptable(known)), loop.create_future())
+        search = self._spawn(
+            traverse_dht(
+                [probe],
+                initial_nodes=list(walk.peers),
+                beam_size=BUCKET_SIZE,
+                num_workers=WALK_WORKERS,
+                queries_per_call=1,
+                get_neighbors=lambda node_id, queries: self._ask(walk, node_id, queries),
+                visited_nodes={probe: {self._node.node_id}},
+                await_all_tasks=False,
+            )
+        )
+        start_s = loop.time()
+        try:
+            while not search.done():
+                end_s = start_s + WALK_TIMEOUT_S
+                if walk.last_answer_s is not None:
+                    end_s = min(end_s, walk.last_answer_s + QUIET_S)
+                if loop.time() >= end_s:
+                    break
+                # An answer meanwhile postpones the end, so look again before it.
+                await asyncio.wait({search}, timeout=min(end_s - loop.time(), QUIET_S / 4))
+        finally:
+            walk.stop.set_result(None)
+        nearest = sorted(walk.answered, key=probe.xor_distance)
+        return [walk.peers[node_id] for node_id in nearest[:BUCKET_SIZE]]
+
+    async def store(
+        self, peer_id: PeerID, key: DHTID, record: bytes, subkey: str, expires_at: float
+    ) -> bool | None:
+        """Whether the node stored it; None if it did not answer."""
+        protocol = self._node.protocol
+        answer = await protocol.call_store(peer_id, [key], [record], [expires_at], subkeys=[subkey])
+        self._note(peer_id, answered=answer is not None)
+        return None if answer is None else all(answer)
+
+    async def fetch(self, peer_id: PeerID, key: DHTID) -> list[bytes] | None:
+        """The records that the node has under `key`, not verified; None if it did not answer."""
+        protocol = self._node.protocol
+        request = dht_pb2.FindRequest(keys=[key.to_bytes()], peer=protocol.node_info)
+        try:
+            async with protocol.rpc_semaphore:
+                response = await protocol.get_stub(peer_id).rpc_find(request, timeout=CALL_TIMEOUT_S)
+            records = _records_of(response)
+        except Exception as error:
+            # hivemind, protobuf and msgpack each raise their own for what a stranger may send.
+            logger.debug("fetching from %s failed: %s", peer_id, error or type(error).__name__)
+            self._note(peer_id, answered=False)
+            return None
+        self._note(peer_id, answered=True)
+        return records
+
+    def fetch_local(self, key: DHTID) -> list[bytes]:
+        """The records that this node itself stores for others."""
+        found = self._node.protocol.storage.get(key)
+        if found is None or not isinstance(found.value, DictionaryDHTValue):
+            return []
+        return [entry.value for _, entry in found.value.items()]
+
+    def store_local(self, key: DHTID, record: bytes, subkey: str, expires_at: float) -> None:
+        self._node.protocol.storage.store(key, record, expires_at, subkey=subkey)
+
+    async def close(self) -> None:
+        """Stop answering, and end the calls in flight."""
+        for task in self._tasks:
+            task.cancel()
+        await self._node.shutdown()
+
+    async def _ask(
+        self, walk: _Walk, node_id: DHTID, queries: Collection[DHTID]
+    ) -> dict[DHTID, tuple[tuple[DHTID, ...], bool]]:
+        """`traverse_dht`'s question to one node: whom do you know near the key? Ends early with the walk."""
+        peer_id = walk.peers[node_id]
+        call = self._spawn(self._find(peer_id, queries))
+        if not walk.stop.done():
+            await asyncio.wait({call, walk.stop}, return_when=asyncio.FIRST_COMPLETED)
+        if not call.done():
+            return dict.fromkeys(queries, ((), True))
+        reply = call.result()
+        if reply is None:
+            return dict.fromkeys(queries, ((), False))
+        walk.answered.append(node_id)
+        walk.last_answer_s = asyncio.get_running_loop().time()
+        neighbours = {}
+        for query, (_, nearest) in reply.items():
+            accepted = dict(self._acceptable(list(nearest.items())[:BUCKET_SIZE]))
+            walk.peers.update(accepted)
+            neighbours[query] = (tuple(accepted), False)
+        return neighbours
+
+    async def _find(self, peer_id: PeerID, queries: Collection[DHTID]) -> Any:
+        reply = await self._node.protocol.call_find(peer_id, queries)
+        self._note(peer_id, answered=reply is not None)
+        return reply
+
+    def _acceptable(self, nodes: Iterable[tuple[DHTID, PeerID]]) -> list[tuple[DHTID, PeerID]]:
+        """Those in the place that their peer id gives them, and not known to be dead."""
+        return [
+            (node_id, peer_id)
+            for node_id, peer_id in nodes
+            if peer_id not in self._node.blacklist and node_id == node_id_of(peer_id)
+        ]
+
+    def _note(self, peer_id: PeerID, *, answered: bool) -> None:
+        if answered:
+            self._node.blacklist.register_success(peer_id)
+        else:
+            self._node.blacklist.register_failure(peer_id)
+
+    def _spawn(self, work: Coroutine[Any, Any, T] | Awaitable[T]) -> asyncio.Task[T]:
+        task: asyncio.Task[T] = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+
+def _records_of(response: Any) -> list[bytes]:
+    """The values of the dictionary in a find reply, without hivemind's decoder, which recurses.
+
+    It is an extension type whose data is `[maxsize, expiration, [[subkey, value, expiration], ...]]`.
+    """
+    [result] = response.results
+    if result.type != dht_pb2.FOUND_DICTIONARY:
+        return []
+    outer = msgpack.unpackb(result.value, raw=False, max_ext_len=MAX_REPLY_BYTES)
+    if not isinstance(outer, msgpack.ExtType) or outer.code != _DICTIONARY_EXT:
+        raise RemoteProtocolError("a found value is not a dictionary")
+    _, _, entries = msgpack.unpackb(outer.data, raw=False, strict_map_key=True)
+    return [value for _, value, _ in entries if type(value) is bytes]

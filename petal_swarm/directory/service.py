@@ -1,0 +1,88 @@
+"""The answering side of the `directory` stream protocol: pings, and listings of signed records."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+
+from petal_swarm.directory.directory import Directory
+from petal_swarm.errors import (
+    BadMessageError,
+    BusyError,
+    LocalProtocolError,
+    PetalSwarmError,
+    RemoteError,
+    RemoteProtocolError,
+    StreamClosedError,
+)
+from petal_swarm.net.channel import Channel
+from petal_swarm.net.transport import Stream
+from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
+from petal_swarm.wire.messages import (
+    MAX_ANNOUNCEMENTS,
+    Error,
+    Listing,
+    ListRequest,
+    Message,
+    Ping,
+    Pong,
+)
+
+logger = logging.getLogger(__name__)
+
+IDLE_TIMEOUT_S = 60.0
+LOOKUP_TIMEOUT_S = 10.0
+#: Anybody may ask, and each question can cost a walk through the DHT.
+MAX_LOOKUPS = 8
+
+
+class DirectoryService:
+    """Serves `protocols.DIRECTORY`: `await transport.serve(DIRECTORY, service.handle)`.
+
+    A listing holds at most `MAX_ANNOUNCEMENTS` records, 4 MiB in all. Of a larger swarm it holds the
+    first by peer id: peer ids are random, so any part of the list covers all blocks alike.
+    """
+
+    def __init__(self, directory: Directory, *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> None:
+        self._directory = directory
+        self._idle_timeout_s = idle_timeout_s
+        self._lookups = asyncio.Semaphore(MAX_LOOKUPS)
+
+    async def handle(self, stream: Stream) -> None:
+        """Answer requests until the peer ends the stream, breaks the protocol or is idle for too long."""
+        channel = Channel(stream, DIRECTORY_TABLE, Role.LISTENER)
+        try:
+            while (request := await self._next_request(channel)) is not None:
+                answer = await self._answer(request)
+                channel.send(answer)
+                async with asyncio.timeout(self._idle_timeout_s):
+                    await channel.drain()
+                if isinstance(answer, Error):
+                    break
+        except (StreamClosedError, TimeoutError) as error:
+            logger.debug("directory stream from %s ended: %s", channel.peer_id, error or "idle")
+        except RemoteProtocolError as error:
+            logger.info("directory stream from %s broke the protocol: %s", channel.peer_id, error)
+            # The table may not allow an answer any more; then ending the stream says enough.
+            with contextlib.suppress(LocalProtocolError):
+                channel.send(Error(BadMessageError.code, str(error)))
+        finally:
+            await channel.close()
+
+    async def _next_request(self, channel: Channel) -> Message | None:
+        async with asyncio.timeout(self._idle_timeout_s):
+            return await channel.receive()
+
+    async def _answer(self, request: Message) -> Message:
+        if isinstance(request, Ping):
+            return Pong()
+        assert isinstance(request, ListRequest), "the table lets nothing else through"
+        try:
+            async with asyncio.timeout(LOOKUP_TIMEOUT_S), self._lookups:
+                records = await self._directory.records(request.model)
+        except TimeoutError:
+            return Error(BusyError.code, "too many are asking; try again later or elsewhere")
+        except PetalSwarmError as error:
+            return Error(RemoteError.code, str(error))
+        return Listing(tuple(records[:MAX_ANNOUNCEMENTS]))
