@@ -1,0 +1,221 @@
+"""Attention of a packed batch over the KV pool: per sequence, without padding, copying as little as possible.
+
+An `AttentionPlan` is made once a step and used by every block of the step. It knows two cases:
+one new token (decode: two batched products over views of the pool), and several (prefill:
+`scaled_dot_product_attention` over bounded chunks of queries). Query heads share key heads in groups
+(GQA, arXiv:2305.13245); positions may be biased linearly (ALiBi, arXiv:2108.12409); a window may limit
+how far back a token sees.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from petal_swarm.models.packing import PackedBatch, PackedSlice
+
+_QUERY_CHUNK = 256
+# Off the CPU a mask is materialized: at most this many elements at a time.
+_MASK_ELEMENTS = 1 << 25
+# Beyond this many ranges one gather beats the concatenation of views.
+_MAX_RANGES = 8
+
+
+class Heads:
+    """Shape of the attention: `query` heads of `size`, in groups over `kv` heads, scores times `scale`."""
+
+    __slots__ = ("group", "kv", "query", "scale", "size", "width")
+
+    def __init__(self, query: int, kv: int, size: int) -> None:
+        self.query = query
+        self.kv = kv
+        self.size = size
+        self.group = query // kv
+        self.width = (query + 2 * kv) * size
+        self.scale = size**-0.5
+
+
+class MaskTable:
+    """Masks and ALiBi biases of every query as windows into one row of numbers for each head.
+
+    What is added to a score depends on the distance d = key position - query position only:
+    `slope * d` for `-window < d <= 0`, minus infinity elsewhere. So the whole mask of a chunk is a view with
+    overlapping rows of `table[head, capacity + d]`, at the price of taking the queries last to first.
+    """
+
+    __slots__ = ("_capacity", "_slopes", "_table", "_window")
+
+    def __init__(self, slopes: Tensor, window: int | None, dtype: torch.dtype) -> None:
+        self._slopes = slopes
+        self._window = window
+        self._capacity = 0
+        self._table = torch.empty(slopes.shape[0], 0, dtype=dtype, device=slopes.device)
+
+    def _reach(self, keys: int) -> Tensor:
+        if keys > self._capacity:
+            self._capacity = max(keys, 2 * self._capacity, 512)
+            distance = torch.arange(-self._capacity, _QUERY_CHUNK, device=self._slopes.device)
+            bias = self._slopes[:, None] * distance
+            hidden = distance > 0
+            if self._window is not None:
+                hidden |= distance <= -self._window
+            self._table = bias.masked_fill_(hidden, -torch.inf).to(self._table.dtype)
+        return self._table
+
+    def decode(self, heads: Heads, keys: int) -> Tensor:
+        """Bias of one query at the last of `keys` positions: `[kv, group, keys]`."""
+        table = self._reach(keys)
+        row = table.stride(0) if table.shape[0] > 1 else 0
+        start = self._capacity + 1 - keys
+        return table.as_strided((heads.kv, heads.group, keys), (heads.group * row, row, 1), start)
+
+    def reversed_queries(self, heads: Heads, queries: int, keys: int) -> Tensor:
+        """Mask `[kv, group, queries, keys]`; query 0 is the last one, and stands at the last key."""
+        table = self._reach(keys)
+        row = table.stride(0) if table.shape[0] > 1 else 0
+        shape = (heads.kv, heads.group, queries, keys)
+        mask = table.as_strided(shape, (heads.group * row, row, 1, 1), self._capacity + 1 - keys)
+        return mask if mask.device.type == "cpu" else mask.contiguous()
+
+
+class _Piece:
+    """One slice of the batch: which pool rows it reads, and how."""
+
+    __slots__ = ("bias", "gather", "keys", "length", "ranges", "row", "start")
+
+    def __init__(self, piece: PackedSlice, window: int | None, device: torch.device) -> None:
+        self.row = piece.row
+        self.length = piece.length
+        self.bias: Tensor | None = None
+        self.ranges = piece.extents
+        self.keys = piece.position + piece.length
+        if window is not None and piece.position >= window:
+            self.ranges = _drop_first(piece.extents, piece.position + 1 - window)
+            self.keys = piece.length + window - 1
+        self.start = self.ranges[0][0] if len(self.ranges) == 1 else -1
+        self.gather: Tensor | None = None
+        if len(self.ranges) > _MAX_RANGES:
+            self.gather = torch.cat([torch.arange(a, b) for a, b in self.ranges]).to(device)
+
+    def read(self, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each `[kv, keys, size]`; views when the rows are one range."""
+        if self.start >= 0:
+            both = pair.narrow(2, self.start, self.keys)
+        elif self.gather is not None:
+            both = pair.index_select(2, self.gather)
+        else:
+            both = torch.cat([pair[:, :, a:b] for a, b in self.ranges], dim=2)
+        keys, values = both.unbind(0)
+        return keys, values
+
+
+def _drop_first(extents: tuple[tuple[int, int], ...], count: int) -> tuple[tuple[int, int], ...]:
+    kept = []
+    for start, stop in extents:
+        drop = min(count, stop - start)
+        count -= drop
+        if start + drop < stop:
+            kept.append((start + drop, stop))
+    return tuple(kept)
+
+
+class AttentionPlan:
+    """Stores a block's new keys and values, and attends; made once for all blocks of a step.
+
+    `rotation` is what rotary families turn queries and keys by: complex64 `[tokens, 1, head_dim / 2]`.
+    """
+
+    __slots__ = ("_alibi", "_batch", "_heads", "_masks", "_pieces", "_window", "rotation")
+
+    def __init__(
+        self, batch: PackedBatch, heads: Heads, masks: MaskTable, window: int | None, alibi: bool
+    ) -> None:
+        self._batch = batch
+        self._heads = heads
+        self._masks = masks
+        self._window = window
+        self._alibi = alibi
+        self.rotation: Tensor | None = None
+        self._pieces = [_Piece(s, window, batch.slots.device) for s in batch.slices]
+        if alibi:
+            for piece in self._pieces:
+                if piece.length == 1:
+                    piece.bias = masks.decode(heads, piece.keys)
+
+    def attend(self, qkv: Tensor, pair: Tensor) -> Tensor:
+        """`qkv [tokens, (query + 2 kv) * size]`, contiguous, ordered query heads, key heads, value heads.
+
+        Writes keys and values into `pair [2, kv, pool_tokens, size]`; returns `[tokens, query * size]`.
+        """
+        self._store(qkv, pair)
+        pieces = self._pieces
+        if len(pieces) == 1:
+            return self._one(pieces[0], qkv, pair)
+        return torch.cat([self._one(piece, qkv, pair) for piece in pieces])
+
+    def _store(self, qkv: Tensor, pair: Tensor) -> None:
+        heads, batch = self._heads, self._batch
+        new = qkv.as_strided(
+            (2, heads.kv, batch.tokens, heads.size),
+            (heads.kv * heads.size, heads.size, heads.width, 1),
+            qkv.storage_offset() + heads.query * heads.size,
+        )
+        if batch.run is not None:
+            pair.narrow(2, batch.run, batch.tokens).copy_(new)
+        else:
+            pair.index_copy_(2, batch.slots, new)
+
+    def _one(self, piece: _Piece, qkv: Tensor, pair: Tensor) -> Tensor:
+        keys, values = piece.read(pair)
+        if piece.length == 1:
+            return self._decode(piece, qkv, keys, values)
+        return self._prefill(piece, qkv, keys, values)
+
+    def _decode(self, piece: _Piece, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        heads = self._heads
+        query = qkv.as_strided(
+            (heads.kv, heads.group, heads.size),
+            (heads.group * heads.size, heads.size, 1),
+            qkv.storage_offset() + piece.row * heads.width,
+        )
+        if piece.bias is None:
+            scores = torch.bmm(query, keys.mT).mul_(heads.scale)
+        else:
+            scores = torch.baddbmm(piece.bias, query, keys.mT, alpha=heads.scale)
+        return torch.bmm(scores.softmax(-1), values).view(1, -1)
+
+    def _prefill(self, piece: _Piece, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        heads, length = self._heads, piece.length
+        query = qkv[piece.row : piece.row + length, : heads.query * heads.size]
+        query = query.view(length, heads.kv, heads.group, heads.size).permute(1, 2, 0, 3)
+        keys = keys.unsqueeze(1).expand(-1, heads.group, -1, -1)
+        values = values.unsqueeze(1).expand(-1, heads.group, -1, -1)
+        limited = self._window is not None and length > self._window
+        if length == piece.keys and not self._alibi and not limited:
+            out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=heads.scale)
+        else:
+            out = self._in_chunks(query, keys, values)
+        return out.permute(2, 0, 1, 3).reshape(length, heads.query * heads.size)
+
+    def _in_chunks(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """Masked attention `[kv, group, length, size]`; each chunk of queries sees no key it need not."""
+        heads, length, total = self._heads, query.shape[2], keys.shape[2]
+        chunk = _QUERY_CHUNK
+        if query.device.type != "cpu":
+            chunk = max(1, min(chunk, _MASK_ELEMENTS // (heads.query * total)))
+        outs = []
+        for first in range(0, length, chunk):
+            queries = min(chunk, length - first)
+            stop = total - length + first + queries
+            start = 0 if self._window is None else max(0, stop - queries + 1 - self._window)
+            mask = self._masks.reversed_queries(heads, queries, stop - start)
+            out = F.scaled_dot_product_attention(
+                query[:, :, first : first + queries].flip(2),
+                keys[:, :, start:stop],
+                values[:, :, start:stop],
+                attn_mask=mask,
+                scale=heads.scale,
+            )
+            outs.append(out.flip(2))
+        return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)

@@ -1,0 +1,74 @@
+"""What a client holds of a model: the embeddings before the first block and the head after the last."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from petal_swarm.models.checkpoint import Checkpoint, Progress
+from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.families import family_of
+
+
+class Ends(nn.Module):
+    """Embeddings and LM head with frozen weights; gradients pass through to `hidden`."""
+
+    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
+        family = family_of(config)
+
+        def frozen(name: str) -> nn.Parameter:
+            return nn.Parameter(tensors[name], requires_grad=False)
+
+        self.config = config
+        self._rms = family.rms_norms
+        self.embedding = frozen(f"{family.ends.embedding}.weight")
+        self.head = self.embedding if config.tied_embeddings else frozen(f"{family.ends.head}.weight")
+        self.norm_weight = frozen(f"{family.ends.final_norm}.weight")
+        self.norm_bias = None if self._rms else frozen(f"{family.ends.final_norm}.bias")
+        stem = family.ends.embedding_norm
+        self.embedding_norm_weight = None if stem is None else frozen(f"{stem}.weight")
+        self.embedding_norm_bias = None if stem is None or self._rms else frozen(f"{stem}.bias")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    def embed(self, token_ids: Tensor) -> Tensor:
+        """What goes into block 0: int64 `[...]` -> `[..., hidden_size]`."""
+        hidden = F.embedding(token_ids, self.embedding)
+        if self.embedding_norm_weight is None:
+            return hidden
+        return self._norm(hidden, self.embedding_norm_weight, self.embedding_norm_bias)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token: `[..., hidden_size]` -> `[..., vocab_size]`."""
+        return F.linear(self._norm(hidden, self.norm_weight, self.norm_bias), self.head)
+
+    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not self._rms:
+            return F.layer_norm(x, weight.shape, weight, bias, self.config.norm_eps)
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.config.norm_eps)
+        return wide.to(x.dtype) * weight
+
+
+def load_ends(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+) -> Ends:
+    """Loads embeddings, final norm and head.
+
+    Raises:
+        CheckpointError: tensors are missing, misshapen or damaged.
+    """
+    shapes = checkpoint.family.end_tensors(checkpoint.config)
+    return Ends(checkpoint.config, checkpoint.load(shapes, dtype=dtype, device=device, progress=progress))

@@ -1,0 +1,112 @@
+"""What the engine hands to the blocks: the tokens of one step, and the KV pool they attend over."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from petal_swarm.models.config import ModelConfig
+from petal_swarm.span import Span
+
+
+class PackedSlice(NamedTuple):
+    """Rows `[row, row + length)` of a packed matrix: new tokens of one sequence.
+
+    They stand at the absolute positions `[position, position + length)`. `extents` are ranges
+    `[start, stop)` of KV pool rows which hold, in order, the positions `0 .. position + length`,
+    the new tokens included.
+    """
+
+    row: int
+    length: int
+    position: int
+    extents: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """The slices of one step, and for every new token its pool row and its absolute position.
+
+    `run` is the first pool row when the rows of all new tokens are consecutive, else None.
+    """
+
+    slices: tuple[PackedSlice, ...]
+    tokens: int
+    slots: Tensor
+    positions: Tensor
+    run: int | None
+
+    @classmethod
+    def build(cls, slices: Sequence[PackedSlice], device: torch.device | str = "cpu") -> PackedBatch:
+        """Derives slots and positions. The slices must cover the packed rows in order, without gaps."""
+        ranges: list[tuple[int, int]] = []
+        row = 0
+        for piece in slices:
+            assert piece.length > 0, "a slice holds at least one token"
+            assert piece.row == row, "slices must cover the packed rows in order"
+            row += piece.length
+            _append_new_rows(ranges, piece)
+        positions = [torch.arange(s.position, s.position + s.length) for s in slices]
+        slots = [torch.arange(start, stop) for start, stop in ranges]
+        return cls(
+            tuple(slices),
+            row,
+            torch.cat(slots).to(device) if len(slots) != 1 else slots[0].to(device),
+            torch.cat(positions).to(device) if len(positions) != 1 else positions[0].to(device),
+            ranges[0][0] if len(ranges) == 1 else None,
+        )
+
+
+def _append_new_rows(ranges: list[tuple[int, int]], piece: PackedSlice) -> None:
+    """Appends the pool rows of the slice's new tokens, joining ranges that touch."""
+    skip = piece.position
+    found = 0
+    for start, stop in piece.extents:
+        size = stop - start
+        if skip >= size:
+            skip -= size
+            continue
+        start += skip
+        skip = 0
+        found += stop - start
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], stop)
+        else:
+            ranges.append((start, stop))
+    assert found == piece.length, "extents must hold the sequence's positions and the new tokens, no more"
+
+
+@dataclass(frozen=True, slots=True)
+class KVPool:
+    """Keys and values of all sequences, for each block of a span.
+
+    `pairs[i]` is `[2, kv_heads, pool_tokens, head_dim]`, so that a block writes both at once; `keys[i]` and
+    `values[i]` `[kv_heads, pool_tokens, head_dim]` are views of it. Heads come first because reading a
+    head's keys as one range is what decoding does most [measured on CPU].
+    """
+
+    pairs: list[Tensor]
+    keys: list[Tensor]
+    values: list[Tensor]
+
+    @classmethod
+    def allocate(
+        cls, config: ModelConfig, span: Span, pool_tokens: int, dtype: torch.dtype, device: torch.device | str
+    ) -> KVPool:
+        """Room for `pool_tokens` rows a block. On CPU the system commits memory as rows are first written."""
+        shape = (2, config.num_kv_heads, pool_tokens, config.head_dim)
+        pairs = [torch.empty(shape, dtype=dtype, device=device) for _ in span.blocks()]
+        return cls(pairs, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+
+    @property
+    def tokens(self) -> int:
+        return self.pairs[0].shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of address space; on CPU less is committed until rows are written."""
+        return sum(pair.nbytes for pair in self.pairs)

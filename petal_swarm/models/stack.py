@@ -1,0 +1,123 @@
+"""The blocks of a span, run over packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from petal_swarm.errors import ConfigError
+from petal_swarm.models.attention import AttentionPlan, Heads, MaskTable
+from petal_swarm.models.checkpoint import Checkpoint, Progress
+from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.families import family_of
+from petal_swarm.models.family import Block
+from petal_swarm.models.packing import KVPool, PackedBatch
+from petal_swarm.models.rope import RotaryTable
+from petal_swarm.span import Span
+
+
+class BlockStack:
+    """Blocks `span` of a model, without embeddings and head.
+
+    `nbytes` is the memory of the weights. Not safe for several threads at a time: tables of positions grow.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        span: Span,
+        blocks: Sequence[Block],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        assert len(blocks) == len(span), "one block for each number of the span"
+        self.config = config
+        self.span = span
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.nbytes = sum(block.nbytes for block in blocks)
+        self._blocks = tuple(blocks)
+        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+        slopes = family_of(config).slopes(config)
+        self._alibi = slopes is not None
+        slopes = torch.zeros(1) if slopes is None else slopes
+        self._windows = [config.window(block) for block in span.blocks()]
+        self._masks = {
+            window: MaskTable(slopes.to(self.device), window, dtype) for window in set(self._windows)
+        }
+        self._rotary = RotaryTable(config.rope, config.head_dim, self.device) if config.rope else None
+
+    def forward(self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span) -> Tensor:
+        """Runs the sub-span `blocks` (absolute numbers) over `hidden [tokens, hidden_size]`.
+
+        Writes the new keys and values into `pool`, which has one entry for each block of the whole span.
+        `hidden` is not changed. The caller sets `torch.inference_mode`.
+        """
+        assert self.span.covers(blocks), f"blocks {blocks} are not all in {self.span}"
+        plans: dict[int | None, AttentionPlan] = {}
+        for index in range(blocks.start - self.span.start, blocks.end - self.span.start):
+            window = self._windows[index]
+            plan = plans.get(window)
+            if plan is None:
+                plan = plans[window] = self._plan(batch, window)
+            hidden = self._blocks[index](hidden, plan, pool.pairs[index])
+        return hidden
+
+    def _plan(self, batch: PackedBatch, window: int | None) -> AttentionPlan:
+        plan = AttentionPlan(batch, self._heads, self._masks[window], window, self._alibi)
+        if self._rotary is not None:
+            if len(batch.slices) == 1:
+                piece = batch.slices[0]
+                plan.rotation = self._rotary.run(piece.position, piece.position + piece.length)
+            else:
+                stop = max(piece.position + piece.length for piece in batch.slices)
+                plan.rotation = self._rotary.rows(batch.positions, stop)
+        return plan
+
+
+def load_blocks(
+    checkpoint: Checkpoint,
+    span: Span,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    threads: int | None = None,
+) -> BlockStack:
+    """Loads the blocks of `span`, one after the other: memory peaks one block above their size.
+
+    `progress(done, total)` counts bytes of the span.
+
+    Raises:
+        ConfigError: the model has no such blocks.
+        CheckpointError: tensors are missing, misshapen or damaged.
+    """
+    config, family = checkpoint.config, checkpoint.family
+    if span.end > config.num_blocks:
+        raise ConfigError(f"{checkpoint.name} has blocks 0:{config.num_blocks}, so there is no span {span}")
+    blocks: list[Block] = []
+    for number in span.blocks():
+        report = None if progress is None else _of_span(progress, len(blocks), len(span))
+        tensors = checkpoint.load(
+            family.block_tensors(config, number),
+            dtype=dtype,
+            device=device,
+            progress=report,
+            threads=threads,
+        )
+        prefix = family.block_prefix.format(number)
+        local = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors)}
+        blocks.append(family.build_block(config, local))
+    return BlockStack(config, span, blocks, dtype=dtype, device=device)
+
+
+def _of_span(progress: Progress, before: int, count: int) -> Progress:
+    """Blocks of a model are of one size, so a block's share of the span is known before it is read."""
+
+    def report(done: int, total: int) -> None:
+        progress(before * total + done, count * total)
+
+    return report
