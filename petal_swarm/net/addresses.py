@@ -22,3 +22,11 @@ def split_address(address: str) -> tuple[str, str]:
 def join_address(base: str, peer_id: str) -> str:
     """The inverse of `split_address`; a base that already ends in `/p2p/...` is left as it is."""
     return base if "/p2p/" in base else f"{base.rstrip('/')}/p2p/{peer_id}"
+
+
+def is_loopback(address: str) -> bool:
+    """Whether a multiaddr names this machine only."""
+    parts = address.strip("/").split("/")
+    if len(parts) < 2:
+        return False
+    return (parts[0] == "ip4" and parts[1].startswith("127.")) or parts[:2] == ["ip6", "::1"]

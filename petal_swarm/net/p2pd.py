@@ -21,7 +21,7 @@ from petal_swarm.errors import (
     StreamClosedError,
     UnsupportedProtocolError,
 )
-from petal_swarm.net.addresses import join_address, split_address
+from petal_swarm.net.addresses import is_loopback, join_address, split_address
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Buffer, StreamHandler
 
@@ -113,6 +113,7 @@ class P2pdTransport:
                     announce_maddrs=[split[0] for split in map(_split_optional, announce)] or None,
                     initial_peers=list(initial_peers) or None,
                     dht_mode="server" if listen else "client",
+                    nat_port_map=any(not is_loopback(address) for address in listen),
                     startup_timeout=startup_timeout_s,
                     idle_timeout=startup_timeout_s,
                 )
@@ -205,6 +206,10 @@ class P2pdTransport:
                 await stream.close()
 
         await self.p2p.add_binary_stream_handler(protocol, on_stream)
+
+    async def wait_daemon(self) -> None:
+        """Return when the daemon has ended: by `close`, or because it died."""
+        await self.p2p._child.wait()
 
     async def close(self) -> None:
         if self._closed:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from petal_swarm.errors import ConfigError
+from petal_swarm.net.addresses import is_loopback
 from petal_swarm.span import Span
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +25,7 @@ class ServerConfig:
     new_swarm: bool = False
     blocks: Span | None = None
     num_blocks: int | None = None
-    listen: tuple[str, ...] = (LOOPBACK,)
+    listen: tuple[str, ...] = ()
     announce: tuple[str, ...] = ()
     identity: str | None = None
     device: str = "auto"
@@ -48,6 +50,12 @@ class ServerConfig:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {value}")
+
+    def listen_addresses(self) -> tuple[str, ...]:
+        """Where to listen: as told; else on loopback while the swarm is on this machine; else everywhere."""
+        if self.listen:
+            return self.listen
+        return (LOOPBACK,) if all(map(is_loopback, self.initial_peers)) else (EVERYWHERE,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -75,7 +75,7 @@ def block_capacity(config: ModelConfig, dtype: torch.dtype, device: torch.device
 
 
 def default_kv_tokens(config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Tokens of KV cache for a span of `num_blocks`: a share of the memory that is free, within sane bounds."""
+    """Tokens of KV cache for a span of `num_blocks`: a share of the free memory, within bounds."""
     per_token = kv_bytes_per_token(config, dtype) * num_blocks
     fits = int(free_bytes(device) * _USABLE * _KV_SHARE // per_token)
     return max(_MIN_DEFAULT_KV_TOKENS, min(fits, _MAX_DEFAULT_KV_TOKENS))

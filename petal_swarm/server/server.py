@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from random import Random
 
 from petal_swarm.directory.announcer import Announcer
 from petal_swarm.directory.directory import Directory
@@ -31,6 +32,7 @@ from petal_swarm.wire.tensors import dtype_name
 logger = logging.getLogger(__name__)
 
 NEIGHBOUR_PING_S = 15.0
+UPDATE_FIGURES_S = 1.0
 MAX_PINGED_NEIGHBOURS = 16
 Progress = Callable[[int, int], None]
 
@@ -142,7 +144,6 @@ class Server:
         if self._announcer is not None:
             await self._announcer.leave()
             self._announcer = None
-        await self._pinger.close()
         await self._directory.close()
         await self._transport.close()
         if self._compute is not None:
@@ -150,7 +151,7 @@ class Server:
 
     async def _start(self, progress: Progress | None) -> None:
         self.span = await self._choose_span()
-        self._announcer = Announcer(self._directory, self.announcement)
+        self._announcer = Announcer(self._directory, self.announcement())
         await self._announcer.start()
         stack = await asyncio.to_thread(self._load, progress)
         engine = await asyncio.to_thread(self._make_engine, stack)
@@ -163,7 +164,9 @@ class Server:
         await self._transport.serve(DIRECTORY, DirectoryService(self._directory).handle)
         await self._transport.serve(PUSH, self._host.handle_push)
         await self._transport.serve(SESSION, self._host.handle_session)
+        self._announcer.update(self.announcement())
         await self._announcer.refresh_now()
+        self._tasks.append(asyncio.create_task(self._update_figures(self._announcer)))
         self._tasks.append(asyncio.create_task(self._ping_neighbours()))
 
     async def _choose_span(self) -> Span:
@@ -179,7 +182,7 @@ class Server:
             raise ConfigError(f"--num-blocks {capacity} is more than the model's {num_blocks} blocks")
         others = await self._directory.lookup(self.checkpoint.model_key)
         others = [other for other in others if other.peer_id != self._transport.peer_id]
-        return choose_span(others, num_blocks, capacity, tie_break=self._transport.peer_id)
+        return choose_span(others, num_blocks, capacity, tie_break=Random(self._transport.peer_id))
 
     def _load(self, progress: Progress | None) -> BlockStack:
         return load_blocks(
@@ -193,6 +196,12 @@ class Server:
         engine = Engine(stack, kv_tokens=kv_tokens, max_batch_tokens=self.config.max_batch_tokens)
         engine.measure()
         return engine
+
+    async def _update_figures(self, announcer: Announcer) -> None:
+        """Keep what the next refresh will announce true."""
+        while True:
+            await asyncio.sleep(UPDATE_FIGURES_S)
+            announcer.update(self.announcement())
 
     async def _ping_neighbours(self) -> None:
         """Measure round trips to servers that may follow this one on a route."""

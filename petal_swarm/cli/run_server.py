@@ -1,0 +1,142 @@
+"""`run_server`: donate a GPU, or a CPU, by hosting some blocks of a model."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import sys
+
+from petal_swarm.cli.common import new_parser, run_program
+from petal_swarm.errors import ConfigError
+
+EXAMPLES = """\
+  run_server bigscience/bloom-560m --new-swarm
+      start a swarm on this machine, hosting as many blocks as fit
+  run_server bigscience/bloom-560m --new-swarm --listen /ip4/0.0.0.0/tcp/31330
+      the same, open to other machines
+  run_server bigscience/bloom-560m --initial-peers /ip4/203.0.113.7/tcp/31330/p2p/12D3Koo...
+      join a swarm, taking the blocks that it needs most
+  run_server ./my-model --initial-peers ADDR --blocks 0:12 --device cuda --name my-gpu
+      host given blocks of a local checkpoint
+
+When it serves, it prints `ready ADDRESS` on stdout: give that address to others.
+Ctrl-C or SIGTERM lets running sessions end, then leaves; a second one leaves at once."""
+
+
+def build_parser(prog: str = "run_server") -> argparse.ArgumentParser:
+    parser = new_parser(prog, "Host some blocks of a model for everybody in a swarm.", EXAMPLES)
+    parser.add_argument(
+        "model", metavar="MODEL", help="Hugging Face id, local folder (safetensors or old .bin), or GGUF file"
+    )
+    swarm = parser.add_argument_group("the swarm")
+    swarm.add_argument("--new-swarm", action="store_true", help="start a swarm instead of joining one")
+    swarm.add_argument(
+        "--initial-peers", metavar="ADDR", nargs="+", default=[], help="addresses of servers to join"
+    )
+    swarm.add_argument("--name", default="", help="what others see in `petal-swarm status`")
+    swarm.add_argument(
+        "--identity",
+        metavar="FILE",
+        help="keep the peer id in FILE over restarts; made if missing (default: a new one each time)",
+    )
+    swarm.add_argument(
+        "--listen",
+        metavar="MULTIADDR",
+        nargs="+",
+        default=[],
+        help="where to listen, such as /ip4/0.0.0.0/tcp/31330 (default: this machine only while the"
+        " swarm is on it, else every interface, at a free port)",
+    )
+    swarm.add_argument(
+        "--announce",
+        metavar="MULTIADDR",
+        nargs="+",
+        default=[],
+        help="what others are told to dial, for a forwarded port or a container (default: --listen)",
+    )
+    blocks = parser.add_argument_group("the blocks")
+    blocks.add_argument("--blocks", metavar="START:END", help="host blocks START up to, not including, END")
+    blocks.add_argument(
+        "--num-blocks",
+        type=int,
+        metavar="N",
+        help="host N blocks, those that the swarm needs most (default: as many as fit)",
+    )
+    blocks.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    blocks.add_argument(
+        "--dtype",
+        default="auto",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of weights and KV cache (default: float32 on a CPU, else 16 bits as in the checkpoint)",
+    )
+    blocks.add_argument(
+        "--quant", default="none", choices=("none",), help="quantization of the weights (default: none)"
+    )
+    blocks.add_argument(
+        "--kv-tokens", type=int, metavar="N", help="room of the KV cache (default: from the free memory)"
+    )
+    blocks.add_argument(
+        "--max-batch-tokens",
+        type=int,
+        default=2048,
+        metavar="N",
+        help="most tokens to compute at once (default: %(default)s)",
+    )
+    blocks.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads for arithmetic (default: one for each core)"
+    )
+    parser.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to let sessions end after Ctrl-C or SIGTERM (default: %(default)g)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None, prog: str = "run_server") -> int:
+    return run_program(run, build_parser(prog).parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until told to leave."""
+    from petal_swarm.server.config import ServerConfig
+    from petal_swarm.span import Span
+
+    config = ServerConfig(
+        model=arguments.model,
+        initial_peers=tuple(arguments.initial_peers),
+        new_swarm=arguments.new_swarm,
+        blocks=Span.parse(arguments.blocks) if arguments.blocks else None,
+        num_blocks=arguments.num_blocks,
+        listen=tuple(arguments.listen),
+        announce=tuple(arguments.announce),
+        identity=arguments.identity,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        quant=arguments.quant,
+        kv_tokens=arguments.kv_tokens,
+        max_batch_tokens=arguments.max_batch_tokens,
+        name=arguments.name[:64],
+        drain_timeout_s=arguments.drain_timeout,
+    )
+    if arguments.threads is not None:
+        if arguments.threads < 1:
+            raise ConfigError(f"--threads must be at least 1, got {arguments.threads}")
+        import torch
+
+        torch.set_num_threads(arguments.threads)
+
+    from petal_swarm.cli.serve import serve
+
+    with contextlib.suppress(ImportError):
+        import uvloop
+
+        return int(uvloop.run(serve(config)))
+    return asyncio.run(serve(config))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

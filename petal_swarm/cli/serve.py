@@ -1,0 +1,135 @@
+"""The life of a server process: from its arguments to `ready`, and from a signal to the end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+
+from tqdm import tqdm
+
+from petal_swarm.directory.dht import DhtDirectory
+from petal_swarm.errors import NetworkError
+from petal_swarm.models.checkpoint import open_checkpoint
+from petal_swarm.net.addresses import is_loopback
+from petal_swarm.net.identity import Identity
+from petal_swarm.net.p2pd import P2pdTransport
+from petal_swarm.server.config import ServerConfig
+from petal_swarm.server.server import Server
+
+logger = logging.getLogger("petal_swarm.cli")
+
+
+async def serve(config: ServerConfig) -> int:
+    """Start a server, tell its address, and keep it until a signal comes. Returns the exit status."""
+    signals = Signals()
+    starting = asyncio.create_task(start(config))
+    await asyncio.wait({starting, signals.first}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)
+        return 0
+    server, transport = starting.result()
+    print(f"ready {best_address(server.addresses)}", flush=True)
+    describe(server)
+    daemon = asyncio.create_task(transport.wait_daemon())
+    await asyncio.wait({daemon, signals.first}, return_when=asyncio.FIRST_COMPLETED)
+    try:
+        if not signals.first.done():
+            raise NetworkError("the libp2p daemon has died; start the server again")
+        await leave(server, signals)
+        return 0
+    finally:
+        daemon.cancel()
+        await server.close()
+
+
+async def start(config: ServerConfig) -> tuple[Server, P2pdTransport]:
+    """Everything between the arguments and a serving server; leaves nothing behind if it fails."""
+    checkpoint = await asyncio.to_thread(open_checkpoint, config.model)
+    identity = Identity.load_or_create(config.identity) if config.identity else Identity.generate()
+    transport = await P2pdTransport.create(
+        identity=identity,
+        listen=config.listen_addresses(),
+        announce=config.announce,
+        initial_peers=config.initial_peers,
+    )
+    try:
+        directory = await DhtDirectory.create(
+            transport, identity=identity, initial_peers=config.initial_peers, client_mode=False
+        )
+    except BaseException:
+        await transport.close()
+        raise
+    bar = tqdm(
+        desc="loading blocks",
+        unit="B",
+        unit_scale=True,
+        unit_divisor=1024,
+        disable=not sys.stderr.isatty(),
+        leave=False,
+    )
+
+    def report(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+    with bar:
+        return await Server.start(config, checkpoint, transport, directory, progress=report), transport
+
+
+async def leave(server: Server, signals: Signals) -> None:
+    """Let running sessions end, unless a second signal comes."""
+    if server.num_sessions:
+        print(
+            f"leaving: waiting up to {server.config.drain_timeout_s:g} s for {server.num_sessions} sessions;"
+            " once more to leave at once",
+            file=sys.stderr,
+        )
+    draining = asyncio.create_task(server.drain(server.config.drain_timeout_s))
+    await asyncio.wait({draining, signals.second}, return_when=asyncio.FIRST_COMPLETED)
+    draining.cancel()
+    await asyncio.gather(draining, return_exceptions=True)
+
+
+def describe(server: Server) -> None:
+    """Say on stderr what is served, and what to do next."""
+    address = best_address(server.addresses)
+    kept = server.announcement()
+    print(
+        f"serving blocks {server.span} of {server.checkpoint.name} ({kept.dtype},"
+        f" room for {kept.kv_tokens} tokens of KV cache)\n"
+        f"join with: run_server {server.config.model} --initial-peers {address}",
+        file=sys.stderr,
+    )
+    if all(map(is_loopback, server.addresses)):
+        print(
+            "only this machine can reach it; to let others join, add --listen /ip4/0.0.0.0/tcp/31330",
+            file=sys.stderr,
+        )
+
+
+def best_address(addresses: tuple[str, ...]) -> str:
+    """The one address to print: one that other machines can dial, if there is any."""
+    public = [address for address in addresses if not is_loopback(address)]
+    return (public or list(addresses))[0]
+
+
+class Signals:
+    """`first` and `second` are done when that many SIGTERM or SIGINT have come."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self.first: asyncio.Future[None] = loop.create_future()
+        self.second: asyncio.Future[None] = loop.create_future()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(NotImplementedError):  # Windows
+                loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        for future in (self.first, self.second):
+            if not future.done():
+                future.set_result(None)
+                return

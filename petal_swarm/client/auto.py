@@ -1,0 +1,90 @@
+"""The entry point of the client library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from petal_swarm.client.config import ClientConfig
+from petal_swarm.client.loop import LoopThread
+from petal_swarm.client.model import CLOSE_TIMEOUT_S, SwarmModelForCausalLM
+from petal_swarm.client.swarm import ModelRef, Swarm
+from petal_swarm.models.checkpoint import open_checkpoint
+from petal_swarm.models.ends import load_ends
+
+CONNECT_MARGIN_S = 30.0
+
+
+class AutoSwarmModelForCausalLM:
+    """Loads the client's part of a model and joins a swarm that serves its blocks."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str,
+        *,
+        initial_peers: Sequence[str],
+        transport: str = "auto",
+        dtype: torch.dtype = torch.float32,
+        device: str | torch.device = "cpu",
+        progress: bool = True,
+        **settings: Any,
+    ) -> SwarmModelForCausalLM:
+        """Read embeddings and LM head of `model`, and connect.
+
+        Args:
+            model: a Hugging Face id, a local folder, or a GGUF file; the same that the servers host.
+            initial_peers: addresses of one or more servers, as printed after `ready`.
+            transport: `p2pd`, `libp2p`, or `auto` for what works here.
+            dtype, device: of embeddings and LM head.
+            progress: show a progress bar while reading.
+            settings: further fields of `ClientConfig`, and `revision`, `cache_dir`, `token` for the Hub.
+
+        Raises:
+            UnknownModelError, UnsupportedArchitectureError, CheckpointError: the model cannot be read.
+            PeerUnreachableError: no initial peer answers.
+            ConfigError: an argument cannot be used.
+        """
+        hub = {name: settings.pop(name) for name in ("revision", "cache_dir", "token") if name in settings}
+        peers = (initial_peers,) if isinstance(initial_peers, str) else tuple(initial_peers)
+        config = ClientConfig(initial_peers=peers, transport=transport, **settings)
+        checkpoint = open_checkpoint(model, **hub)
+        with loading_bar(f"loading {checkpoint.name}", shown=progress) as report:
+            ends = load_ends(checkpoint, dtype=dtype, device=device, progress=report)
+        ref = ModelRef(checkpoint.model_key, checkpoint.config.num_blocks, checkpoint.config.hidden_size)
+        loop = LoopThread()
+        try:
+            swarm = loop.run(Swarm.connect(config), timeout_s=config.connect_timeout_s + CONNECT_MARGIN_S)
+        except BaseException:
+            loop.close()
+            raise
+        try:
+            client = SwarmModelForCausalLM(checkpoint.hf_config(), ends, loop, swarm, ref)
+            client.generation_config = checkpoint.generation_config()
+        except BaseException:
+            loop.run(swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
+            loop.close()
+            raise
+        return client.eval()
+
+
+class loading_bar:  # noqa: N801 - reads as a function, `with loading_bar(...) as report`
+    """A byte-counting progress bar for `load_blocks` and `load_ends`; callable with (done, total)."""
+
+    def __init__(self, title: str, *, shown: bool) -> None:
+        self._bar = tqdm(
+            desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=not shown, leave=False
+        )
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        return self._report
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def _report(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)

@@ -1,0 +1,51 @@
+"""How a client finds and uses a swarm."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from dataclasses import dataclass
+
+from petal_swarm.errors import ConfigError
+
+TRANSPORTS = ("auto", "p2pd", "libp2p")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientConfig:
+    """Settings of one client. Times in seconds.
+
+    Raises:
+        ConfigError: no initial peers, or an unknown transport.
+    """
+
+    initial_peers: tuple[str, ...]
+    transport: str = "auto"
+    connect_timeout_s: float = 15.0
+    open_timeout_s: float = 15.0
+    step_timeout_s: float = 120.0
+    wait_for_blocks_s: float = 20.0
+    open_attempts: int = 4
+    max_step_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        if not self.initial_peers:
+            raise ConfigError(
+                "initial_peers is empty: give the address that a server printed after `ready`, for example"
+                " /ip4/127.0.0.1/tcp/31330/p2p/12D3Koo..."
+            )
+        if self.transport not in TRANSPORTS:
+            raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
+
+    def choose_transport(self) -> str:
+        """`auto`: the Go daemon where hivemind ships it, py-libp2p elsewhere.
+
+        hivemind and py-libp2p cannot be imported in one process, so one that is loaded already decides.
+        """
+        if self.transport != "auto":
+            return self.transport
+        if "libp2p" in sys.modules:
+            return "libp2p"
+        daemon_ships = sys.platform == "linux" and platform.machine() == "x86_64"
+        return "p2pd" if daemon_ships and importlib.util.find_spec("hivemind") else "libp2p"

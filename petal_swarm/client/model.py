@@ -1,0 +1,280 @@
+"""A causal language model whose blocks are in the swarm, with Hugging Face's whole `generate`."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import warnings
+import weakref
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from petal_swarm.client.cache import SwarmCache
+from petal_swarm.client.loop import LoopThread
+from petal_swarm.client.packing import Packing, unique_rows
+from petal_swarm.client.session import InferenceSession
+from petal_swarm.client.swarm import ModelRef, Swarm
+from petal_swarm.errors import ConfigError
+from petal_swarm.models.ends import Ends
+from petal_swarm.routing.route import Route
+
+CLOSE_TIMEOUT_S = 15.0
+DEFAULT_MAX_LENGTH = 2048
+
+
+class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Embeddings and LM head here, blocks in the swarm. Made by `AutoSwarmModelForCausalLM.from_pretrained`.
+
+    Close it, or use it as a context manager: it holds a network thread and, on Linux, a libp2p daemon.
+    """
+
+    config_class = PretrainedConfig
+    base_model_prefix = "ends"
+    main_input_name = "input_ids"
+    _supports_cache_class = True
+
+    def __init__(
+        self, config: PretrainedConfig, ends: Ends, loop: LoopThread, swarm: Swarm, ref: ModelRef
+    ) -> None:
+        super().__init__(config)
+        self.ends = ends
+        self._loop = loop
+        self._swarm = swarm
+        self._ref = ref
+        self._session: InferenceSession | None = None
+        self._closed = False
+        self.last_route: Route | None = None
+        self._at_exit = _close_at_exit(self)
+
+    # -- sessions ------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def inference_session(self, *, max_length: int) -> Iterator[InferenceSession]:
+        """A KV cache in the swarm for sequences of at most `max_length` tokens, kept over many calls.
+
+        Inside the `with` block `generate` uses it without being told.
+
+        Raises:
+            ConfigError: `max_length` is less than one, or the model is closed.
+        """
+        session = self.open_session(max_length=max_length)
+        outer, self._session = self._session, session
+        try:
+            yield session
+        finally:
+            self._session = outer
+            session.close()
+
+    def open_session(self, *, max_length: int) -> InferenceSession:
+        """A session that the caller closes; see `inference_session`."""
+        if self._closed:
+            raise ConfigError("the model is closed")
+        return InferenceSession(self._loop, self._swarm, self._ref, max_length=max_length)
+
+    # -- generation ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self, inputs: torch.Tensor | None = None, *, session: InferenceSession | None = None, **kwargs: Any
+    ) -> Any:
+        """Hugging Face's `generate`: greedy, sampling, beams, streamers, stopping criteria, padding.
+
+        With a `session` (given, or of an enclosing `inference_session`), `inputs` are the tokens that
+        follow what the session holds already, and may be left out to go on from there. The result then
+        starts with these inputs, not with earlier ones.
+
+        Raises:
+            MissingBlocksError: nobody serves some blocks.
+            SessionTooLongError: prompt and new tokens do not fit the session.
+            RemoteError, NetworkError: the swarm failed.
+        """
+        session = session or self._session
+        if session is None:
+            with self._closing_caches():
+                return super().generate(inputs, **kwargs)
+        return self._generate_in(session, inputs, kwargs)
+
+    def _generate_in(
+        self, session: InferenceSession, inputs: torch.Tensor | None, kwargs: dict[str, Any]
+    ) -> Any:
+        new = inputs if inputs is not None else kwargs.pop("input_ids", None)
+        mask = kwargs.pop("attention_mask", None)
+        earlier, earlier_mask = session.output_ids, session.attention_mask
+        skipped = 0
+        if earlier is not None and earlier_mask is not None:
+            if kwargs.get("num_beams", 1) > 1:
+                raise ConfigError("beam search cannot go on from an earlier call of a session; use a new one")
+            skipped = earlier.shape[1]
+            new = earlier[:, skipped:] if new is None else new
+            mask = torch.ones_like(new) if mask is None else mask
+            new, mask = torch.cat([earlier, new], dim=1), torch.cat([earlier_mask, mask], dim=1)
+        if new is None:
+            raise ConfigError("generate needs input_ids in the first call of a session")
+        cache = SwarmCache(session, width=max(0, skipped - 1))
+        result = super().generate(
+            new,
+            attention_mask=mask if mask is not None else torch.ones_like(new),
+            past_key_values=cache,
+            **kwargs,
+        )
+        sequences = result if isinstance(result, torch.Tensor) else result.sequences
+        session.output_ids = sequences
+        grown = sequences.shape[1] - new.shape[1]
+        if mask is None:
+            mask = torch.ones_like(new)
+        mask = mask.repeat_interleave(sequences.shape[0] // mask.shape[0], dim=0)
+        session.attention_mask = torch.cat([mask, mask.new_ones(mask.shape[0], grown)], dim=1)
+        self.last_route = session.route
+        if isinstance(result, torch.Tensor):
+            return sequences[:, skipped:].clone()
+        result.sequences = sequences[:, skipped:].clone()
+        return result
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *arguments: Any,
+    ) -> None:
+        """Hugging Face asks here for a KV cache; ours is a session, sized by what `generate` will need."""
+        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+            return
+        session = self.open_session(max_length=max(1, max_cache_length + 1))
+        self._own_sessions.append(session)
+        model_kwargs["past_key_values"] = SwarmCache(session)
+
+    @contextlib.contextmanager
+    def _closing_caches(self) -> Iterator[None]:
+        """Close the sessions that one call of `generate` opens."""
+        outer = getattr(self, "_own_sessions", [])
+        self._own_sessions: list[InferenceSession] = []
+        try:
+            yield
+        finally:
+            for session in self._own_sessions:
+                self.last_route = session.route or self.last_route
+                session.close()
+            self._own_sessions = outer
+
+    # -- forward -------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: SwarmCache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        return_dict: bool | None = None,
+        **unused: Any,
+    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
+        """Logits `[batch, tokens, vocab]` for `input_ids [batch, tokens]`, through the whole swarm.
+
+        Positions follow from `attention_mask` (padding may be on either side); `position_ids` is
+        accepted for compatibility and not needed. Padded places get zeros. Without `past_key_values`
+        no KV cache outlives the call. `logits_to_keep` last positions are enough for `generate`.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ConfigError("give input_ids or inputs_embeds")
+        given = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
+        if past_key_values is not None:
+            logits = self._forward(given, attention_mask, past_key_values, logits_to_keep)
+        else:
+            with self.open_session(max_length=given.shape[1]) as session:
+                logits = self._forward(given, attention_mask, SwarmCache(session), logits_to_keep)
+                self.last_route = session.route
+        if return_dict is False:
+            return (logits,)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+
+    def _forward(
+        self,
+        given: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        cache: SwarmCache,
+        logits_to_keep: int | torch.Tensor,
+    ) -> torch.Tensor:
+        session, width = cache.session, given.shape[1]
+        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        repeated = None
+        if last_only and cache.width == 0 and given.dim() == 2:
+            repeated = unique_rows(given, attention_mask)
+        if repeated is not None:
+            given = given[repeated[0]]
+            attention_mask = attention_mask[repeated[0]] if attention_mask is not None else None
+        packing = Packing.of(given.shape[0], width, attention_mask)
+        last_only = last_only and (packing.kept is None or bool(packing.kept[:, -1].all()))
+        packed = packing.pack(given)
+        hidden = self.ends.embed(packed) if given.dim() == 2 else packed
+        rows = session.step(hidden, packing.lengths, rows="last" if last_only else "all")
+        cache.width += width
+        if last_only:
+            logits = self.ends.logits(rows)[:, None]
+        else:
+            logits = packing.unpack(self.ends.logits(rows))
+            if not isinstance(logits_to_keep, int):
+                logits = logits[:, logits_to_keep]
+            elif logits_to_keep:
+                logits = logits[:, -logits_to_keep:]
+        if repeated is not None:
+            session.fork(repeated[1])
+            logits = logits[repeated[1]]
+        return logits
+
+    # -- life ----------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return self.ends.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.ends.dtype
+
+    def close(self) -> None:
+        """Leave the swarm. Idempotent; sessions of this model end with it."""
+        if self._closed:
+            return
+        self._closed = True
+        atexit.unregister(self._at_exit)
+        try:
+            self._loop.run(self._swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
+        finally:
+            self._loop.close()
+
+    def __enter__(self) -> SwarmModelForCausalLM:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if not getattr(self, "_closed", True):
+            warnings.warn(
+                "a swarm model was not closed; call close() or use `with`", ResourceWarning, stacklevel=2
+            )
+
+
+def _close_at_exit(model: SwarmModelForCausalLM) -> Any:
+    """Close the model at interpreter exit if nobody has, without keeping it alive."""
+    reference = weakref.ref(model)
+
+    def close() -> None:
+        remaining = reference()
+        if remaining is not None:
+            remaining.close()
+
+    atexit.register(close)
+    return close

@@ -1,0 +1,175 @@
+"""One session along one route: a stream to every hop, steps into the first, answers from the last."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from petal_swarm.errors import (
+    HopLostError,
+    NetworkError,
+    PetalSwarmError,
+    RemoteProtocolError,
+    StreamClosedError,
+    remote_error,
+)
+from petal_swarm.net.channel import Channel
+from petal_swarm.net.transport import Transport
+from petal_swarm.routing.route import Hop, Route
+from petal_swarm.wire.connection import SESSION_TABLE, Role
+from petal_swarm.wire.messages import SESSION_ID_BYTES, Error, Neighbour, Open, Opened, Output, Step
+from petal_swarm.wire.protocols import SESSION
+
+
+class OpenFailedError(PetalSwarmError):
+    """A hop could not be opened: `peer_id` is to be avoided. Handled by `Swarm.open_ring`."""
+
+    def __init__(self, peer_id: str, error: PetalSwarmError) -> None:
+        super().__init__(str(error))
+        self.peer_id = peer_id
+        self.error = error
+
+
+class Ring:
+    """An open session. Made by `open`; all methods run in the event loop."""
+
+    def __init__(self, route: Route, channels: Sequence[Channel], opened: Sequence[Opened]) -> None:
+        self.route = route
+        self.max_batch_tokens = min(answer.max_batch_tokens for answer in opened)
+        self.dtypes = tuple(answer.dtype for answer in opened)
+        self.error: PetalSwarmError | None = None
+        self._channels = channels
+        self._pending: dict[int, Future[Output]] = {}
+        self._readers = [asyncio.create_task(self._read(channel)) for channel in channels]
+
+    @classmethod
+    async def open(
+        cls, transport: Transport, route: Route, *, model: str, max_length: int, timeout_s: float
+    ) -> Ring:
+        """Open the session at every hop at once; returns when each is connected to the next.
+
+        Raises:
+            OpenFailedError: a hop is unreachable or refuses; none stays open.
+        """
+        session = secrets.token_bytes(SESSION_ID_BYTES)
+        attempts = [
+            asyncio.create_task(_open_hop(transport, route, index, session, model, max_length, timeout_s))
+            for index in range(len(route.hops))
+        ]
+        try:
+            answers = await asyncio.gather(*attempts)
+        except BaseException as error:
+            for attempt in attempts:
+                attempt.cancel()
+            for outcome in await asyncio.gather(*attempts, return_exceptions=True):
+                if isinstance(outcome, tuple):
+                    outcome[0].abort()
+                elif isinstance(outcome, OpenFailedError) and isinstance(error, OpenFailedError):
+                    error = _more_telling(error, outcome)
+            raise error from None
+        return cls(route, [channel for channel, _ in answers], [opened for _, opened in answers])
+
+    def send(self, step: Step, answer: Future[Output] | None) -> None:
+        """Send a step to the first hop; `answer` gets the output of the last one, or the error.
+
+        A step that wants no rows has no answer.
+        """
+        if self.error is not None:
+            if answer is not None:
+                answer.set_exception(self.error)
+            return
+        if answer is not None:
+            self._pending[step.step] = answer
+        try:
+            self._channels[0].send(step)
+        except PetalSwarmError as error:
+            self._fail(error)
+
+    async def drain(self) -> None:
+        """Wait until the first hop has taken enough of what was sent."""
+        with contextlib.suppress(NetworkError):  # its reader reports it
+            await self._channels[0].drain()
+
+    async def close(self) -> None:
+        """End the session at every hop. Idempotent; never raises for dead peers."""
+        for reader in self._readers:
+            reader.cancel()
+        self._fail(StreamClosedError("the session is closed"))
+        await asyncio.gather(*(channel.close() for channel in self._channels))
+
+    async def _read(self, channel: Channel) -> None:
+        """Take what one hop says: outputs, or why it ended."""
+        try:
+            while (message := await channel.receive()) is not None:
+                if isinstance(message, Error):
+                    raise remote_error(message.code, message.message, peer_id=channel.peer_id)
+                if not isinstance(message, Output) or channel is not self._channels[-1]:
+                    raise RemoteProtocolError(f"peer {channel.peer_id} sent {message.type!r}")
+                answer = self._pending.pop(message.step, None)
+                if answer is not None and answer.set_running_or_notify_cancel():
+                    answer.set_result(message)
+            raise HopLostError(f"peer {channel.peer_id} ended the session", peer_id=channel.peer_id)
+        except NetworkError as error:
+            self._fail(HopLostError(f"peer {channel.peer_id} is gone: {error}", peer_id=channel.peer_id))
+        except PetalSwarmError as error:
+            self._fail(error)
+
+    def _fail(self, error: PetalSwarmError) -> None:
+        if self.error is None:
+            self.error = error
+        for answer in self._pending.values():
+            if answer.set_running_or_notify_cancel():
+                answer.set_exception(self.error)
+        self._pending.clear()
+
+
+async def _open_hop(
+    transport: Transport,
+    route: Route,
+    index: int,
+    session: bytes,
+    model: str,
+    max_length: int,
+    timeout_s: float,
+) -> tuple[Channel, Opened]:
+    hop = route.hops[index]
+    following = route.hops[index + 1] if index + 1 < len(route.hops) else None
+    channel: Channel | None = None
+    try:
+        stream = await transport.open_stream(
+            hop.peer_id, SESSION, addresses=hop.addresses, timeout_s=timeout_s
+        )
+        channel = Channel(stream, SESSION_TABLE, Role.DIALER)
+        channel.send(
+            Open(
+                session=session,
+                epoch=0,
+                model=model,
+                span=hop.span,
+                max_length=max_length,
+                upstream=route.hops[index - 1].peer_id if index else None,
+                next=Neighbour(following.peer_id, following.addresses) if following else None,
+            )
+        )
+        return channel, await channel.expect(Opened, timeout_s=timeout_s)
+    except BaseException as error:
+        if channel is not None:
+            channel.abort()
+        if not isinstance(error, PetalSwarmError):
+            raise
+        raise OpenFailedError(_to_blame(hop, following, error), error) from error
+
+
+def _to_blame(hop: Hop, following: Hop | None, error: PetalSwarmError) -> str:
+    """A hop that reports the loss of its next one is not the one to avoid."""
+    if isinstance(error, HopLostError) and following is not None:
+        return following.peer_id
+    return hop.peer_id
+
+
+def _more_telling(first: OpenFailedError, second: OpenFailedError) -> OpenFailedError:
+    """Of two failures of one opening, the one that is not merely the other's consequence."""
+    return second if isinstance(first.error, HopLostError) else first

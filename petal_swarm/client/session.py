@@ -1,0 +1,197 @@
+"""A session as blocking code sees it: hidden states in, hidden states out, one KV cache in the swarm."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import Future
+from types import TracebackType
+
+import torch
+
+from petal_swarm.client.loop import LoopThread, wait
+from petal_swarm.client.packing import Chunk, chunk_slices
+from petal_swarm.client.ring import Ring
+from petal_swarm.client.swarm import ModelRef, Swarm
+from petal_swarm.errors import ConfigError, PetalSwarmError, RemoteProtocolError, SessionTooLongError
+from petal_swarm.routing.route import Route
+from petal_swarm.span import Slice
+from petal_swarm.wire.messages import Output, Rows, Step
+from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
+
+CLOSE_TIMEOUT_S = 10.0
+_SIXTEEN_BIT = ("bfloat16", "float16")
+
+
+class InferenceSession:
+    """Many steps over one KV cache; also a context manager. Not for use by two threads at once.
+
+    `max_length` bounds the tokens of each sequence. The route is chosen at the first step. Several
+    calls of `generate` may share a session: each continues where the last one ended, and its inputs
+    are the new tokens only.
+    """
+
+    def __init__(self, loop: LoopThread, swarm: Swarm, model: ModelRef, *, max_length: int) -> None:
+        if max_length < 1:
+            raise ConfigError(f"max_length must be at least 1, got {max_length}")
+        self.max_length = max_length
+        self.output_ids: torch.Tensor | None = None
+        self.attention_mask: torch.Tensor | None = None
+        self._loop = loop
+        self._swarm = swarm
+        self._model = model
+        self._ring: Ring | None = None
+        self._closed = False
+        self._next_step = 0
+        self._forks: tuple[int, ...] | None = None
+        self._lengths: list[int] = []
+        self._wire_dtype = torch.float32
+        self.last_trace: tuple[float, ...] = ()
+
+    @property
+    def position(self) -> int:
+        """Tokens in the KV cache of the longest sequence."""
+        return max(self._lengths, default=0)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens in the KV cache of each sequence."""
+        return tuple(self._lengths)
+
+    @property
+    def route(self) -> Route | None:
+        """The servers in use; None before the first step."""
+        return self._ring.route if self._ring else None
+
+    def fork(self, sources: Sequence[int]) -> None:
+        """Sequence i goes on as a copy of sequence `sources[i]`; takes effect with the next step."""
+        earlier = self._forks
+        self._forks = tuple(sources) if earlier is None else tuple(earlier[source] for source in sources)
+        self._lengths = [self._lengths[source] for source in sources]
+
+    def truncate(self, lengths: Sequence[int]) -> None:
+        """Forget what follows the first `lengths[i]` tokens of sequence i.
+
+        Raises:
+            ConfigError: there are not so many tokens.
+        """
+        if len(lengths) != len(self._lengths) or any(
+            not 0 <= new <= old for new, old in zip(lengths, self._lengths, strict=True)
+        ):
+            raise ConfigError(f"cannot truncate sequences of {self._lengths} tokens to {list(lengths)}")
+        self._lengths = list(lengths)
+
+    def step(self, hidden: torch.Tensor, lengths: Sequence[int], *, rows: Rows = "last") -> torch.Tensor:
+        """Append `lengths[i]` tokens to sequence i; `hidden [tokens, hidden_size]` holds them in order.
+
+        Returns `[len(lengths), hidden_size]` for rows "last", `[tokens, hidden_size]` for "all". Long
+        steps travel in chunks. The first step fixes how many sequences there are.
+
+        Raises:
+            SessionTooLongError: a sequence would pass `max_length`.
+            MissingBlocksError, RemoteError, NetworkError: the swarm failed; the session is closed.
+        """
+        if not self._lengths:
+            self._lengths = [0] * len(lengths)
+        if len(lengths) != len(self._lengths):
+            raise ConfigError(f"the session has {len(self._lengths)} sequences, the step {len(lengths)}")
+        slices = [
+            Slice(index, self._lengths[index], length) for index, length in enumerate(lengths) if length
+        ]
+        longest = max(piece.end for piece in slices)
+        if longest > self.max_length:
+            raise SessionTooLongError(
+                f"{longest} tokens do not fit the session's max_length of {self.max_length};"
+                " open the session with a larger one"
+            )
+        try:
+            output = self._exchange(hidden, slices, rows)
+        except BaseException:
+            self.close()
+            raise
+        for piece in slices:
+            self._lengths[piece.sequence] = piece.end
+        return output
+
+    def close(self) -> None:
+        """Free the KV cache in the swarm. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._ring is not None:
+            try:
+                self._loop.run(self._ring.close(), timeout_s=CLOSE_TIMEOUT_S)
+            except PetalSwarmError as error:
+                warnings.warn(f"the session was not closed cleanly: {error}", ResourceWarning, stacklevel=2)
+
+    def __enter__(self) -> InferenceSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _connected(self) -> Ring:
+        if self._closed:
+            raise ConfigError("the session is closed; open a new one")
+        if self._ring is None:
+            config = self._swarm.config
+            limit = config.wait_for_blocks_s + config.open_attempts * (2 * config.open_timeout_s)
+            self._ring = self._loop.run(
+                self._swarm.open_ring(self._model, max_length=self.max_length), timeout_s=limit
+            )
+            first = self._ring.dtypes[0]
+            same = all(name == first for name in self._ring.dtypes)
+            self._wire_dtype = DTYPES[first] if same and first in _SIXTEEN_BIT else torch.float32
+        return self._ring
+
+    def _exchange(self, hidden: torch.Tensor, slices: Sequence[Slice], rows: Rows) -> torch.Tensor:
+        ring = self._connected()
+        dtype, device = hidden.dtype, hidden.device
+        outgoing = hidden.to(self._wire_dtype)
+        row_bytes = outgoing.shape[1] * outgoing.element_size()
+        max_tokens = min(ring.max_batch_tokens, self._swarm.config.max_step_bytes // row_bytes)
+        chunks = chunk_slices(slices, max(1, max_tokens))
+        answers = [self._send(ring, chunk, outgoing[chunk.start : chunk.stop], rows) for chunk in chunks]
+        parts: list[torch.Tensor] = []
+        timeout_s = self._swarm.config.step_timeout_s
+        for chunk, answer in zip(chunks, answers, strict=True):
+            if answer is None:
+                continue
+            output = wait(answer, timeout_s)
+            self.last_trace = output.trace
+            parts.append(self._rows_of(chunk, output, rows))
+        result = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return result.to(device=device, dtype=dtype)
+
+    def _send(self, ring: Ring, chunk: Chunk, hidden: torch.Tensor, rows: Rows) -> Future[Output] | None:
+        wanted: Rows = rows if rows != "last" or chunk.ends else "none"
+        answer: Future[Output] | None = Future() if wanted != "none" else None
+        meta, payload = encode_tensor(hidden)
+        step = Step(
+            step=self._next_step,
+            epoch=0,
+            slices=chunk.slices,
+            tensor=meta,
+            payload=payload,
+            rows=wanted,
+            forks=self._forks,
+        )
+        self._next_step += 1
+        self._forks = None
+        self._loop.call(ring.send, step, answer)
+        if meta.nbytes >= 1 << 20:
+            self._loop.run(ring.drain(), timeout_s=self._swarm.config.step_timeout_s)
+        return answer
+
+    def _rows_of(self, chunk: Chunk, output: Output, rows: Rows) -> torch.Tensor:
+        """The answer's rows, less those of sequences that a later chunk continues."""
+        expected = len(chunk.slices) if rows == "last" else chunk.stop - chunk.start
+        if output.tensor.shape != (expected, self._model.hidden_size):
+            raise RemoteProtocolError(
+                f"the last hop answered with shape {list(output.tensor.shape)},"
+                f" expected {[expected, self._model.hidden_size]}"
+            )
+        tensor = decode_tensor(output.tensor, output.payload)
+        return tensor[: len(chunk.ends)] if rows == "last" else tensor
