@@ -90,10 +90,11 @@ def _reason(error: Exception) -> str:
 def _silent_progress() -> type[Any]:
     from huggingface_hub.utils.tqdm import tqdm
 
-    def silent(self: Any, *args: Any, **kwargs: Any) -> None:
-        tqdm.__init__(self, *args, **{**kwargs, "disable": True})
+    class Silent(tqdm):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})  # type: ignore[no-untyped-call]
 
-    return type("SilentProgress", (tqdm,), {"__init__": silent})
+    return Silent
 
 
 def open_folder(

@@ -102,6 +102,11 @@ class KVPool:
         pairs = [torch.empty(shape, dtype=dtype, device=device) for _ in span.blocks()]
         return cls(pairs, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
+    def copy_rows(self, source: int, target: int, count: int) -> None:
+        """Copy `count` rows from row `source` to row `target`, in every block; the ranges must not overlap."""
+        for pair in self.pairs:
+            pair[:, :, target : target + count] = pair[:, :, source : source + count]
+
     @property
     def tokens(self) -> int:
         return self.pairs[0].shape[2]
