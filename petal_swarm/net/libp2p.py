@@ -15,6 +15,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from petal_swarm.errors import ConfigError, NetworkError, StreamClosedError
@@ -36,8 +37,8 @@ READ_BYTES = 256 << 10
 #: Reads are reported to the trio thread, which may then let the peer send more, in steps of this.
 CONSUMED_STEP_BYTES = 64 << 10
 
-#: What `close` waits for: a stream's queue, a transport's streams, the end of the trio thread.
-CLOSE_TIMEOUT_S = 2.0
+#: What `close` waits for, at most: a stream's queue; a transport's handlers, streams and thread, each.
+CLOSE_TIMEOUT_S = 1.0
 
 
 class Libp2pStream:
@@ -77,8 +78,10 @@ class Libp2pStream:
 
     def write(self, *buffers: Buffer) -> None:
         if self._failure is None and not self._closing:
-            self._queued_bytes += sum(memoryview(buffer).nbytes for buffer in buffers)
-            self._thread.post(self._channel.write, *buffers)
+            # Made here, so that what is not a buffer is the caller's error and not the trio thread's.
+            views = [memoryview(buffer).cast("B") for buffer in buffers]
+            self._queued_bytes += sum(view.nbytes for view in views)
+            self._thread.post(self._channel.write, *views)
 
     async def drain(self) -> None:
         await self._wait_below(WRITE_HIGH_WATER_BYTES)
@@ -187,6 +190,8 @@ class Libp2pTransport:
         Raises:
             ConfigError: py-libp2p is missing or hivemind is loaded, or an address cannot be used.
         """
+        if any(find_spec(name) is None for name in ("libp2p", "trio")):
+            raise ConfigError("the libp2p transport needs py-libp2p: pip install libp2p")
         identity = identity or Identity.generate()
         endpoints = [_listen_endpoint(address) for address in listen]
         thread = await TrioThread.start("petal-swarm-libp2p")
@@ -205,6 +210,7 @@ class Libp2pTransport:
         peer_id = require_peer_id(split_address(address)[1])
         endpoints = self._endpoints(peer_id, [address])
         await self._thread.call(self._host.connect, peer_id, endpoints, timeout_s)
+        self._known[peer_id] = endpoints
         return peer_id
 
     async def open_stream(
@@ -214,6 +220,7 @@ class Libp2pTransport:
         channel = await self._thread.call(
             self._host.open_stream, peer_id, protocol, endpoints, timeout_s, discard=_reset
         )
+        self._known[peer_id] = endpoints
         return Libp2pStream(channel, self._thread)
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
@@ -253,16 +260,14 @@ class Libp2pTransport:
             await self._thread.stop(CLOSE_TIMEOUT_S)
 
     def _endpoints(self, peer_id: str, addresses: Sequence[str]) -> tuple[Endpoint, ...]:
-        """Where to dial a peer: at those of `addresses` that are its own, or else where it was before."""
+        """Where to dial a peer: at those of `addresses` that are its own, or where it was found before."""
         found: dict[Endpoint, None] = {}
         for address in addresses:
             base, owner = split_address(address)
             endpoint = endpoint_of(base)
             if owner == peer_id and endpoint is not None:
                 found[endpoint] = None
-        if found:
-            self._known[peer_id] = tuple(found)
-        return self._known.get(peer_id, ())
+        return tuple(found) or self._known.get(peer_id, ())
 
 
 async def _start_host(
@@ -271,8 +276,6 @@ async def _start_host(
     """In the trio thread: the first place that imports libp2p."""
     try:
         from petal_swarm.net.libp2p_host import Host
-    except ImportError as error:
-        raise ConfigError(f"the libp2p transport needs py-libp2p (pip install libp2p): {error}") from error
     except TypeError as error:
         # What protobuf raises for a duplicate symbol.
         raise ConfigError("py-libp2p cannot be loaded beside hivemind; use transport='p2pd' here") from error

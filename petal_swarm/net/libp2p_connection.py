@@ -231,19 +231,22 @@ class Connection:
             with trio.CancelScope(shield=True):
                 await self._socket.close()
 
-    def close(self) -> None:
-        """End now; nothing more is sent."""
-        if self._nursery is not None:
-            self._nursery.cancel_scope.cancel()
-
     async def shut_down(self) -> None:
-        """Send what is queued, end the streams, say goodbye. The caller has a deadline."""
+        """End the streams after what is queued, and wait until the peer has; the caller has a deadline.
+
+        Without the wait, the peer's side of the connection would be torn down under what it has not
+        yet passed on to its readers.
+        """
         self._on_gone(self)
-        for channel in list(self._channels.values()):
+        channels = list(self._channels.values())
+        for channel in channels:
             channel.finish()
-        await self._flush()
+        for channel in channels:
+            await channel.gone.wait()
         self._yamux.go_away()
-        await self._flush()
+        self._idle = trio.Event()
+        self._output.set()
+        await self._idle.wait()
 
     # -- streams
 
@@ -261,8 +264,8 @@ class Connection:
     def finish(self, channel: Channel) -> None:
         self._yamux.finish(channel.stream_id)
         self._wake()
-        if self._nursery is not None and channel.stream_id in self._channels:
-            self._nursery.start_soon(self._linger, channel)
+        if channel.stream_id in self._channels:
+            self._thread.spawn(self._linger, channel)
 
     def reset(self, channel: Channel) -> None:
         self._channels.pop(channel.stream_id, None)
@@ -335,11 +338,6 @@ class Connection:
             if silence_s >= PING_INTERVAL_S:
                 self._yamux.ping(0)
                 self._wake()
-
-    async def _flush(self) -> None:
-        self._idle = trio.Event()
-        self._output.set()
-        await self._idle.wait()
 
     def _wake(self) -> None:
         if self._yamux.has_output:

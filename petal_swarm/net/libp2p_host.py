@@ -132,13 +132,19 @@ class Host:
 
     async def _connection(self, peer_id: str, endpoints: Sequence[Endpoint]) -> Connection:
         """The connection to a peer, made if there is none; many callers at once make one."""
+        if connections := self._connections.get(peer_id):
+            return connections[-1]
+        if not endpoints:
+            raise PeerUnreachableError(f"no TCP address of peer {peer_id} is known: pass `addresses`")
         lock = self._dialling.setdefault(peer_id, trio.Lock())
-        async with lock:
-            if connections := self._connections.get(peer_id):
-                return connections[-1]
-            if not endpoints:
-                raise PeerUnreachableError(f"no TCP address of peer {peer_id} is known: pass `addresses`")
-            return await self._dial(peer_id, endpoints)
+        try:
+            async with lock:
+                if connections := self._connections.get(peer_id):
+                    return connections[-1]
+                return await self._dial(peer_id, endpoints)
+        finally:
+            if not lock.locked():
+                self._dialling.pop(peer_id, None)
 
     async def _dial(self, peer_id: str, endpoints: Sequence[Endpoint]) -> Connection:
         """Try all addresses at once; the first that proves to be the peer wins."""

@@ -46,7 +46,10 @@ class TrioThread:
     # -- from asyncio to trio
 
     def post(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
-        """Run `function` in the trio thread, in the order of the posts; dropped when trio has ended."""
+        """Run `function` in the trio thread, in the order of the posts; dropped when trio has ended.
+
+        It must not raise: that would be the end of the trio thread.
+        """
         if self._token is not None:
             with contextlib.suppress(RuntimeError):  # trio.RunFinishedError, which cannot be imported here
                 self._token.run_sync_soon(function, *args)
@@ -100,16 +103,17 @@ class TrioThread:
             self._cancel()
 
     def spawn(self, function: Callable[[*Ts], Awaitable[object]], *args: *Ts) -> None:
-        """Start a background task; from the trio thread only."""
+        """Start a background task; from the trio thread only. Dropped when trio is about to end."""
         assert self._nursery is not None
-        self._nursery.start_soon(function, *args)
+        with contextlib.suppress(RuntimeError):  # the nursery is closed to new arrivals
+            self._nursery.start_soon(function, *args)
 
     # -- inside
 
     def _run(self) -> None:
-        import trio
-
         try:
+            import trio
+
             trio.run(self._main)
         except BaseException:
             logger.exception("the trio thread failed")

@@ -43,7 +43,7 @@ WINDOW_BYTES = 4 << 20
 MAX_FRAME_BYTES = (64 << 10) - HEADER_BYTES
 
 #: The most streams that a peer may hold open to us on one connection.
-MAX_INBOUND_STREAMS = 1024
+MAX_INBOUND_STREAMS = 256
 
 #: Answers to a peer that asks without reading them must not pile up.
 MAX_UNSENT_REPLIES = 4096
