@@ -170,11 +170,11 @@ async def silent(transport, address, process_group):
     """A peer that has vanished without a word is given up; one that has nothing to say is not."""
     from petal_swarm.net import libp2p_connection
 
-    libp2p_connection.PING_INTERVAL_S = 0.1
+    libp2p_connection.PING_INTERVAL_S = 0.25
     peer_id = await transport.connect(address, timeout_s=TIMEOUT_S)
     stream = await transport.open_stream(peer_id, "/echo/1", timeout_s=TIMEOUT_S)
     reading = asyncio.ensure_future(stream.read())
-    done, _ = await asyncio.wait([reading], timeout=0.5)
+    done, _ = await asyncio.wait([reading], timeout=0.8)
     assert not done
     os.killpg(int(process_group), signal.SIGSTOP)
     with pytest.raises(StreamClosedError, match="is gone"):
