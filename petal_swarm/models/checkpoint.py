@@ -43,6 +43,10 @@ class TensorStore(Protocol):
 
     def open(self, file: str) -> AbstractContextManager[OpenTensors]: ...
 
+    def peek(self, file: str) -> AbstractContextManager[OpenTensors]:
+        """As `open`, where only a few rows will be read."""
+        ...
+
     def restore(self, name: str, tensor: Tensor) -> Tensor:
         """The canonical form of a whole tensor as it was read."""
         ...
@@ -126,16 +130,17 @@ class Checkpoint:
     ) -> dict[str, Tensor]:
         """As `load`; with `leading`, a stated shape may have fewer rows than the tensor: its first ones."""
         by_file = self._by_file(shapes)
+        store_open = self._store.peek if leading else self._store.open
         sizes: dict[str, Shape] = {}
         for file, names in by_file.items():
-            with self._store.open(file) as opened:
+            with store_open(file) as opened:
                 sizes |= {name: self._shape(opened, name, shapes[name], leading) for name in names}
         elements = sum(math.prod(shape) for shape in sizes.values())
         counter = _Counter(progress, elements * dtype.itemsize)
         loaded: dict[str, Tensor] = {}
         with ThreadPoolExecutor(threads or _DEFAULT_THREADS) as pool:
             for file, names in by_file.items():
-                with self._store.open(file) as opened:
+                with store_open(file) as opened:
                     read = partial(self._read, opened, sizes, dtype, device, counter, not leading)
                     loaded |= zip(names, pool.map(read, names), strict=True)
         return {name: loaded[name] for name in shapes}

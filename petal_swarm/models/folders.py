@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from petal_swarm.errors import CheckpointError, UnknownModelError
 
+_STREAM_BLOCK_BYTES = 1 << 18
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 
 
@@ -19,6 +20,10 @@ class Folder(Protocol):
     name: str
 
     def find(self, filename: str) -> Path | None: ...
+
+    def stream(self, filename: str) -> IO[bytes] | None:
+        """The file where it is, to read a little of it; None if `find` costs nothing."""
+        ...
 
 
 class LocalFolder:
@@ -32,6 +37,9 @@ class LocalFolder:
     def find(self, filename: str) -> Path | None:
         path = self._path / filename
         return path if path.is_file() else None
+
+    def stream(self, filename: str) -> IO[bytes] | None:
+        return None
 
 
 class HubFolder:
@@ -74,6 +82,20 @@ class HubFolder:
             self._revision = path.parent.name
         return path
 
+    def stream(self, filename: str) -> IO[bytes] | None:
+        import huggingface_hub
+
+        cached = huggingface_hub.try_to_load_from_cache(
+            self.source, filename, cache_dir=self._cache_dir, revision=self._revision
+        )
+        if isinstance(cached, str):
+            return None
+        files = huggingface_hub.HfFileSystem(token=self._token)
+        opened: IO[bytes] = files.open(
+            f"{self.source}/{filename}", "rb", revision=self._revision, block_size=_STREAM_BLOCK_BYTES
+        )
+        return opened
+
 
 def _reason(error: Exception) -> str:
     from huggingface_hub import errors
@@ -106,9 +128,9 @@ def open_folder(
         UnknownModelError: `model` is neither a folder nor something that can be a Hub id.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return LocalFolder(path)
-    if path.exists():
+    if path.is_file():
         raise UnknownModelError(f"{model} is neither a folder nor a .gguf file")
     if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
         raise UnknownModelError(f"there is no checkpoint at {model}")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from petal_swarm.models.families import family_of, family_of_gguf
 from petal_swarm.models.family import Family
 from petal_swarm.models.folders import Folder, read_json
 from petal_swarm.models.gguf_file import GGUFFile
-from petal_swarm.models.tensor_files import OpenTensors, damaged, open_tensors
+from petal_swarm.models.tensor_files import OpenTensors, StreamedSafetensors, damaged, open_tensors
 
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
@@ -60,6 +60,23 @@ class FolderStore:
             raise CheckpointError(f"{self._folder.source} lacks the file {file} that its index names")
         return open_tensors(path)
 
+    @contextmanager
+    def peek(self, file: str) -> Iterator[OpenTensors]:
+        """As `open`, for a few rows: does not download a shard for them where ranges of it can be read."""
+        streamed = None
+        if file.endswith(".safetensors"):
+            with suppress(OSError, ValueError, KeyError):
+                streamed = self._folder.stream(file)
+        if streamed is None:
+            with self.open(file) as opened:
+                yield opened
+            return
+        with streamed:
+            try:
+                yield StreamedSafetensors(streamed)
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{file} of {self._folder.source} cannot be read: {error}") from error
+
     def restore(self, name: str, tensor: Tensor) -> Tensor:
         return tensor
 
@@ -89,6 +106,9 @@ class GGUFStore:
     def open(self, file: str) -> AbstractContextManager[OpenTensors]:
         return self._file.open()
 
+    def peek(self, file: str) -> AbstractContextManager[OpenTensors]:
+        return self._file.open()
+
     def restore(self, name: str, tensor: Tensor) -> Tensor:
         if self._family.gguf_restore is None:
             return tensor
@@ -115,8 +135,8 @@ def gguf_configuration(file: GGUFFile) -> tuple[dict[str, Any], ModelConfig]:
     hf["tie_word_embeddings"] = f"{names[family.ends.head]}.weight" not in file.tensors
     hf["torch_dtype"] = "float32"
     hf |= _token_ids(file)
-    if "blk.0.attn_q.bias" in file.tensors:
-        hf["attention_bias"] = True
+    hf["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
+    hf["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
     config = ModelConfig.from_hf(hf | {"rope_parameters": _with_factors(file, hf)})
     return hf, config
 

@@ -6,18 +6,22 @@ copy of it, and no mapping of a file outlives the load.
 
 from __future__ import annotations
 
+import json
 import pickle
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from petal_swarm.errors import CheckpointError
+
+_MAX_HEADER_BYTES = 100_000_000  # as in the safetensors library
+_STREAMED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
 class OpenTensors(Protocol):
@@ -47,6 +51,37 @@ class _Safetensors:
         with self._lock:
             stored = self._handle.get_tensor(name)
         _copy(stored, out)
+
+
+class StreamedSafetensors:
+    """A safetensors file that is read through `seek` and `read`: for a few rows of a file far away.
+
+    Raises:
+        ValueError: the header makes no sense.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._lock = threading.Lock()
+        length = int.from_bytes(file.read(8), "little")
+        if length > _MAX_HEADER_BYTES:
+            raise ValueError(f"a header of {length} bytes")
+        self._header: dict[str, Any] = json.loads(file.read(length))
+        self._start = 8 + length
+
+    def names(self) -> list[str]:
+        return [name for name in self._header if name != "__metadata__"]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._header[name]["shape"])
+
+    def read(self, name: str, out: Tensor) -> None:
+        entry = self._header[name]
+        dtype = _STREAMED_DTYPES[entry["dtype"]]
+        with self._lock:
+            self._file.seek(self._start + entry["data_offsets"][0])
+            data = bytearray(self._file.read(out.numel() * dtype.itemsize))
+        out.copy_(torch.frombuffer(data, dtype=dtype).view(out.shape))
 
 
 class _TorchTensors:

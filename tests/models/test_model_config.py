@@ -121,7 +121,7 @@ def test_what_would_compute_something_else_is_refused(fields):
     ],
 )
 def test_impossible_fields(fields):
-    with pytest.raises(CheckpointError, match="config.json cannot be used"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be used"):
         ModelConfig.from_hf(llama(**fields))
 
 

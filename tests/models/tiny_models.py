@@ -19,25 +19,25 @@ VOCABULARY = 97
 BLOCKS = 3
 TOLERANCE = 1e-4
 
-_LLAMA = dict(
-    vocab_size=VOCABULARY,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=BLOCKS,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=1024,
-)
-_LLAMA3 = dict(
-    rope_type="llama3",
-    rope_theta=1e4,
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=32,
-)
-_YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=64)
-_LINEAR = dict(rope_type="linear", rope_theta=1e4, factor=2.0)
+_LLAMA = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": BLOCKS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
+_LINEAR = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
 
 
 def _bloom(heads: int, **fields: Any) -> transformers.PreTrainedConfig:
@@ -93,7 +93,7 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 class Local:
-    """A whole model from a checkpoint, with one sequence in its pool; what an engine does, at its simplest."""
+    """A whole model from a checkpoint, with one sequence in its pool."""
 
     def __init__(self, path: Path | str, dtype: torch.dtype = torch.float32, pool_tokens: int = 512) -> None:
         self.checkpoint = open_checkpoint(str(path))
