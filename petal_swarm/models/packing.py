@@ -103,7 +103,7 @@ class KVPool:
         return cls(pairs, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
 
     def copy_rows(self, source: int, target: int, count: int) -> None:
-        """Copy `count` rows from row `source` to row `target`, in every block; the ranges must not overlap."""
+        """Copies rows of every block: `count` of them, from `source` on to `target` on; no overlap."""
         for pair in self.pairs:
             pair[:, :, target : target + count] = pair[:, :, source : source + count]
 
