@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from petal_swarm.directory.book import Bookshelf, RecordBook
+from petal_swarm.directory.membership import Membership
 from petal_swarm.directory.records import RecordSigner
 from petal_swarm.errors import ConfigError, NetworkError, PeerUnreachableError
 from petal_swarm.net.addresses import split_address
@@ -36,7 +37,6 @@ READS = 3
 REPLICAS_AGE_S = 30.0
 STORE_TIMEOUT_S = 1.5
 JOIN_TIMEOUT_S = 5.0
-MAX_REMEMBERED_PEERS = 32
 
 
 class DhtDirectory:
@@ -55,12 +55,10 @@ class DhtDirectory:
         self._transport = transport
         self._node = node
         self._signer = RecordSigner(identity, now=now) if identity else None
-        self._initial_peers = tuple(initial_peers)
+        self._membership = Membership(transport, node, initial_peers)
         self._client_mode = client_mode
         self._shelf = Bookshelf(now=now)
         self._replicas: dict[str, tuple[float, list[Any]]] = {}
-        self._remembered: dict[str, str] = {}
-        self._rejoining: asyncio.Task[None] | None = None
         self._stores: set[asyncio.Task[Any]] = set()
         self._closed = False
 
@@ -103,7 +101,7 @@ class DhtDirectory:
         )
         try:
             if initial_peers:
-                await self._join(initial_peers, timeout_s=join_timeout_s)
+                await self._membership.join(timeout_s=join_timeout_s)
         except BaseException:
             await self.close()
             raise
@@ -112,7 +110,7 @@ class DhtDirectory:
     async def announce(self, announcement: Announcement, *, ttl_s: float) -> None:
         if self._signer is None:
             raise ConfigError("a directory without an identity cannot announce")
-        from petal_swarm.directory.kademlia import key_of
+        from petal_swarm.directory.validator import key_of
 
         record, expires_at = self._signer.sign(announcement, ttl_s=ttl_s)
         key = key_of(announcement.model)
@@ -120,7 +118,7 @@ class DhtDirectory:
         if not self._client_mode:
             self._node.store_local(key, record, announcement.peer_id, expires_at)
         if self._node.isolated:
-            self._start_rejoining()
+            self._membership.start_rejoining()
         answers: list[bool | None] = []
         for attempt in range(2):
             replicas = await self._replicas_of(announcement.model, fresh=attempt > 0)
@@ -137,7 +135,7 @@ class DhtDirectory:
 
     async def lookup(self, model: str) -> list[Announcement]:
         announcements = (await self._read(model)).announcements()
-        self._remember(announcements)
+        self._membership.remember(announcements)
         return announcements
 
     async def records(self, model: str) -> list[bytes]:
@@ -147,11 +145,11 @@ class DhtDirectory:
         if self._closed:
             return
         self._closed = True
-        tasks = {*self._stores, *({self._rejoining} if self._rejoining else ())}
-        for task in tasks:
+        await self._membership.close()
+        for task in self._stores:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks)
+        if self._stores:
+            await asyncio.wait(self._stores)
         try:
             await self._node.close()
         except Exception as error:
@@ -160,9 +158,9 @@ class DhtDirectory:
 
     async def _read(self, model: str) -> RecordBook:
         """Bring the model's book up to date from the nodes nearest to its key."""
-        from petal_swarm.directory.kademlia import key_of
+        from petal_swarm.directory.validator import key_of
 
-        if self._node.isolated and (rejoining := self._start_rejoining()):
+        if self._node.isolated and (rejoining := self._membership.start_rejoining()) and self._client_mode:
             await asyncio.wait({rejoining})
         key = key_of(model)
         book = self._shelf.book(model)
@@ -178,12 +176,12 @@ class DhtDirectory:
                     await book.merge(records, source=str(peer_id))
         if not answers and self._client_mode:
             raise PeerUnreachableError(
-                f"no node of the DHT answers; is one of these still up? {', '.join(self._initial_peers)}"
+                f"no node of the DHT answers; is one still up? {', '.join(self._membership.addresses)}"
             )
         return book
 
     async def _replicas_of(self, model: str, *, fresh: bool) -> list[Any]:
-        from petal_swarm.directory.kademlia import key_of
+        from petal_swarm.directory.validator import key_of
 
         found_at, replicas = self._replicas.get(model, (0.0, []))
         time_s = asyncio.get_running_loop().time()
@@ -207,51 +205,3 @@ class DhtDirectory:
         if tasks:
             await asyncio.wait(tasks, timeout=STORE_TIMEOUT_S)
         return [task.result() if task.done() else None for task in tasks]
-
-    async def _join(self, addresses: Iterable[str], *, timeout_s: float) -> None:
-        """Connect to all, and join the DHT by those that answer.
-
-        Raises:
-            PeerUnreachableError: none of them does.
-        """
-        addresses = list(addresses)
-        outcomes = await asyncio.gather(
-            *(self._transport.connect(address, timeout_s=timeout_s) for address in addresses),
-            return_exceptions=True,
-        )
-        reached = [outcome for outcome in outcomes if isinstance(outcome, str)]
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException):
-                if not isinstance(outcome, NetworkError):
-                    raise outcome
-                logger.warning("joining the DHT: %s", outcome)
-        if not reached:
-            raise PeerUnreachableError(
-                f"none of the initial peers answers within {timeout_s:g} s: {', '.join(addresses)}"
-            )
-        if not await self._node.join(dict.fromkeys(reached)):
-            raise PeerUnreachableError(f"reached, but not members of a DHT: {', '.join(reached)}")
-
-    def _start_rejoining(self) -> asyncio.Task[None] | None:
-        """After an outage that took everybody off the routing table: ask those known before."""
-        addresses = [*self._initial_peers, *self._remembered.values()]
-        if not addresses or self._closed:
-            return None
-        if self._rejoining is None or self._rejoining.done():
-            self._rejoining = asyncio.create_task(self._rejoin(addresses))
-        return self._rejoining
-
-    async def _rejoin(self, addresses: Sequence[str]) -> None:
-        try:
-            await self._join(addresses, timeout_s=JOIN_TIMEOUT_S)
-        except (NetworkError, ConfigError) as error:
-            logger.warning("alone, cannot join the DHT again: %s", error)
-
-    def _remember(self, announcements: Iterable[Announcement]) -> None:
-        """Servers to join by again when the initial peers are gone."""
-        for announcement in announcements:
-            if announcement.addresses and announcement.peer_id != self._transport.peer_id:
-                self._remembered.pop(announcement.peer_id, None)
-                self._remembered[announcement.peer_id] = announcement.addresses[0]
-        while len(self._remembered) > MAX_REMEMBERED_PEERS:
-            del self._remembered[next(iter(self._remembered))]

@@ -12,7 +12,7 @@ are not used, for reasons met here:
   silent, while their calls run out in the background and take them off the routing table.
 
 Kademlia: Maymounkov, Mazieres, "Kademlia: A Peer-to-Peer Information System Based on the XOR Metric"
-(2002). This is the one module of the package that imports hivemind at once: import it on use.
+(2002). Only this module and `validator` import hivemind at once: import them on use.
 """
 
 from __future__ import annotations
@@ -28,11 +28,10 @@ from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.traverse import traverse_dht
-from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
-from petal_swarm.directory.records import CLOCK_SLACK_S, MAX_TTL_S, open_record
+from petal_swarm.directory.validator import SignedRecordValidator, node_id_of
 from petal_swarm.errors import RemoteProtocolError
 
 logger = logging.getLogger(__name__)
@@ -60,42 +59,6 @@ MAX_REPLY_BYTES = 4 << 20
 _DICTIONARY_EXT = 0x50
 
 
-def key_of(model: str) -> DHTID:
-    """Where the records of `model` are kept."""
-    return DHTID.generate(source=f"petal-swarm/1/{model}".encode())
-
-
-def node_id_of(peer_id: PeerID) -> DHTID:
-    """A peer's place in the id space: by the hash of its peer id, so that it cannot take another's."""
-    return DHTID.generate(source=peer_id.to_bytes())
-
-
-class SignedRecordValidator(RecordValidatorBase):  # type: ignore[misc]
-    """What an honest node agrees to store: records, each where its own peer would put it.
-
-    That is under its model's key, under its peer id as subkey, for no longer than was signed. A record
-    that has expired by less than the clocks' slack passes, and is then dropped by the storage:
-    hivemind judges dictionaries as a whole, and one late record must not take the others with it.
-    """
-
-    def __init__(self, *, now: Callable[[], float]) -> None:
-        self._now = now
-
-    def validate(self, record: DHTRecord) -> bool:
-        try:
-            announcement, expires_at = open_record(record.value)
-        except RemoteProtocolError as error:
-            logger.debug("refused to store: %s", error)
-            return False
-        now = self._now()
-        return bool(
-            record.key == key_of(announcement.model).to_bytes()
-            and record.subkey == msgpack.packb(announcement.peer_id)
-            and record.expiration_time == expires_at
-            and now - CLOCK_SLACK_S < expires_at <= now + MAX_TTL_S + CLOCK_SLACK_S
-        )
-
-
 @dataclass(slots=True)
 class _Walk:
     peers: dict[DHTID, PeerID]
@@ -110,6 +73,8 @@ class KademliaNode:
     def __init__(self, node: DHTNode) -> None:
         self._node = node
         self._tasks: set[asyncio.Task[Any]] = set()
+        #: Peers with a call that a walk has given up waiting for, and which has not ended yet.
+        self._silent: set[PeerID] = set()
 
     @classmethod
     async def create(cls, p2p: Any, *, client_mode: bool, now: Callable[[], float]) -> KademliaNode:
@@ -140,14 +105,15 @@ class KademliaNode:
         """Whether no other node is known."""
         return not self._node.protocol.routing_table.uid_to_peer_id
 
-    async def join(self, peer_ids: Iterable[str]) -> int:
-        """Get to know these peers and, by them, this node's neighbours; how many of them are nodes."""
-        pings = [self._node.protocol.call_ping(PeerID.from_base58(peer_id)) for peer_id in peer_ids]
-        members = [node_id for node_id in await asyncio.gather(*pings) if node_id is not None]
-        if members:
-            await asyncio.sleep(0)  # call_ping updates the routing table in a task of its own
-            await self.nearest(self._node.node_id)
-        return len(members)
+    async def ping(self, peer_id: str) -> bool:
+        """Get to know a connected peer; False if it is no node of the DHT, or does not answer."""
+        found = await self._node.protocol.call_ping(PeerID.from_base58(peer_id))
+        await asyncio.sleep(0)  # call_ping updates the routing table in a task of its own
+        return found is not None
+
+    async def meet_neighbours(self) -> None:
+        """Walk towards this node's own id, as the paper's joining does: who is met adds it to its table."""
+        await self.nearest(self._node.node_id)
 
     async def nearest(self, key: DHTID) -> list[PeerID]:
         """The nodes nearest to `key` that answer, nearest first; this node is not among them."""
@@ -230,10 +196,13 @@ class KademliaNode:
     ) -> dict[DHTID, tuple[tuple[DHTID, ...], bool]]:
         """`traverse_dht`'s question to one node: whom do you know near the key? Ends early with the walk."""
         peer_id = walk.peers[node_id]
+        if walk.stop.done():
+            return dict.fromkeys(queries, ((), True))
         call = self._spawn(self._find(peer_id, queries))
-        if not walk.stop.done():
-            await asyncio.wait({call, walk.stop}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({call, walk.stop}, return_when=asyncio.FIRST_COMPLETED)
         if not call.done():
+            self._silent.add(peer_id)
+            call.add_done_callback(lambda _: self._silent.discard(peer_id))
             return dict.fromkeys(queries, ((), True))
         reply = call.result()
         if reply is None:
@@ -253,11 +222,13 @@ class KademliaNode:
         return reply
 
     def _acceptable(self, nodes: Iterable[tuple[DHTID, PeerID]]) -> list[tuple[DHTID, PeerID]]:
-        """Those in the place that their peer id gives them, and not known to be dead."""
+        """Those in the place that their peer id gives them, and neither dead nor silent."""
         return [
             (node_id, peer_id)
             for node_id, peer_id in nodes
-            if peer_id not in self._node.blacklist and node_id == node_id_of(peer_id)
+            if peer_id not in self._silent
+            and peer_id not in self._node.blacklist
+            and node_id == node_id_of(peer_id)
         ]
 
     def _note(self, peer_id: PeerID, *, answered: bool) -> None:

@@ -17,7 +17,7 @@ class MemoryRegistry:
 
     def __init__(self, *, now: Callable[[], float] = time.time) -> None:
         self.now = now
-        self.shelf = Bookshelf(now=now)
+        self.shelf = Bookshelf(now=now, limit=1 << 20)
 
 
 class MemoryDirectory:

@@ -1,0 +1,55 @@
+"""Where records and nodes belong in the DHT, and what an honest node refuses to store.
+
+Imports hivemind at once, as `kademlia`: import it on use.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgpack
+from hivemind.dht.routing import DHTID
+from hivemind.dht.validation import DHTRecord, RecordValidatorBase
+from hivemind.p2p import PeerID
+
+from petal_swarm.directory.records import CLOCK_SLACK_S, MAX_TTL_S, open_record
+from petal_swarm.errors import RemoteProtocolError
+
+logger = logging.getLogger(__name__)
+
+
+def key_of(model: str) -> DHTID:
+    """Where the records of `model` are kept."""
+    return DHTID.generate(source=f"petal-swarm/1/{model}".encode())
+
+
+def node_id_of(peer_id: PeerID) -> DHTID:
+    """A peer's place in the id space: by the hash of its peer id, so that it cannot take another's."""
+    return DHTID.generate(source=peer_id.to_bytes())
+
+
+class SignedRecordValidator(RecordValidatorBase):  # type: ignore[misc]
+    """What an honest node agrees to store: records, each where its own peer would put it.
+
+    That is under its model's key, under its peer id as subkey, for no longer than was signed. A record
+    that has expired by less than the clocks' slack passes, and is then dropped by the storage:
+    hivemind judges dictionaries as a whole, and one late record must not take the others with it.
+    """
+
+    def __init__(self, *, now: Callable[[], float]) -> None:
+        self._now = now
+
+    def validate(self, record: DHTRecord) -> bool:
+        try:
+            announcement, expires_at = open_record(record.value)
+        except RemoteProtocolError as error:
+            logger.debug("refused to store: %s", error)
+            return False
+        now = self._now()
+        return bool(
+            record.key == key_of(announcement.model).to_bytes()
+            and record.subkey == msgpack.packb(announcement.peer_id)
+            and record.expiration_time == expires_at
+            and now - CLOCK_SLACK_S < expires_at <= now + MAX_TTL_S + CLOCK_SLACK_S
+        )

@@ -1,0 +1,141 @@
+"""The answering side of the `directory` protocol, over a pair of streams without a network."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from petal_swarm.directory.memory import MemoryDirectory, MemoryRegistry
+from petal_swarm.directory.records import read_record, sign_record
+from petal_swarm.directory.service import DirectoryService
+from petal_swarm.errors import BadMessageError, BusyError, NetworkError, RemoteError, StreamClosedError
+from petal_swarm.net.channel import Channel
+from petal_swarm.net.identity import Identity
+from petal_swarm.wire.connection import DIRECTORY_TABLE, SESSION_TABLE, Role
+from petal_swarm.wire.messages import (
+    MAX_ANNOUNCEMENTS,
+    Listing,
+    ListRequest,
+    Ping,
+    Pong,
+    PushOpen,
+    encode,
+)
+
+from .samples import MODEL, START_S, Clock, PairedStream, announcement, stream_pair
+
+ALICE = Identity.generate()
+
+
+class Directory(MemoryDirectory):
+    """Records as the test says."""
+
+    answer: list[bytes] | Exception | None = None
+
+    async def records(self, model: str) -> list[bytes]:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return await super().records(model) if self.answer is None else self.answer
+
+
+def serve(
+    scenario: Callable[[Channel, PairedStream], Coroutine[Any, Any, None]],
+    *,
+    answer: list[bytes] | Exception | None = None,
+    idle_timeout_s: float = 5.0,
+) -> None:
+    """Play a dialer's part; the handler must have returned, and closed the stream, soon after."""
+
+    async def run() -> None:
+        directory = Directory(MemoryRegistry(now=Clock()), identity=ALICE)
+        await directory.announce(announcement(ALICE), ttl_s=12)
+        directory.answer = answer
+        service = DirectoryService(directory, idle_timeout_s=idle_timeout_s)
+        dialer, listener = stream_pair()
+        handler = asyncio.create_task(service.handle(listener))
+        async with asyncio.timeout(5):
+            await scenario(Channel(dialer, DIRECTORY_TABLE, Role.DIALER), dialer)
+            dialer.abort()
+            await handler
+        assert listener.closed
+
+    asyncio.run(run())
+
+
+def test_several_requests_on_one_stream() -> None:
+    async def scenario(channel: Channel, _: PairedStream) -> None:
+        for _ in range(3):
+            channel.send(Ping())
+            await channel.expect(Pong, timeout_s=1)
+            channel.send(ListRequest(MODEL))
+            listing = await channel.expect(Listing, timeout_s=1)
+            [record] = listing.records
+            assert read_record(record, now=START_S)[0] == announcement(ALICE)
+            channel.send(ListRequest("unknown"))
+            assert (await channel.expect(Listing, timeout_s=1)).records == ()
+
+    serve(scenario)
+
+
+def test_a_listing_is_bounded() -> None:
+    record = sign_record(announcement(ALICE), ALICE, expires_at=START_S + 12)
+
+    async def scenario(channel: Channel, _: PairedStream) -> None:
+        channel.send(ListRequest(MODEL))
+        assert len((await channel.expect(Listing, timeout_s=1)).records) == MAX_ANNOUNCEMENTS
+
+    serve(scenario, answer=[record] * (MAX_ANNOUNCEMENTS + 1))
+
+
+@pytest.mark.parametrize(
+    ("failure", "kind"), [(NetworkError("nobody there"), RemoteError), (TimeoutError(), BusyError)]
+)
+def test_a_failing_directory_is_an_answer_and_ends_the_stream(
+    failure: Exception, kind: type[RemoteError]
+) -> None:
+    async def scenario(channel: Channel, _: PairedStream) -> None:
+        channel.send(ListRequest(MODEL))
+        with pytest.raises(kind):
+            await channel.expect(Listing, timeout_s=1)
+        assert await channel.receive() is None
+
+    serve(scenario, answer=failure)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff" * 64,
+        b"\x00\x00\x00\x01\x00\x00\x00\x00\xc1",
+        b"".join(map(bytes, encode(PushOpen(b"\x00" * 16, 0)))),
+        b"".join(map(bytes, encode(Pong()))),
+    ],
+)
+def test_what_the_protocol_does_not_allow_is_answered_by_an_error(data: bytes) -> None:
+    async def scenario(_: Channel, stream: PairedStream) -> None:
+        stream.write(data)
+        # A table in which a listener may send an error first, whatever was asked.
+        answers = Channel(stream, SESSION_TABLE, Role.DIALER)
+        with pytest.raises(BadMessageError):
+            await answers.expect(Listing, timeout_s=1)
+        assert await answers.receive() is None
+
+    serve(scenario)
+
+
+def test_a_stream_that_ends_inside_a_frame_is_survived() -> None:
+    async def scenario(_: Channel, stream: PairedStream) -> None:
+        stream.write(b"\x00\x00")
+
+    serve(scenario)
+
+
+def test_an_idle_stream_is_ended() -> None:
+    async def scenario(channel: Channel, _: PairedStream) -> None:
+        with pytest.raises(StreamClosedError):
+            await channel.expect(Pong, timeout_s=2)
+
+    serve(scenario, idle_timeout_s=0.01)
