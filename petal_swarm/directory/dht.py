@@ -37,6 +37,7 @@ READS = 3
 REPLICAS_AGE_S = 30.0
 STORE_TIMEOUT_S = 1.5
 JOIN_TIMEOUT_S = 5.0
+CLOSE_TIMEOUT_S = 1.0
 
 
 class DhtDirectory:
@@ -151,10 +152,11 @@ class DhtDirectory:
         if self._stores:
             await asyncio.wait(self._stores)
         try:
-            await self._node.close()
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._node.close()
         except Exception as error:
-            # The daemon may be gone already, and every one of hivemind's layers has its own error for it.
-            logger.debug("leaving the DHT: %s", error)
+            # The daemon may be gone: then hivemind waits for it, or any of its layers raises its own error.
+            logger.debug("leaving the DHT: %s", error or type(error).__name__)
 
     async def _read(self, model: str) -> RecordBook:
         """Bring the model's book up to date from the nodes nearest to its key."""

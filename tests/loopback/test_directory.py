@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
@@ -201,7 +202,8 @@ def test_a_dead_node_expires_and_slows_nobody(run: Run, swarm: Swarm, how: signa
                 await asyncio.sleep(0.1)
             assert await survivor.sees(model) == {survivor.peer_id}
         finally:
-            victim.transport.p2p._child.kill()
+            with contextlib.suppress(ProcessLookupError):
+                victim.transport.p2p._child.kill()
             await victim.close()
 
     run(scenario())
