@@ -84,7 +84,7 @@ def _parse(config: Mapping[str, Any]) -> ModelConfig:
     return ModelConfig(
         family="bloom",
         architecture="BloomForCausalLM",
-        num_blocks=fields.integer("n_layer", "num_hidden_layers"),
+        num_blocks=fields.blocks("n_layer", "num_hidden_layers"),
         hidden_size=hidden,
         num_heads=heads,
         num_kv_heads=heads,

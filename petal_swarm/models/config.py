@@ -57,9 +57,13 @@ class ModelConfig:
         from petal_swarm.models.families import family_of
 
         family = family_of(config)
+        if config.get("quantization_config"):
+            raise UnsupportedArchitectureError(
+                "quantized checkpoints are not supported: load the original one, or a GGUF file"
+            )
         try:
             made = family.parse(config)
-        except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             raise CheckpointError(f"config.json cannot be used: {_describe(error)}") from error
         made._check()
         return made
@@ -74,7 +78,7 @@ class ModelConfig:
             self.intermediate_size,
             self.vocab_size,
         )
-        if min(sizes) < 1:
+        if min(sizes) < 1 or (self.sliding_window is not None and self.sliding_window < 1):
             raise CheckpointError("config.json cannot be used: sizes must be positive")
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
@@ -125,6 +129,12 @@ class Fields:
             raise ValueError(f"{name} must be an integer, not {value!r}")
         return value
 
+    def blocks(self, *names: str) -> int:
+        name, value = names[0], self.integer(*names)
+        if not 1 <= value <= _MAX_BLOCKS:
+            raise ValueError(f"{name} must be between 1 and {_MAX_BLOCKS}, not {value}")
+        return value
+
     def number(self, *names: str, default: Any = None) -> float:
         name, value = self._get(names, _REQUIRED if default is None else default)
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -144,6 +154,7 @@ class Fields:
 
 
 _REQUIRED = object()
+_MAX_BLOCKS = 10_000
 
 
 def refuse(config: Mapping[str, Any], field: str, supported: tuple[Any, ...]) -> None:

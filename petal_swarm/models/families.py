@@ -29,10 +29,11 @@ def family_of(config: Mapping[str, Any] | ModelConfig) -> Family:
     if isinstance(config, ModelConfig):
         return _BY_NAME[config.family]
     named = config.get("architectures") or [f"model_type {config.get('model_type')!r}"]
-    for name in named if isinstance(named, list | tuple) else [named]:
+    names = [str(name) for name in named] if isinstance(named, list | tuple) else [str(named)]
+    for name in names:
         if name in _BY_ARCHITECTURE:
             return _BY_ARCHITECTURE[name]
-    raise UnsupportedArchitectureError(f"{named[0]} is not supported; supported: {_supported()}")
+    raise UnsupportedArchitectureError(f"{names[0]} is not supported; supported: {_supported()}")
 
 
 def family_of_gguf(architecture: str) -> tuple[Family, str]:

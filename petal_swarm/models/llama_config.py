@@ -16,11 +16,14 @@ _MISTRAL_WINDOW = 4096
 
 def parse(config: Mapping[str, Any]) -> ModelConfig:
     fields = Fields(config)
-    architecture = next(name for name in config["architectures"] if name in _MODEL_TYPES)
+    named = config["architectures"]
+    architecture = next(
+        name for name in ([named] if isinstance(named, str) else named) if name in _MODEL_TYPES
+    )
     refuse(config, "hidden_act", ("silu", "swish"))
     hidden = fields.integer("hidden_size")
     heads = fields.integer("num_attention_heads")
-    blocks = fields.integer("num_hidden_layers")
+    blocks = fields.blocks("num_hidden_layers")
     positions = fields.integer("max_position_embeddings")
     qwen2, qwen3 = architecture == "Qwen2ForCausalLM", architecture == "Qwen3ForCausalLM"
     biased = fields.flag("attention_bias", False) and architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
@@ -53,8 +56,9 @@ def _windows(architecture: str, fields: Fields, blocks: int) -> tuple[int | None
     """The sliding window and the blocks it holds for."""
     every = tuple(range(blocks))
     if architecture == "MistralForCausalLM":
-        window = fields.raw("sliding_window", _MISTRAL_WINDOW)
-        return (window, every) if window else (None, ())
+        if fields.raw("sliding_window", _MISTRAL_WINDOW) is None:
+            return None, ()
+        return fields.integer("sliding_window", default=_MISTRAL_WINDOW), every
     if architecture == "LlamaForCausalLM" or not fields.flag("use_sliding_window", False):
         return None, ()
     window = fields.integer("sliding_window", default=_MISTRAL_WINDOW)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -27,22 +28,22 @@ class PackedSlice(NamedTuple):
     extents: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PackedBatch:
-    """The slices of one step, and for every new token its pool row and its absolute position.
+    """The slices of one step; made by `build`.
 
     `run` is the first pool row when the rows of all new tokens are consecutive, else None.
     """
 
     slices: tuple[PackedSlice, ...]
     tokens: int
-    slots: Tensor
-    positions: Tensor
     run: int | None
+    device: torch.device | str
+    _ranges: tuple[tuple[int, int], ...]
 
     @classmethod
     def build(cls, slices: Sequence[PackedSlice], device: torch.device | str = "cpu") -> PackedBatch:
-        """Derives slots and positions. The slices must cover the packed rows in order, without gaps."""
+        """Finds the pool rows of the new tokens; the slices must cover the packed rows in order."""
         ranges: list[tuple[int, int]] = []
         row = 0
         for piece in slices:
@@ -50,15 +51,21 @@ class PackedBatch:
             assert piece.row == row, "slices must cover the packed rows in order"
             row += piece.length
             _append_new_rows(ranges, piece)
-        positions = [torch.arange(s.position, s.position + s.length) for s in slices]
-        slots = [torch.arange(start, stop) for start, stop in ranges]
-        return cls(
-            tuple(slices),
-            row,
-            torch.cat(slots).to(device) if len(slots) != 1 else slots[0].to(device),
-            torch.cat(positions).to(device) if len(positions) != 1 else positions[0].to(device),
-            ranges[0][0] if len(ranges) == 1 else None,
-        )
+        run = ranges[0][0] if len(ranges) == 1 else None
+        return cls(tuple(slices), row, run, device, tuple(ranges))
+
+    # Made when first asked for: decoding one sequence, where every microsecond counts, needs neither.
+
+    @cached_property
+    def slots(self) -> Tensor:
+        """The pool row of every new token: int64 `[tokens]`."""
+        return torch.cat([torch.arange(start, stop) for start, stop in self._ranges]).to(self.device)
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """The absolute position of every new token: int64 `[tokens]`."""
+        ranges = [torch.arange(s.position, s.position + s.length) for s in self.slices]
+        return torch.cat(ranges).to(self.device)
 
 
 def _append_new_rows(ranges: list[tuple[int, int]], piece: PackedSlice) -> None:

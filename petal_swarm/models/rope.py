@@ -122,9 +122,10 @@ class RotaryTable:
     def _reach(self, stop: int) -> Tensor:
         have = self._rows.shape[0]
         if stop > have:
-            angle = angles(self._rope, self._head_dim, have, max(stop, 2 * have, 512))
-            new = torch.polar(torch.full_like(angle, self._rope.amplitude), angle)
-            self._rows = torch.cat([self._rows, new.to(self._device)])
+            with torch.inference_mode(False):  # the table serves training steps too
+                angle = angles(self._rope, self._head_dim, have, max(stop, 2 * have, 512))
+                new = torch.polar(torch.full_like(angle, self._rope.amplitude), angle)
+                self._rows = torch.cat([self._rows, new.to(self._device)])
         return self._rows
 
     def run(self, start: int, stop: int) -> Tensor:

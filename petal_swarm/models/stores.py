@@ -17,6 +17,8 @@ from petal_swarm.models.folders import Folder, read_json
 from petal_swarm.models.gguf_file import GGUFFile
 from petal_swarm.models.tensor_files import OpenTensors, StreamedSafetensors, damaged, open_tensors
 
+# `general.file_type` of files that are not quantized.
+_FILE_DTYPES = {1: "float16", 32: "bfloat16"}
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -133,7 +135,7 @@ def gguf_configuration(file: GGUFFile) -> tuple[dict[str, Any], ModelConfig]:
         detail = f"it has no {error.args[0]}" if isinstance(error, KeyError) else str(error)
         raise damaged(file.path, ValueError(detail)) from error
     hf["tie_word_embeddings"] = f"{names[family.ends.head]}.weight" not in file.tensors
-    hf["torch_dtype"] = "float32"
+    hf["torch_dtype"] = _FILE_DTYPES.get(file.get("general.file_type", 0), "float32")
     hf |= _token_ids(file)
     hf["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
     hf["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors

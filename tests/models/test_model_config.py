@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny_models import CONFIGS
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from petal_swarm.errors import CheckpointError, UnsupportedArchitectureError
+from petal_swarm.errors import CheckpointError, ModelError, UnsupportedArchitectureError
 from petal_swarm.models.bloom import alibi_slopes
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.rope import RotaryTable, angles, interleave_heads, inverse_frequencies, rotate_
@@ -99,6 +102,7 @@ def test_unsupported_architecture_lists_those_that_are():
         {"rope_parameters": {"rope_type": "longrope"}},
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        {"quantization_config": {"quant_method": "fp8"}},
     ],
 )
 def test_what_would_compute_something_else_is_refused(fields):
@@ -118,11 +122,40 @@ def test_what_would_compute_something_else_is_refused(fields):
         {"rope_parameters": {"rope_type": "linear", "factor": 0}},
         {"rope_parameters": {"rope_type": "llama3"}},
         {"rms_norm_eps": "small"},
+        {"num_hidden_layers": 1 << 30},
     ],
 )
 def test_impossible_fields(fields):
     with pytest.raises(CheckpointError, match=r"config\.json cannot be used"):
         ModelConfig.from_hf(llama(**fields))
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(data=st.data(), value=JSON)
+def test_configurations_from_strangers_never_surprise(data, value):
+    kind = data.draw(st.sampled_from(["llama3-biases", "mistral-window", "qwen2-window", "bloom"]))
+    config = MUTATED[kind]
+    field = data.draw(st.sampled_from(sorted(config)))
+    with contextlib.suppress(ModelError):
+        ModelConfig.from_hf({**config, field: value})
+
+
+MUTATED = {
+    name: {**CONFIGS[name]().to_dict(), "architectures": [architecture]}
+    for name, architecture in {
+        "llama3-biases": "LlamaForCausalLM",
+        "mistral-window": "MistralForCausalLM",
+        "qwen2-window": "Qwen2ForCausalLM",
+        "bloom": "BloomForCausalLM",
+    }.items()
+}
 
 
 def test_mathematics_leaves_out_what_computes_nothing():
