@@ -23,7 +23,6 @@ from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-import msgpack
 from hivemind.dht.node import DHTNode
 from hivemind.dht.routing import DHTID
 from hivemind.dht.storage import DictionaryDHTValue
@@ -31,7 +30,7 @@ from hivemind.dht.traverse import traverse_dht
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
-from petal_swarm.directory.validator import SignedRecordValidator, node_id_of
+from petal_swarm.directory.validator import FlatSerializer, SignedRecordValidator, node_id_of
 from petal_swarm.errors import RemoteProtocolError
 
 logger = logging.getLogger(__name__)
@@ -53,10 +52,6 @@ WALK_WORKERS = 6
 PARALLEL_CALLS = 64
 #: A node that did not answer is left alone for 5, 10, 20... s, whoever recommends it.
 BLACKLIST_S = 5.0
-#: As p2pd: it passes no larger message.
-MAX_REPLY_BYTES = 4 << 20
-
-_DICTIONARY_EXT = 0x50
 
 
 @dataclass(slots=True)
@@ -98,6 +93,7 @@ class KademliaNode:
         # Others may still ask this node to cache, and a cached dictionary that expires later hides the
         # stored one from everybody who asks: one record of a stranger would hide all servers.
         node.protocol.cache.maxsize = 0
+        node.protocol.serializer = FlatSerializer
         return cls(node)
 
     @property
@@ -245,15 +241,11 @@ class KademliaNode:
 
 
 def _records_of(response: Any) -> list[bytes]:
-    """The values of the dictionary in a find reply, without hivemind's decoder, which recurses.
-
-    It is an extension type whose data is `[maxsize, expiration, [[subkey, value, expiration], ...]]`.
-    """
+    """The values of the dictionary in a find reply."""
     [result] = response.results
     if result.type != dht_pb2.FOUND_DICTIONARY:
         return []
-    outer = msgpack.unpackb(result.value, raw=False, max_ext_len=MAX_REPLY_BYTES)
-    if not isinstance(outer, msgpack.ExtType) or outer.code != _DICTIONARY_EXT:
+    found = FlatSerializer.loads(result.value)
+    if not isinstance(found, DictionaryDHTValue):
         raise RemoteProtocolError("a found value is not a dictionary")
-    _, _, entries = msgpack.unpackb(outer.data, raw=False, strict_map_key=True)
-    return [value for _, value, _ in entries if type(value) is bytes]
+    return [entry.value for entry in found.data.values() if type(entry.value) is bytes]

@@ -1,4 +1,4 @@
-"""Where records and nodes belong in the DHT, and what an honest node refuses to store.
+"""Where records and nodes belong in the DHT, and what an honest node refuses to read and to store.
 
 Imports hivemind at once, as `kademlia`: import it on use.
 """
@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import msgpack
 from hivemind.dht.routing import DHTID
+from hivemind.dht.storage import DictionaryDHTValue
 from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import PeerID
+from hivemind.utils import MSGPackSerializer
 
 from petal_swarm.directory.records import CLOCK_SLACK_S, MAX_TTL_S, open_record
 from petal_swarm.errors import RemoteProtocolError
 
 logger = logging.getLogger(__name__)
+
+#: As p2pd: it passes no larger message.
+MAX_VALUE_BYTES = 4 << 20
+_DICTIONARY_EXT = 0x50
 
 
 def key_of(model: str) -> DHTID:
@@ -53,3 +60,30 @@ class SignedRecordValidator(RecordValidatorBase):  # type: ignore[misc]
             and record.expiration_time == expires_at
             and now - CLOCK_SLACK_S < expires_at <= now + MAX_TTL_S + CLOCK_SLACK_S
         )
+
+
+class FlatSerializer(MSGPackSerializer):  # type: ignore[misc]
+    """hivemind's encoding, less the nesting of its types.
+
+    Its own decoder recurses wherever the bytes say so: 60 KB from anybody, read before any validator
+    sees them, overflow the C stack and kill the process. What this DHT holds is one dictionary deep.
+    """
+
+    @classmethod
+    def loads(cls, buf: bytes) -> Any:
+        """A plain value, or a dictionary: `[maxsize, expiration, [[subkey, value, expiration], ...]]`.
+
+        Raises:
+            RemoteProtocolError: it is another extension.
+            ValueError, TypeError: it is damaged, in one of msgpack's or hivemind's ways.
+        """
+        value = msgpack.unpackb(buf, raw=False, max_ext_len=MAX_VALUE_BYTES)
+        if not isinstance(value, msgpack.ExtType):
+            return value
+        if value.code != _DICTIONARY_EXT:
+            raise RemoteProtocolError("a value is not a flat dictionary")
+        _, _, entries = msgpack.unpackb(value.data, raw=False)
+        with DictionaryDHTValue().freeze() as dictionary:
+            for subkey, record, expiration in entries:
+                dictionary.store(subkey, record, float(expiration))
+        return dictionary
