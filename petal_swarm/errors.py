@@ -147,6 +147,12 @@ class BusyError(RemoteError):
     code = "busy"
 
 
+class IdleError(RemoteError):
+    """The session was not used for too long."""
+
+    code = "idle"
+
+
 class HopLostError(RemoteError):
     """A server lost its next hop."""
 
@@ -166,6 +172,7 @@ _BY_CODE: dict[str, type[RemoteError]] = {
         SessionTooLongError,
         CacheFullError,
         BusyError,
+        IdleError,
         HopLostError,
     )
 }

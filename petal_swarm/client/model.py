@@ -135,6 +135,22 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         result.sequences = sequences[:, skipped:].clone()
         return result
 
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        next_sequence_length: int | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """What `forward` needs of `generate`'s state; Hugging Face's own does much more for every token."""
+        embeds = kwargs.pop("inputs_embeds", None)
+        if embeds is not None and is_first_iteration:
+            kept = embeds if next_sequence_length is None else embeds[:, -next_sequence_length:]
+            return {"inputs_embeds": kept, **kwargs}
+        if next_sequence_length is not None:
+            input_ids = input_ids[:, -next_sequence_length:]
+        return {"input_ids": input_ids, **kwargs}
+
     def _prepare_cache_for_generation(
         self,
         generation_config: Any,
@@ -170,7 +186,6 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self,
         input_ids: torch.LongTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         past_key_values: SwarmCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
@@ -180,9 +195,9 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """Logits `[batch, tokens, vocab]` for `input_ids [batch, tokens]`, through the whole swarm.
 
-        Positions follow from `attention_mask` (padding may be on either side); `position_ids` is
-        accepted for compatibility and not needed. Padded places get zeros. Without `past_key_values`
-        no KV cache outlives the call. `logits_to_keep` last positions are enough for `generate`.
+        Positions follow from `attention_mask` (padding may be on either side), so `position_ids` and
+        other arguments of Hugging Face models are accepted and not needed. Padded places get zeros.
+        Without `past_key_values` no KV cache outlives the call.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give input_ids or inputs_embeds")

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import secrets
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 from petal_swarm.errors import (
     HopLostError,
@@ -42,7 +40,7 @@ class Ring:
         self.dtypes = tuple(answer.dtype for answer in opened)
         self.error: PetalSwarmError | None = None
         self._channels = channels
-        self._pending: dict[int, Future[Output]] = {}
+        self._pending: dict[int, asyncio.Future[Output]] = {}
         self._readers = [asyncio.create_task(self._read(channel)) for channel in channels]
 
     @classmethod
@@ -72,26 +70,34 @@ class Ring:
             raise error from None
         return cls(route, [channel for channel, _ in answers], [opened for _, opened in answers])
 
-    def send(self, step: Step, answer: Future[Output] | None) -> None:
-        """Send a step to the first hop; `answer` gets the output of the last one, or the error.
+    async def exchange(self, steps: Sequence[Step]) -> list[Output | None]:
+        """Send steps, all before the first answer is waited for; the output of each that wants rows.
 
-        A step that wants no rows has no answer.
+        Raises:
+            PetalSwarmError: why the session has ended.
         """
-        if self.error is not None:
-            if answer is not None:
-                answer.set_exception(self.error)
-            return
-        if answer is not None:
-            self._pending[step.step] = answer
+        loop = asyncio.get_running_loop()
+        answers: list[asyncio.Future[Output] | None] = []
+        for step in steps:
+            if self.error is not None:
+                raise self.error
+            answer = None
+            if step.rows != "none":
+                answer = self._pending[step.step] = loop.create_future()
+            answers.append(answer)
+            try:
+                self._channels[0].send(step)
+                if self._channels[0].congested:
+                    await self._channels[0].drain()
+            except NetworkError as error:
+                self._fail(HopLostError(str(error), peer_id=self._channels[0].peer_id))
         try:
-            self._channels[0].send(step)
-        except PetalSwarmError as error:
-            self._fail(error)
-
-    async def drain(self) -> None:
-        """Wait until the first hop has taken enough of what was sent."""
-        with contextlib.suppress(NetworkError):  # its reader reports it
-            await self._channels[0].drain()
+            return [None if answer is None else await answer for answer in answers]
+        finally:
+            for step in steps:
+                unclaimed = self._pending.pop(step.step, None)
+                if unclaimed is not None:
+                    unclaimed.cancel()
 
     async def close(self) -> None:
         """End the session at every hop. Idempotent; never raises for dead peers."""
@@ -109,7 +115,7 @@ class Ring:
                 if not isinstance(message, Output) or channel is not self._channels[-1]:
                     raise RemoteProtocolError(f"peer {channel.peer_id} sent {message.type!r}")
                 answer = self._pending.pop(message.step, None)
-                if answer is not None and answer.set_running_or_notify_cancel():
+                if answer is not None and not answer.done():
                     answer.set_result(message)
             raise HopLostError(f"peer {channel.peer_id} ended the session", peer_id=channel.peer_id)
         except NetworkError as error:
@@ -121,8 +127,9 @@ class Ring:
         if self.error is None:
             self.error = error
         for answer in self._pending.values():
-            if answer.set_running_or_notify_cancel():
+            if not answer.done():
                 answer.set_exception(self.error)
+                answer.exception()  # seen: the one who waits raises it, if there is one
         self._pending.clear()
 
 

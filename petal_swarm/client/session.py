@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Future
 from types import TracebackType
 
 import torch
 
-from petal_swarm.client.loop import LoopThread, wait
+from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.packing import Chunk, chunk_slices
 from petal_swarm.client.ring import Ring
 from petal_swarm.client.swarm import ModelRef, Swarm
@@ -153,21 +152,18 @@ class InferenceSession:
         row_bytes = outgoing.shape[1] * outgoing.element_size()
         max_tokens = min(ring.max_batch_tokens, self._swarm.config.max_step_bytes // row_bytes)
         chunks = chunk_slices(slices, max(1, max_tokens))
-        answers = [self._send(ring, chunk, outgoing[chunk.start : chunk.stop], rows) for chunk in chunks]
-        parts: list[torch.Tensor] = []
-        timeout_s = self._swarm.config.step_timeout_s
-        for chunk, answer in zip(chunks, answers, strict=True):
-            if answer is None:
-                continue
-            output = wait(answer, timeout_s)
-            self.last_trace = output.trace
-            parts.append(self._rows_of(chunk, output, rows))
+        steps = [self._step(chunk, outgoing[chunk.start : chunk.stop], rows) for chunk in chunks]
+        limit = self._swarm.config.step_timeout_s * len(steps)
+        outputs = self._loop.run(ring.exchange(steps), timeout_s=limit)
+        parts = []
+        for chunk, output in zip(chunks, outputs, strict=True):
+            if output is not None:
+                self.last_trace = output.trace
+                parts.append(self._rows_of(chunk, output, rows))
         result = parts[0] if len(parts) == 1 else torch.cat(parts)
         return result.to(device=device, dtype=dtype)
 
-    def _send(self, ring: Ring, chunk: Chunk, hidden: torch.Tensor, rows: Rows) -> Future[Output] | None:
-        wanted: Rows = rows if rows != "last" or chunk.ends else "none"
-        answer: Future[Output] | None = Future() if wanted != "none" else None
+    def _step(self, chunk: Chunk, hidden: torch.Tensor, rows: Rows) -> Step:
         meta, payload = encode_tensor(hidden)
         step = Step(
             step=self._next_step,
@@ -175,15 +171,12 @@ class InferenceSession:
             slices=chunk.slices,
             tensor=meta,
             payload=payload,
-            rows=wanted,
+            rows=rows if rows != "last" or chunk.ends else "none",
             forks=self._forks,
         )
         self._next_step += 1
         self._forks = None
-        self._loop.call(ring.send, step, answer)
-        if meta.nbytes >= 1 << 20:
-            self._loop.run(ring.drain(), timeout_s=self._swarm.config.step_timeout_s)
-        return answer
+        return step
 
     def _rows_of(self, chunk: Chunk, output: Output, rows: Rows) -> torch.Tensor:
         """The answer's rows, less those of sequences that a later chunk continues."""

@@ -67,7 +67,8 @@ class Engine:
         self._pool = KVPool.allocate(
             stack.config, stack.span, self._cache.tokens, dtype=stack.dtype, device=stack.device
         )
-        self._block_time_s = 0.0
+        #: Running mean of what one block takes in a decode step, in seconds; 0 before the first.
+        self.block_time_s = 0.0
         self._prefill_tokens_per_s = 0.0
 
     def open_session(self, key: Hashable, *, max_length: int) -> None:
@@ -83,7 +84,7 @@ class Engine:
             kv_tokens=self._cache.tokens,
             kv_tokens_free=self._cache.tokens_free,
             sessions=self._cache.num_sessions,
-            block_time_s=self._block_time_s,
+            block_time_s=self.block_time_s,
             prefill_tokens_per_s=self._prefill_tokens_per_s,
         )
 
@@ -171,7 +172,7 @@ class Engine:
         tokens = sum(requests[index].hidden.shape[0] for index, _ in placed)
         blocks = len(requests[placed[0][0]].blocks)
         if tokens <= 4:
-            self._block_time_s = _smooth(self._block_time_s, elapsed / blocks)
+            self.block_time_s = _smooth(self.block_time_s, elapsed / blocks)
         elif tokens >= 32:
             rate = tokens / elapsed * blocks / len(self.stack.span)
             self._prefill_tokens_per_s = _smooth(self._prefill_tokens_per_s, rate)

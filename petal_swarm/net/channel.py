@@ -6,7 +6,7 @@ import asyncio
 from typing import TypeVar
 
 from petal_swarm.errors import DeadlineError, RemoteProtocolError, StreamClosedError, remote_error
-from petal_swarm.net.transport import Stream
+from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Stream
 from petal_swarm.wire.connection import Connection, Role, StreamEnded, Table
 from petal_swarm.wire.messages import Error, Message
 
@@ -64,6 +64,11 @@ class Channel:
             LocalProtocolError: it may not be sent now.
         """
         self._stream.write(*self._connection.send(message))
+
+    @property
+    def congested(self) -> bool:
+        """Whether so much is unsent that `drain` would wait."""
+        return self._stream.unsent_bytes >= WRITE_HIGH_WATER_BYTES
 
     async def drain(self) -> None:
         await self._stream.drain()

@@ -35,10 +35,16 @@ class Stream(Protocol):
         ...
 
     def write(self, *buffers: Buffer) -> None:
-        """Queue bytes to be sent, in order, and return at once. After a failure, a no-op.
+        """Send bytes, or queue what does not go at once, and return. After a failure, a no-op.
 
-        The buffers must not change afterwards.
+        May be called from any thread, though not from two at once if their order matters. The buffers
+        must not change afterwards.
         """
+        ...
+
+    @property
+    def unsent_bytes(self) -> int:
+        """How much `write` has queued that is not yet handed to the network."""
         ...
 
     async def drain(self) -> None:

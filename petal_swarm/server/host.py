@@ -108,6 +108,7 @@ class SessionHost:
         work = [
             asyncio.create_task(session.pump(channel) if first else session.watch_client()),
             asyncio.create_task(session.wait_ended()),
+            asyncio.create_task(session.watch_idle()),
         ]
         if session.opening.next is not None:
             work.append(asyncio.create_task(session.watch_next()))

@@ -6,13 +6,12 @@ import asyncio
 import contextlib
 import time
 
-import torch
-
 from petal_swarm.engine.compute import ComputeThread
 from petal_swarm.engine.engine import StepRequest, StepResult
 from petal_swarm.errors import (
     BadMessageError,
     HopLostError,
+    IdleError,
     NetworkError,
     PetalSwarmError,
     ProtocolError,
@@ -60,6 +59,7 @@ class HostedSession:
         self._loop = asyncio.get_running_loop()
         self._next: Channel | None = None
         self._last_step = -1
+        self._last_active = time.perf_counter()
         self._in_flight = 0
         self._room = asyncio.Event()
         self._ended = asyncio.Event()
@@ -80,16 +80,28 @@ class HostedSession:
         """
         output = self._next or self._client
         while not self.ended:
-            async with asyncio.timeout(self._limits.idle_timeout_s):
-                message = await source.receive()
+            message = await source.receive()
             if message is None:
                 return
             self._submit(message)
             while self._in_flight >= self._limits.max_steps_in_flight and not self.ended:
                 self._room.clear()
                 await self._room.wait()
-            async with asyncio.timeout(self._limits.write_timeout_s):
-                await output.drain()
+            if output.congested:
+                async with asyncio.timeout(self._limits.write_timeout_s):
+                    await output.drain()
+
+    async def watch_idle(self) -> None:
+        """Wait until no step has come for `idle_timeout_s`, then end the session.
+
+        One timer for each session, not one for each step, which would cost as much as a small block.
+        """
+        limit_s = self._limits.idle_timeout_s
+        idle_s = 0.0
+        while idle_s < limit_s:
+            await asyncio.sleep(limit_s - idle_s)
+            idle_s = time.perf_counter() - self._last_active
+        self.fail(IdleError(f"the session was idle for {limit_s:g} s"))
 
     async def watch_next(self) -> None:
         """Wait for the next hop to fail, and tell the client so."""
@@ -141,6 +153,7 @@ class HostedSession:
                 f"step {message.step} of epoch {message.epoch} came after"
                 f" step {self._last_step} of epoch {self.opening.epoch}"
             )
+        arrived = self._last_active = time.perf_counter()
         self._last_step = message.step
         self._in_flight += 1
         request = StepRequest(
@@ -151,14 +164,15 @@ class HostedSession:
             forks=message.forks,
             rows=message.rows if self.opening.next is None else "all",
         )
-        arrived = time.perf_counter()
-        self._compute.submit(request, lambda result: self._computed(message, arrived, result))
+        result = self._compute.run_now(request)
+        if result is not None:
+            self._deliver(message, arrived, result, _encode(message, result))
+        else:
+            self._compute.submit(request, lambda result: self._computed(message, arrived, result))
 
     def _computed(self, step: Step, arrived: float, result: StepResult) -> None:
         """In the compute thread: encode there, so that the event loop only writes."""
-        encoded = None
-        if result.hidden is not None:
-            encoded = encode_tensor(_to_dtype(result.hidden, step.tensor.dtype))
+        encoded = _encode(step, result)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
             self._loop.call_soon_threadsafe(self._deliver, step, arrived, result, encoded)
 
@@ -178,18 +192,8 @@ class HostedSession:
         trace = (*step.trace, elapsed)
         try:
             if self._next is not None:
-                self._next.send(
-                    Step(
-                        step=step.step,
-                        epoch=step.epoch,
-                        slices=step.slices,
-                        tensor=meta,
-                        payload=payload,
-                        rows=step.rows,
-                        forks=step.forks,
-                        trace=trace,
-                    )
-                )
+                step.tensor, step.payload, step.trace = meta, payload, trace
+                self._next.send(step)
             elif step.rows != "none":
                 self._client.send(
                     Output(step=step.step, epoch=step.epoch, tensor=meta, payload=payload, trace=trace)
@@ -214,5 +218,6 @@ def error_message(error: BaseException, step: int | None = None) -> Error:
     return Error(RemoteError.code, "internal error", step)
 
 
-def _to_dtype(hidden: torch.Tensor, name: str) -> torch.Tensor:
-    return hidden.to(DTYPES[name])
+def _encode(step: Step, result: StepResult) -> tuple[TensorMeta, Buffer] | None:
+    """The result in the dtype that the step came in."""
+    return None if result.hidden is None else encode_tensor(result.hidden.to(DTYPES[step.tensor.dtype]))

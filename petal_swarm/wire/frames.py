@@ -70,9 +70,11 @@ class FrameDecoder:
         Raises:
             RemoteProtocolError: a length over its bound, or a header that is no msgpack map.
         """
-        view = memoryview(data)
         frames: list[Frame] = []
-        while True:
+        view = memoryview(data)
+        if not self.mid_frame:
+            view = _take_whole_frames(view, frames)
+        while len(view):
             if self._header is None:
                 view = self._take_head(view)
                 if self._header is None:
@@ -89,21 +91,14 @@ class FrameDecoder:
                 return frames
             frames.append(Frame(self._header, memoryview(self._payload)))
             self._header, self._payload, self._filled = None, bytearray(), 0
+        return frames
 
     def _take_head(self, view: memoryview) -> memoryview:
         """Consume prefix and header as far as they have come; sets `_header` once both are whole."""
         view = self._fill_head(view, PREFIX.size)
         if len(self._head) < PREFIX.size:
             return view
-        header_bytes, payload_bytes = PREFIX.unpack_from(self._head)
-        if not 0 < header_bytes <= MAX_HEADER_BYTES:
-            raise RemoteProtocolError(
-                f"frame header of {header_bytes} bytes; 1 to {MAX_HEADER_BYTES} are allowed"
-            )
-        if payload_bytes > MAX_PAYLOAD_BYTES:
-            raise RemoteProtocolError(
-                f"frame payload of {payload_bytes} bytes; at most {MAX_PAYLOAD_BYTES} are allowed"
-            )
+        header_bytes, payload_bytes = _lengths(self._head)
         view = self._fill_head(view, PREFIX.size + header_bytes)
         if len(self._head) < PREFIX.size + header_bytes:
             return view
@@ -118,6 +113,34 @@ class FrameDecoder:
             self._head += view[:missing]
             return view[missing:]
         return view
+
+
+def _lengths(data: Buffer, offset: int = 0) -> tuple[int, int]:
+    """Header and payload length of the frame at `offset`, checked against their bounds."""
+    header_bytes, payload_bytes = PREFIX.unpack_from(data, offset)
+    if not 0 < header_bytes <= MAX_HEADER_BYTES:
+        raise RemoteProtocolError(
+            f"frame header of {header_bytes} bytes; 1 to {MAX_HEADER_BYTES} are allowed"
+        )
+    if payload_bytes > MAX_PAYLOAD_BYTES:
+        raise RemoteProtocolError(
+            f"frame payload of {payload_bytes} bytes; at most {MAX_PAYLOAD_BYTES} are allowed"
+        )
+    return header_bytes, payload_bytes
+
+
+def _take_whole_frames(view: memoryview, frames: list[Frame]) -> memoryview:
+    """Read the frames that lie in `view` as a whole, without copying them; returns what is left."""
+    offset, size = 0, len(view)
+    while size - offset >= PREFIX.size:
+        header_bytes, payload_bytes = _lengths(view, offset)
+        payload = offset + PREFIX.size + header_bytes
+        if payload + payload_bytes > size:
+            break
+        header = _unpack_header(view[offset + PREFIX.size : payload])
+        offset = payload + payload_bytes
+        frames.append(Frame(header, view[payload:offset]))
+    return view[offset:] if offset else view
 
 
 def _unpack_header(packed: memoryview) -> dict[str, Any]:

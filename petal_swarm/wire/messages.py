@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 from petal_swarm.errors import RemoteProtocolError, UnknownVersionError
 from petal_swarm.span import Slice, Span
@@ -21,6 +20,7 @@ from petal_swarm.wire.protocols import VERSION
 
 SESSION_ID_BYTES = 16
 MAX_POSITION = 1 << 30
+MAX_EXTENT = 1 << 31
 MAX_SEQUENCES = 1024
 MAX_STEP = 1 << 53
 MAX_HOPS = 1024
@@ -31,10 +31,10 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CODECS = ("raw",)
 
 Rows: TypeAlias = Literal["last", "all", "none"]
+ROWS = ("last", "all", "none")
 
 
-@dataclass(frozen=True, slots=True)
-class TensorMeta:
+class TensorMeta(NamedTuple):
     """What a payload holds: a row-major little-endian matrix `[rows, columns]`, packed by `codec`."""
 
     dtype: str
@@ -43,24 +43,30 @@ class TensorMeta:
 
     @property
     def nbytes(self) -> int:
-        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+        return self.shape[0] * self.shape[1] * DTYPE_BYTES[self.dtype]
 
     def to_header(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "shape": list(self.shape), "codec": self.codec}
+        return {"dtype": self.dtype, "shape": self.shape, "codec": self.codec}
 
     @classmethod
     def from_frame(cls, frame: Frame) -> TensorMeta:
         """Read and check against the payload's true length."""
         header = fields.mapping(frame.header, "tensor")
-        rows, columns = fields.items(header, "shape", _extent, limit=2, low=2)
-        meta = cls(
-            dtype=fields.choice(header, "dtype", tuple(DTYPE_BYTES)),
-            shape=(rows, columns),
-            codec=fields.choice(header, "codec", CODECS),
-        )
+        dtype, shape, codec = header.get("dtype"), header.get("shape"), header.get("codec")
+        if type(dtype) is not str or dtype not in DTYPE_BYTES:
+            raise RemoteProtocolError(
+                f"field 'dtype': expected one of {', '.join(DTYPE_BYTES)}, got {dtype!r:.60}"
+            )
+        if type(codec) is not str or codec not in CODECS:
+            raise RemoteProtocolError(
+                f"field 'codec': expected one of {', '.join(CODECS)}, got {codec!r:.60}"
+            )
+        if not (type(shape) is list and len(shape) == 2 and all(map(_is_extent, shape))):
+            raise RemoteProtocolError(f"field 'shape': expected [rows, columns], got {shape!r:.60}")
+        meta = cls(dtype, (shape[0], shape[1]), codec)
         if meta.nbytes != frame.payload.nbytes:
             raise RemoteProtocolError(
-                f"tensor {list(meta.shape)} {meta.dtype} is {meta.nbytes} bytes, not {frame.payload.nbytes}"
+                f"tensor {list(shape)} {dtype} is {meta.nbytes} bytes, not {frame.payload.nbytes}"
             )
         return meta
 
@@ -179,9 +185,11 @@ class Opened:
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Step:
     """Packed hidden states for the blocks of the next hop.
+
+    Not frozen: a hop sends on the step that it got, with its own tensor and trace.
 
     Before anything else, if `forks` is not None, sequence i becomes a copy of sequence `forks[i]`
     and all others end. Then each slice truncates its sequence to its position, and appends.
@@ -204,41 +212,39 @@ class Step:
             "type": self.type,
             "step": self.step,
             "epoch": self.epoch,
-            "slices": [list(entry) for entry in self.slices],
+            "slices": self.slices,
             "rows": self.rows,
             "tensor": self.tensor.to_header(),
         }
         if self.forks is not None:
-            header["forks"] = list(self.forks)
+            header["forks"] = self.forks
         if self.trace:
-            header["trace"] = list(self.trace)
+            header["trace"] = self.trace
         return header
 
     @classmethod
     def from_frame(cls, frame: Frame) -> Step:
         header = frame.header
-        message = cls(
-            step=fields.integer(header, "step", 0, MAX_STEP),
-            epoch=fields.integer(header, "epoch", 0, MAX_STEP),
-            slices=fields.items(header, "slices", _slice, limit=MAX_SEQUENCES, low=1),
-            rows=fields.choice(header, "rows", ("last", "all", "none")),  # type: ignore[arg-type]
-            tensor=TensorMeta.from_frame(frame),
-            payload=frame.payload,
-            forks=(
-                fields.items(header, "forks", _sequence, limit=MAX_SEQUENCES, low=1)
-                if header.get("forks") is not None
-                else None
-            ),
-            trace=fields.items(header, "trace", _seconds, limit=MAX_HOPS),
-        )
-        if len({entry.sequence for entry in message.slices}) != len(message.slices):
+        forks = header.get("forks")
+        slices = fields.items(header, "slices", _slice, limit=MAX_SEQUENCES, low=1)
+        tensor = TensorMeta.from_frame(frame)
+        if len(slices) > 1 and len({entry[0] for entry in slices}) != len(slices):
             raise RemoteProtocolError("field 'slices': a sequence appears twice")
-        if sum(entry.length for entry in message.slices) != message.tensor.shape[0]:
+        if sum([entry[2] for entry in slices]) != tensor.shape[0]:
             raise RemoteProtocolError("field 'slices': lengths do not add up to the tensor's rows")
-        return message
+        return cls(
+            fields.integer(header, "step", 0, MAX_STEP),
+            fields.integer(header, "epoch", 0, MAX_STEP),
+            slices,
+            tensor,
+            frame.payload,
+            fields.choice(header, "rows", ROWS),  # type: ignore[arg-type]
+            None if forks is None else fields.items(header, "forks", _sequence, limit=MAX_SEQUENCES, low=1),
+            fields.items(header, "trace", _seconds, limit=MAX_HOPS),
+        )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Output:
     """Last hop to client: the rows that step `step` asked for, in the order of its slices."""
 
@@ -255,7 +261,7 @@ class Output:
             "step": self.step,
             "epoch": self.epoch,
             "tensor": self.tensor.to_header(),
-            "trace": list(self.trace),
+            "trace": self.trace,
         }
 
     @classmethod
@@ -403,8 +409,8 @@ def _version(header: Mapping[str, Any]) -> int:
     return version
 
 
-def _extent(value: Any) -> int:
-    return fields.integer({"extent": value}, "extent", 0, 1 << 31)
+def _is_extent(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_EXTENT
 
 
 def _sequence(value: Any) -> int:
@@ -412,15 +418,21 @@ def _sequence(value: Any) -> int:
 
 
 def _seconds(value: Any) -> float:
+    if type(value) is float and 0.0 <= value <= 1e9:
+        return value
     return fields.number({"seconds": value}, "seconds", 0, 1e9)
 
 
 def _slice(value: Any) -> Slice:
-    if not isinstance(value, list) or len(value) != 3:
-        raise RemoteProtocolError("a slice must be [sequence, position, length]")
-    sequence, position, length = value
-    return Slice(
-        _sequence(sequence),
-        fields.integer({"position": position}, "position", 0, MAX_POSITION),
-        fields.integer({"length": length}, "length", 1, MAX_POSITION),
+    if type(value) is list and len(value) == 3:
+        sequence, position, length = value
+        if (
+            type(sequence) is type(position) is type(length) is int
+            and 0 <= sequence < MAX_SEQUENCES
+            and 0 <= position <= MAX_POSITION
+            and 0 < length <= MAX_POSITION
+        ):
+            return Slice(sequence, position, length)
+    raise RemoteProtocolError(
+        f"a slice must be [sequence, position, length] within bounds, got {value!r:.60}"
     )

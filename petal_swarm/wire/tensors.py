@@ -37,14 +37,14 @@ def encode_tensor(tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
     if tensor.dim() != 2:
         raise LocalProtocolError(f"only matrices travel, got shape {list(tensor.shape)}")
     meta = TensorMeta(dtype_name(tensor.dtype), (tensor.shape[0], tensor.shape[1]))
-    flat = tensor.detach().to("cpu").contiguous().view(torch.uint8)
-    if meta.nbytes == 0:
-        return meta, b""
-    return meta, memoryview(flat.numpy().reshape(-1)).cast("B")  # type: ignore[arg-type]
+    flat = tensor.detach().cpu().contiguous()
+    if flat.dtype is torch.bfloat16:
+        flat = flat.view(torch.int16)  # numpy has no bfloat16
+    return meta, flat.numpy().data.cast("B") if meta.nbytes else b""
 
 
 def decode_tensor(meta: TensorMeta, payload: Buffer) -> torch.Tensor:
-    """`[rows, columns]` on the CPU, sharing the payload's memory.
+    """`[rows, columns]` on the CPU, sharing the payload's memory where that may be written to.
 
     Raises:
         RemoteProtocolError: an unknown dtype or codec, or a payload of the wrong size.
@@ -55,6 +55,6 @@ def decode_tensor(meta: TensorMeta, payload: Buffer) -> torch.Tensor:
         raise RemoteProtocolError(f"tensor needs {meta.nbytes} bytes, got {memoryview(payload).nbytes}")
     if meta.nbytes == 0:
         return torch.empty(meta.shape, dtype=DTYPES[meta.dtype])
-    if isinstance(payload, bytes):
+    if memoryview(payload).readonly:
         payload = bytearray(payload)
     return torch.frombuffer(payload, dtype=DTYPES[meta.dtype]).view(meta.shape)
