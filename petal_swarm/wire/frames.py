@@ -34,9 +34,12 @@ def encode_frame(header: Mapping[str, Any], payload: Buffer = b"") -> list[Buffe
     """The buffers to send, in order; the payload is not copied.
 
     Raises:
-        LocalProtocolError: a length passes its bound.
+        LocalProtocolError: a length passes its bound, or msgpack has no such value.
     """
-    packed: bytes = msgpack.packb(header, use_bin_type=True)
+    try:
+        packed: bytes = msgpack.packb(header, use_bin_type=True)
+    except (OverflowError, TypeError, ValueError) as error:
+        raise LocalProtocolError(f"frame header cannot be packed: {error}") from None
     size = len(payload) if not isinstance(payload, memoryview) else payload.nbytes
     if len(packed) > MAX_HEADER_BYTES or size > MAX_PAYLOAD_BYTES:
         raise LocalProtocolError(f"frame of {len(packed)} + {size} bytes is over the protocol's bounds")

@@ -1,0 +1,194 @@
+"""Strategies for everything that travels, and a few ways to damage it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from petal_swarm.span import Slice, Span
+from petal_swarm.wire.announcement import MAX_ADDRESSES, MAX_BLOCKS, STATES, Announcement
+from petal_swarm.wire.fields import MAX_TEXT
+from petal_swarm.wire.frames import Buffer
+from petal_swarm.wire.messages import (
+    DTYPE_BYTES,
+    MAX_POSITION,
+    MAX_RECORD_BYTES,
+    MAX_SEQUENCES,
+    MAX_STEP,
+    ROWS,
+    SESSION_ID_BYTES,
+    Error,
+    Listing,
+    ListRequest,
+    Message,
+    Neighbour,
+    Open,
+    Opened,
+    Output,
+    Ping,
+    Pong,
+    PushOpen,
+    Step,
+    TensorMeta,
+)
+
+same_every_time = settings(deadline=None, derandomize=True)
+
+
+def joined(buffers: Sequence[Buffer]) -> bytes:
+    return b"".join(bytes(buffer) for buffer in buffers)
+
+
+def texts(limit: int) -> st.SearchStrategy[str]:
+    return st.text(max_size=8) | st.sampled_from(["", "x" * limit])
+
+
+def integers(low: int, high: int) -> st.SearchStrategy[int]:
+    return st.integers(low, high) | st.sampled_from([low, high])
+
+
+steps = integers(0, MAX_STEP)
+sessions = st.binary(min_size=SESSION_ID_BYTES, max_size=SESSION_ID_BYTES)
+address_lists = st.lists(texts(MAX_TEXT), max_size=3).map(tuple) | st.just(("/ip4/::",) * MAX_ADDRESSES)
+traces = st.lists(st.floats(0, 1e9), max_size=4).map(tuple)
+floats = st.floats(0, 1e4)
+
+
+@st.composite
+def spans(draw: st.DrawFn) -> Span:
+    start = draw(integers(0, MAX_BLOCKS - 1))
+    return Span(start, draw(integers(start + 1, MAX_BLOCKS)))
+
+
+@st.composite
+def tensors(draw: st.DrawFn, rows: int | None = None) -> tuple[TensorMeta, bytes]:
+    meta = TensorMeta(
+        draw(st.sampled_from(sorted(DTYPE_BYTES))),
+        (draw(st.integers(0, 5)) if rows is None else rows, draw(st.integers(0, 5))),
+    )
+    return meta, draw(st.binary(min_size=meta.nbytes, max_size=meta.nbytes))
+
+
+@st.composite
+def step_messages(draw: st.DrawFn) -> Step:
+    sequences = draw(st.lists(integers(0, MAX_SEQUENCES - 1), min_size=1, max_size=4, unique=True))
+    slices = tuple(
+        Slice(sequence, draw(integers(0, MAX_POSITION)), draw(st.integers(1, 3))) for sequence in sequences
+    )
+    meta, payload = draw(tensors(sum(piece.length for piece in slices)))
+    return Step(
+        step=draw(steps),
+        epoch=draw(steps),
+        slices=slices,
+        tensor=meta,
+        payload=payload,
+        rows=draw(st.sampled_from(ROWS)),
+        forks=draw(
+            st.none() | st.lists(integers(0, MAX_SEQUENCES - 1), min_size=1, max_size=4).map(tuple)
+        ),
+        trace=draw(traces),
+    )
+
+
+neighbours = st.builds(Neighbour, texts(128), address_lists)
+opens = st.builds(
+    Open,
+    session=sessions,
+    epoch=steps,
+    model=texts(256),
+    span=spans(),
+    max_length=integers(1, MAX_POSITION),
+    upstream=st.none() | texts(128),
+    next=st.none() | neighbours,
+)
+push_opens = st.builds(PushOpen, session=sessions, epoch=steps)
+openeds = st.builds(
+    Opened,
+    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+    max_batch_tokens=integers(1, 1 << 40),
+    kv_tokens_free=integers(0, 1 << 40),
+)
+outputs = st.builds(
+    lambda step, epoch, tensor, trace: Output(step, epoch, *tensor, trace), steps, steps, tensors(), traces
+)
+errors = st.builds(Error, code=texts(64), message=texts(MAX_TEXT), step=st.none() | steps)
+records = st.binary(min_size=1, max_size=20) | st.just(bytes(MAX_RECORD_BYTES))
+listings = st.builds(Listing, st.lists(records, max_size=4).map(tuple))
+
+BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
+    Open: opens,
+    PushOpen: push_opens,
+    Opened: openeds,
+    Step: step_messages(),
+    Output: outputs,
+    Error: errors,
+    Ping: st.just(Ping()),
+    Pong: st.just(Pong()),
+    ListRequest: st.builds(ListRequest, texts(256)),
+    Listing: listings,
+}
+messages: st.SearchStrategy[Message] = st.one_of(list(BY_TYPE.values()))
+
+announcements = st.builds(
+    Announcement,
+    peer_id=texts(128),
+    model=texts(256),
+    span=spans(),
+    addresses=address_lists,
+    name=texts(64),
+    state=st.sampled_from(STATES),
+    dtype=texts(32),
+    quant=texts(32),
+    block_time_s=st.floats(1e-9, 1e4),
+    step_time_s=floats,
+    prefill_tokens_per_s=st.floats(0, 1e12),
+    queue_s=st.floats(0, 1e6),
+    kv_tokens_free=integers(0, 1 << 40),
+    kv_tokens=integers(0, 1 << 40),
+    max_batch_tokens=integers(0, 1 << 40),
+    bandwidth_bytes_per_s=st.floats(0, 1e15),
+    next_rtts_s=st.dictionaries(st.text(max_size=8), floats, max_size=4),
+    version=texts(64),
+)
+
+#: One message of every type, small enough that every split of its bytes can be tried.
+EXAMPLES: dict[type[Message], Message] = {
+    Open: Open(
+        session=bytes(range(16)),
+        epoch=2,
+        model="m" * 8,
+        span=Span(3, 7),
+        max_length=99,
+        upstream="peer-1",
+        next=Neighbour("peer-3", ("/ip4/127.0.0.1/tcp/4",)),
+    ),
+    PushOpen: PushOpen(session=bytes(16), epoch=1),
+    Opened: Opened("float16", 512, 4096),
+    Step: Step(
+        step=5,
+        epoch=1,
+        slices=(Slice(1, 10, 2), Slice(0, 0, 1)),
+        tensor=TensorMeta("float16", (3, 2)),
+        payload=bytes(range(12)),
+        rows="all",
+        forks=(1, 1),
+        trace=(0.25,),
+    ),
+    Output: Output(5, 1, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
+    Error: Error("busy", "try again later", 5),
+    Ping: Ping(),
+    Pong: Pong(),
+    ListRequest: ListRequest("m" * 8),
+    Listing: Listing((b"one", b"two")),
+}
+
+
+def contents(message: object) -> object:
+    """Equal for equal messages: steps and outputs are compared by identity otherwise."""
+    names = type(message).__slots__  # type: ignore[attr-defined]
+    values = {name: getattr(message, name) for name in names}
+    if "payload" in values:
+        values["payload"] = bytes(values["payload"])
+    return type(message), values
