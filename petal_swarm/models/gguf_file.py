@@ -28,7 +28,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _MAX_DIMENSIONS = 4
 _DEFAULT_ALIGNMENT = 32
 # Rows are dequantized this many numbers at a time, so that temporaries stay small.
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = 1 << 19
 
 
 class GGUFTensor(NamedTuple):
