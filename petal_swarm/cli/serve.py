@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import sys
+from typing import Any
 
 from tqdm import tqdm
 
@@ -26,7 +27,7 @@ async def serve(config: ServerConfig) -> int:
     """Start a server, tell its address, and keep it until a signal comes. Returns the exit status."""
     signals = Signals()
     starting = asyncio.create_task(start(config))
-    await asyncio.wait({starting, signals.first}, return_when=asyncio.FIRST_COMPLETED)
+    await first_of(starting, signals.first)
     if not starting.done():
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
@@ -35,7 +36,7 @@ async def serve(config: ServerConfig) -> int:
     print(f"ready {best_address(server.addresses)}", flush=True)
     describe(server)
     daemon = asyncio.create_task(transport.wait_daemon())
-    await asyncio.wait({daemon, signals.first}, return_when=asyncio.FIRST_COMPLETED)
+    await first_of(daemon, signals.first)
     try:
         if not signals.first.done():
             raise NetworkError("the libp2p daemon has died; start the server again")
@@ -89,9 +90,14 @@ async def leave(server: Server, signals: Signals) -> None:
             file=sys.stderr,
         )
     draining = asyncio.create_task(server.drain(server.config.drain_timeout_s))
-    await asyncio.wait({draining, signals.second}, return_when=asyncio.FIRST_COMPLETED)
+    await first_of(draining, signals.second)
     draining.cancel()
     await asyncio.gather(draining, return_exceptions=True)
+
+
+async def first_of(*futures: asyncio.Future[Any]) -> None:
+    """Return when one of them is done; none is cancelled."""
+    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
 
 
 def describe(server: Server) -> None:

@@ -64,11 +64,12 @@ class AutoSwarmModelForCausalLM:
         try:
             client = SwarmModelForCausalLM(checkpoint.hf_config(), ends, loop, swarm, ref)
             client.generation_config = checkpoint.generation_config()
+            client.eval()
         except BaseException:
             loop.run(swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
             loop.close()
             raise
-        return client.eval()
+        return client
 
 
 class loading_bar:  # noqa: N801 - reads as a function, `with loading_bar(...) as report`

@@ -26,18 +26,23 @@ CLOSE_TIMEOUT_S = 10.0
 
 
 class LoopThread:
-    """Starts on creation; `close` ends it."""
+    """Starts on creation; `close` ends it.
 
-    def __init__(self, name: str = "petal-swarm-client") -> None:
-        self._loop = new_event_loop()
+    A `loop` of the caller's own and `background=False` are for simulations on a virtual clock, where
+    nothing may happen while nobody is looking.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None, *, background: bool = True) -> None:
+        self._loop = loop or new_event_loop()
         self._driving = threading.Lock()
         self._in_background = False
         self._recently_driven = False
         self._followers = 0
         self._wanted = threading.Event()
         self._closing = False
-        self._thread = threading.Thread(target=self._drive_when_idle, name=name, daemon=True)
-        self._thread.start()
+        self._thread = threading.Thread(target=self._drive_when_idle, name="petal-swarm-client", daemon=True)
+        if background:
+            self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T], *, timeout_s: float) -> T:
         """Run a coroutine in the loop and wait for it; on a deadline or Ctrl-C it is cancelled.
@@ -68,7 +73,8 @@ class LoopThread:
         self._closing = True
         self._wanted.set()
         self._ask_background_to_stop()
-        self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.ident is not None:
+            self._thread.join(CLOSE_TIMEOUT_S)
         if not self._thread.is_alive():
             self._loop.close()
 

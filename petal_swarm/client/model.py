@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from petal_swarm.client.cache import SwarmCache
@@ -24,7 +25,8 @@ from petal_swarm.models.ends import Ends
 from petal_swarm.routing.route import Route
 
 CLOSE_TIMEOUT_S = 15.0
-DEFAULT_MAX_LENGTH = 2048
+#: Drafts reach past the last token that is kept.
+DRAFT_ROOM = 64
 
 
 class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -137,7 +139,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
 
     def prepare_inputs_for_generation(
         self,
-        input_ids: torch.LongTensor,
+        input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
@@ -163,7 +165,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """Hugging Face asks here for a KV cache; ours is a session, sized by what `generate` will need."""
         if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
             return
-        session = self.open_session(max_length=max(1, max_cache_length + 1))
+        drafted = DRAFT_ROOM if generation_mode == GenerationMode.ASSISTED_GENERATION else 0
+        session = self.open_session(max_length=max(1, max_cache_length + 1 + drafted))
         self._own_sessions.append(session)
         model_kwargs["past_key_values"] = SwarmCache(session)
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from petal_swarm.engine.engine import Engine, StepRequest, StepResult
 from petal_swarm.engine.scheduler import Job, Scheduler
@@ -28,6 +28,56 @@ Done: TypeAlias = Callable[[StepResult], None]
 #: 0.2 ms on a busy machine, and an event loop may well be held up for a millisecond.
 RUN_NOW_S = 0.001
 RUN_NOW_TOKENS = 4
+
+
+class Compute(Protocol):
+    """Whoever runs an engine's steps: a thread of its own in a server, the caller's in a simulation."""
+
+    engine: Engine
+
+    def start(self) -> None: ...
+
+    def stop(self, timeout_s: float = 10.0) -> None: ...
+
+    def submit(self, request: StepRequest, done: Done) -> None: ...
+
+    def run_now(self, request: StepRequest) -> StepResult | None: ...
+
+    def call(self, function: Callable[[], T]) -> Future[T]: ...
+
+    def close_session(self, key: Hashable) -> None: ...
+
+    def queue_s(self) -> float: ...
+
+
+class InlineCompute:
+    """Runs every step at once in the caller's thread: for simulations on a virtual clock, and tests."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def start(self) -> None:
+        pass
+
+    def stop(self, timeout_s: float = 10.0) -> None:
+        pass
+
+    def submit(self, request: StepRequest, done: Done) -> None:
+        done(_run_guarded(self.engine, [request])[0])
+
+    def run_now(self, request: StepRequest) -> StepResult:
+        return _run_guarded(self.engine, [request])[0]
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        future: Future[T] = Future()
+        _run_into(future, function)
+        return future
+
+    def close_session(self, key: Hashable) -> None:
+        self.engine.close_session(key)
+
+    def queue_s(self) -> float:
+        return 0.0
 
 
 class ComputeThread:
@@ -68,23 +118,14 @@ class ComputeThread:
         if not self._busy.acquire(blocking=False):
             return None
         try:
-            return self._run_guarded([request])[0]
+            return _run_guarded(engine, [request])[0]
         finally:
             self._busy.release()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         """Run `function` in the compute thread, before any step that has not started yet."""
         future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._inbox.put(run)
+        self._inbox.put(lambda: _run_into(future, function))
         return future
 
     def close_session(self, key: Hashable) -> None:
@@ -107,7 +148,7 @@ class ComputeThread:
                 for function in waiting:
                     function()
                 batch = self._scheduler.next_batch()
-                results = self._run_guarded([job.request for job in batch]) if batch else []
+                results = _run_guarded(self.engine, [job.request for job in batch]) if batch else []
             for job, result in zip(batch, results, strict=True):
                 job.owner(result)
 
@@ -125,12 +166,21 @@ class ComputeThread:
         except Empty:
             return functions
 
-    def _run_guarded(self, requests: list[StepRequest]) -> list[StepResult]:
-        started = time.perf_counter()
+
+def _run_into(future: Future[T], function: Callable[[], T]) -> None:
+    if future.set_running_or_notify_cancel():
         try:
-            return self.engine.run(requests)
-        except Exception as error:
-            # A bug, or a device out of memory: this batch fails, the server lives.
-            logger.exception("a batch of %d steps failed", len(requests))
-            failure = RemoteError(f"the server failed to compute: {type(error).__name__}")
-            return [StepResult(None, failure, time.perf_counter() - started) for _ in requests]
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+
+def _run_guarded(engine: Engine, requests: list[StepRequest]) -> list[StepResult]:
+    started = time.perf_counter()
+    try:
+        return engine.run(requests)
+    except Exception as error:
+        # A bug, or a device out of memory: this batch fails, the server lives.
+        logger.exception("a batch of %d steps failed", len(requests))
+        failure = RemoteError(f"the server failed to compute: {type(error).__name__}")
+        return [StepResult(None, failure, time.perf_counter() - started) for _ in requests]

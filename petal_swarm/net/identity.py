@@ -33,6 +33,11 @@ class Identity:
         return cls(Ed25519PrivateKey.generate())
 
     @classmethod
+    def from_seed(cls, seed: bytes) -> Identity:
+        """The identity that 32 given bytes make; for tests, which want the same peers every time."""
+        return cls(Ed25519PrivateKey.from_private_bytes(seed))
+
+    @classmethod
     def load_or_create(cls, path: str | Path) -> Identity:
         """Read the key file, or make one that only its owner can read.
 

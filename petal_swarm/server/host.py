@@ -7,7 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 
-from petal_swarm.engine.compute import ComputeThread
+from petal_swarm.engine.compute import Compute
 from petal_swarm.errors import (
     BadMessageError,
     BusyError,
@@ -34,7 +34,7 @@ class SessionHost:
     """All sessions of one server."""
 
     def __init__(
-        self, compute: ComputeThread, transport: Transport, *, model_key: str, limits: SessionLimits
+        self, compute: Compute, transport: Transport, *, model_key: str, limits: SessionLimits
     ) -> None:
         self._compute = compute
         self._transport = transport

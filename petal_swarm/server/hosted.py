@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 
-from petal_swarm.engine.compute import ComputeThread
+from petal_swarm.engine.compute import Compute
 from petal_swarm.engine.engine import StepRequest, StepResult
 from petal_swarm.errors import (
     BadMessageError,
@@ -47,7 +47,7 @@ class HostedSession:
         opening: Open,
         client: Channel,
         *,
-        compute: ComputeThread,
+        compute: Compute,
         limits: SessionLimits,
         overhead: Overhead,
     ) -> None:

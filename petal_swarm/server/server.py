@@ -13,7 +13,7 @@ from petal_swarm.directory.announcer import Announcer
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import Pinger
 from petal_swarm.directory.service import DirectoryService
-from petal_swarm.engine.compute import ComputeThread
+from petal_swarm.engine.compute import Compute, ComputeThread
 from petal_swarm.engine.engine import Engine
 from petal_swarm.errors import ConfigError, PetalSwarmError
 from petal_swarm.models.checkpoint import Checkpoint
@@ -54,7 +54,7 @@ class Server:
         self._dtype = resolve_dtype(config.dtype, checkpoint.config, self._device)
         self._pinger = Pinger(transport)
         self._next_rtts_s: dict[str, float] = {}
-        self._compute: ComputeThread | None = None
+        self._compute: Compute | None = None
         self._host: SessionHost | None = None
         self._announcer: Announcer | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -69,8 +69,11 @@ class Server:
         directory: Directory,
         *,
         progress: Progress | None = None,
+        compute: Callable[[Engine], Compute] = ComputeThread,
     ) -> Server:
         """Load the span, then serve and announce it. On failure everything it was given is closed.
+
+        `compute` makes what runs the engine's steps.
 
         Raises:
             ConfigError: the span is outside the model, or does not fit this machine.
@@ -83,7 +86,7 @@ class Server:
             await transport.close()
             raise
         try:
-            await server._start(progress)
+            await server._start(progress, compute)
         except BaseException:
             await server.close()
             raise
@@ -149,13 +152,13 @@ class Server:
         if self._compute is not None:
             await asyncio.to_thread(self._compute.stop)
 
-    async def _start(self, progress: Progress | None) -> None:
+    async def _start(self, progress: Progress | None, make_compute: Callable[[Engine], Compute]) -> None:
         self.span = await self._choose_span()
         self._announcer = Announcer(self._directory, self.announcement())
         await self._announcer.start()
         stack = await asyncio.to_thread(self._load, progress)
         engine = await asyncio.to_thread(self._make_engine, stack)
-        compute = ComputeThread(engine)
+        compute = make_compute(engine)
         compute.start()
         self._compute = compute
         self._host = SessionHost(

@@ -1,0 +1,94 @@
+"""A whole swarm in one thread: servers, directory and client on one virtual clock, over `net.memory`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any, TypeVar
+
+from petal_swarm.client.config import ClientConfig
+from petal_swarm.client.loop import LoopThread
+from petal_swarm.client.model import SwarmModelForCausalLM
+from petal_swarm.client.swarm import ModelRef, Swarm
+from petal_swarm.directory.memory import MemoryDirectory, MemoryRegistry
+from petal_swarm.engine.compute import InlineCompute
+from petal_swarm.models.checkpoint import open_checkpoint
+from petal_swarm.models.ends import load_ends
+from petal_swarm.net.memory import Link, MemoryNetwork, MemoryTransport, VirtualClockLoop
+from petal_swarm.server.config import ServerConfig
+from petal_swarm.server.server import Server
+from petal_swarm.span import Span
+
+import torch
+
+T = TypeVar("T")
+
+
+class LocalSwarm:
+    """`spans` are served from the start, one server each; close it, or use it as a context manager."""
+
+    def __init__(self, model: Path, spans: list[str], *, seed: int = 0, **settings: Any) -> None:
+        self.loop = VirtualClockLoop()
+        self._thread = LoopThread(self.loop, background=False)
+        self.network = MemoryNetwork(seed, Link(latency_s=0.005, jitter_s=0.002))
+        self.registry = MemoryRegistry(now=self.loop.time)
+        self.checkpoint = open_checkpoint(str(model))
+        self.servers: list[Server] = []
+        self.models: list[SwarmModelForCausalLM] = []
+        self._settings = settings
+        for span in spans:
+            self.add_server(span)
+
+    def run(self, work: Coroutine[Any, Any, T], *, timeout_s: float = 3600.0) -> T:
+        """Drive the swarm until `work` is done; `timeout_s` is virtual."""
+        return self._thread.run(work, timeout_s=timeout_s)
+
+    def add_server(self, span: str, **settings: Any) -> Server:
+        server = self.run(self._start(Span.parse(span), settings))
+        self.servers.append(server)
+        return server
+
+    def transport(self) -> MemoryTransport:
+        """A peer that is neither server nor model."""
+
+        async def make() -> MemoryTransport:
+            return self.network.transport()
+
+        return self.run(make())
+
+    def model(self, **settings: Any) -> SwarmModelForCausalLM:
+        """A client of its own peer id."""
+        transport = self.transport()
+        config = ClientConfig(initial_peers=("unused",), **settings)
+        swarm = Swarm(config, transport, MemoryDirectory(self.registry))
+        shape = self.checkpoint.config
+        ref = ModelRef(self.checkpoint.model_key, shape.num_blocks, shape.hidden_size)
+        ends = load_ends(self.checkpoint, dtype=torch.float32)
+        model = SwarmModelForCausalLM(self.checkpoint.hf_config(), ends, self._thread, swarm, ref)
+        model.generation_config = self.checkpoint.generation_config()
+        self.models.append(model.eval())
+        return model
+
+    def server_of(self, peer_id: str) -> Server:
+        return next(server for server in self.servers if server.announcement().peer_id == peer_id)
+
+    def close(self) -> None:
+        for model in self.models:
+            model._closed = True  # its loop is this swarm's, closed below
+        for server in self.servers:
+            self.run(server.close())
+        self._thread.close()
+
+    def __enter__(self) -> LocalSwarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def _start(self, span: Span, settings: dict[str, Any]) -> Server:
+        values: dict[str, Any] = {"kv_tokens": 4096, "device": "cpu", **self._settings, **settings}
+        config = ServerConfig(model="unused", new_swarm=True, blocks=span, **values)
+        transport = self.network.transport()
+        directory = MemoryDirectory(self.registry, identity=transport.identity)
+        return await Server.start(config, self.checkpoint, transport, directory, compute=InlineCompute)
