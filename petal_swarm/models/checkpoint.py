@@ -30,6 +30,7 @@ from petal_swarm.models.tensor_files import OpenTensors
 
 Progress = Callable[[int, int], None]
 _DEFAULT_THREADS = 2
+_UNREADABLE = (CheckpointError, SafetensorError, RuntimeError, ValueError, OSError, LookupError, TypeError)
 
 
 class TensorStore(Protocol):
@@ -179,7 +180,7 @@ class Checkpoint:
         out = torch.empty(sizes[name], dtype=dtype)
         try:
             opened.read(stored, out)
-        except (CheckpointError, SafetensorError, RuntimeError, ValueError, OSError) as error:
+        except _UNREADABLE as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"tensor {stored} of {file} cannot be read: {reason}") from error
         tensor = (self._store.restore(name, out) if whole else out).to(device)

@@ -98,9 +98,18 @@ class ModelConfig:
 
     def key(self, weights: bytes) -> str:
         """Name that peers agree on for this model with these `weights` (a sample of them)."""
-        text = json.dumps(self.mathematics(), sort_keys=True, separators=(",", ":"))
+        text = json.dumps(_rounded(self.mathematics()), sort_keys=True, separators=(",", ":"))
         digest = hashlib.blake2b(text.encode() + b"\0" + weights, digest_size=6).hexdigest()
         return f"{self.family}-{self.num_blocks}x{self.hidden_size}-{digest}"
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to nine digits: the last bits of a logarithm differ between platforms."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, dict):
+        return {name: _rounded(inner) for name, inner in value.items()}
+    return [_rounded(inner) for inner in value] if isinstance(value, tuple) else value
 
 
 def _describe(error: Exception) -> str:
