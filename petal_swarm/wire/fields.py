@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -14,9 +15,14 @@ Header = Mapping[str, Any]
 MAX_TEXT = 1024
 
 
+def shown(value: object) -> str:
+    """A bounded `repr`: lists nested a thousand deep pass msgpack, and overflow the stack of `repr`."""
+    return reprlib.repr(value)[:60]
+
+
 def _bad(name: str, expected: str, value: object) -> RemoteProtocolError:
     return RemoteProtocolError(
-        f"field {name!r}: expected {expected}, got {type(value).__name__} {value!r:.60}"
+        f"field {name!r}: expected {expected}, got {type(value).__name__} {shown(value)}"
     )
 
 
@@ -31,7 +37,7 @@ def integer(header: Header, name: str, low: int, high: int, default: int | None 
 def number(header: Header, name: str, low: float, high: float, default: float | None = None) -> float:
     """A finite number in `[low, high]`."""
     value = header.get(name, default)
-    if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+    if type(value) not in (int, float) or not low <= value <= high or not math.isfinite(value):
         raise _bad(name, f"a number in [{low}, {high}]", value)
     return float(value)
 

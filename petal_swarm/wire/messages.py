@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
-from petal_swarm.errors import RemoteProtocolError, UnknownVersionError
+from petal_swarm.errors import LocalProtocolError, RemoteProtocolError, UnknownVersionError
 from petal_swarm.span import Slice, Span
 from petal_swarm.wire import fields
 from petal_swarm.wire.announcement import MAX_ADDRESSES, span_from_list
@@ -55,14 +55,14 @@ class TensorMeta(NamedTuple):
         dtype, shape, codec = header.get("dtype"), header.get("shape"), header.get("codec")
         if type(dtype) is not str or dtype not in DTYPE_BYTES:
             raise RemoteProtocolError(
-                f"field 'dtype': expected one of {', '.join(DTYPE_BYTES)}, got {dtype!r:.60}"
+                f"field 'dtype': expected one of {', '.join(DTYPE_BYTES)}, got {fields.shown(dtype)}"
             )
         if type(codec) is not str or codec not in CODECS:
             raise RemoteProtocolError(
-                f"field 'codec': expected one of {', '.join(CODECS)}, got {codec!r:.60}"
+                f"field 'codec': expected one of {', '.join(CODECS)}, got {fields.shown(codec)}"
             )
         if not (type(shape) is list and len(shape) == 2 and all(map(_is_extent, shape))):
-            raise RemoteProtocolError(f"field 'shape': expected [rows, columns], got {shape!r:.60}")
+            raise RemoteProtocolError(f"field 'shape': expected [rows, columns], got {fields.shown(shape)}")
         meta = cls(dtype, (shape[0], shape[1]), codec)
         if meta.nbytes != frame.payload.nbytes:
             raise RemoteProtocolError(
@@ -370,8 +370,7 @@ def encode(message: Message) -> list[Buffer]:
     if isinstance(message, (Step, Output)):
         return encode_frame(message.to_header(), message.payload)
     if isinstance(message, Listing):
-        payload = b"".join(len(record).to_bytes(4, "big") + record for record in message.records)
-        return encode_frame(message.to_header(), payload)
+        return encode_frame(message.to_header(), _join_records(message.records))
     return encode_frame(message.to_header())
 
 
@@ -385,6 +384,12 @@ def decode(frame: Frame) -> Message:
     if kind not in _TYPES:
         raise RemoteProtocolError(f"unknown message type {kind!r}")
     return _TYPES[kind].from_frame(frame)
+
+
+def _join_records(records: tuple[bytes, ...]) -> bytes:
+    if len(records) > MAX_ANNOUNCEMENTS or not all(0 < len(record) <= MAX_RECORD_BYTES for record in records):
+        raise LocalProtocolError(f"a listing of {len(records)} records is over the protocol's bounds")
+    return b"".join(len(record).to_bytes(4, "big") + record for record in records)
 
 
 def _split_records(count: int, payload: memoryview) -> tuple[bytes, ...]:
@@ -434,5 +439,5 @@ def _slice(value: Any) -> Slice:
         ):
             return Slice(sequence, position, length)
     raise RemoteProtocolError(
-        f"a slice must be [sequence, position, length] within bounds, got {value!r:.60}"
+        f"a slice must be [sequence, position, length] within bounds, got {fields.shown(value)}"
     )

@@ -85,9 +85,7 @@ def step_messages(draw: st.DrawFn) -> Step:
         tensor=meta,
         payload=payload,
         rows=draw(st.sampled_from(ROWS)),
-        forks=draw(
-            st.none() | st.lists(integers(0, MAX_SEQUENCES - 1), min_size=1, max_size=4).map(tuple)
-        ),
+        forks=draw(st.none() | st.lists(integers(0, MAX_SEQUENCES - 1), min_size=1, max_size=4).map(tuple)),
         trace=draw(traces),
     )
 

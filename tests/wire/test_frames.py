@@ -27,7 +27,11 @@ from .samples import joined, same_every_time
 headers = st.dictionaries(
     st.text(max_size=4),
     st.recursive(
-        st.none() | st.booleans() | st.integers(-(1 << 63), (1 << 64) - 1) | st.text(max_size=5) | st.binary(),
+        st.none()
+        | st.booleans()
+        | st.integers(-(1 << 63), (1 << 64) - 1)
+        | st.text(max_size=5)
+        | st.binary(),
         lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=2), inner, max_size=2),
         max_leaves=5,
     ),
