@@ -54,6 +54,9 @@ class LoopThread:
         if self._closing:
             work.close()
             raise StreamClosedError("the model is closed")
+        if asyncio._get_running_loop() is self._loop:
+            work.close()
+            raise RuntimeError("called from the loop itself, which would wait for itself")
         if not self._take_over():
             return self._follow(work, timeout_s)
         try:

@@ -59,7 +59,7 @@ class HostedSession:
         self._loop = asyncio.get_running_loop()
         self._next: Channel | None = None
         self._last_step = -1
-        self._last_active = time.perf_counter()
+        self._last_active = self._loop.time()
         self._in_flight = 0
         self._room = asyncio.Event()
         self._ended = asyncio.Event()
@@ -100,7 +100,7 @@ class HostedSession:
         idle_s = 0.0
         while idle_s < limit_s:
             await asyncio.sleep(limit_s - idle_s)
-            idle_s = time.perf_counter() - self._last_active
+            idle_s = self._loop.time() - self._last_active
         self.fail(IdleError(f"the session was idle for {limit_s:g} s"))
 
     async def watch_next(self) -> None:
@@ -153,7 +153,8 @@ class HostedSession:
                 f"step {message.step} of epoch {message.epoch} came after"
                 f" step {self._last_step} of epoch {self.opening.epoch}"
             )
-        arrived = self._last_active = time.perf_counter()
+        arrived = time.perf_counter()
+        self._last_active = self._loop.time()
         self._last_step = message.step
         self._in_flight += 1
         request = StepRequest(

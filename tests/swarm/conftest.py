@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from tests.checkpoints import save_bloom, save_llama
 
 # Several threads for matrices this small only wait for one another.

@@ -7,6 +7,8 @@ from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from petal_swarm.client.config import ClientConfig
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.model import SwarmModelForCausalLM
@@ -19,8 +21,6 @@ from petal_swarm.net.memory import Link, MemoryNetwork, MemoryTransport, Virtual
 from petal_swarm.server.config import ServerConfig
 from petal_swarm.server.server import Server
 from petal_swarm.span import Span
-
-import torch
 
 T = TypeVar("T")
 
@@ -36,6 +36,7 @@ class LocalSwarm:
         self.checkpoint = open_checkpoint(str(model))
         self.servers: list[Server] = []
         self.models: list[SwarmModelForCausalLM] = []
+        self.strangers: list[MemoryTransport] = []
         self._settings = settings
         for span in spans:
             self.add_server(span)
@@ -44,10 +45,8 @@ class LocalSwarm:
         """Drive the swarm until `work` is done; `timeout_s` is virtual."""
         return self._thread.run(work, timeout_s=timeout_s)
 
-    def add_server(self, span: str, **settings: Any) -> Server:
-        server = self.run(self._start(Span.parse(span), settings))
-        self.servers.append(server)
-        return server
+    def add_server(self, span: str | None, **settings: Any) -> Server:
+        return self.run(self.start_server(span, **settings))
 
     def transport(self) -> MemoryTransport:
         """A peer that is neither server nor model."""
@@ -55,7 +54,15 @@ class LocalSwarm:
         async def make() -> MemoryTransport:
             return self.network.transport()
 
-        return self.run(make())
+        inside = asyncio._get_running_loop() is self.loop
+        transport = self.network.transport() if inside else self.run(make())
+        self.strangers.append(transport)
+        return transport
+
+    def kill_strangers(self) -> None:
+        """Every client dies at once, without a word."""
+        for transport in self.strangers:
+            self.network.kill(transport.peer_id)
 
     def model(self, **settings: Any) -> SwarmModelForCausalLM:
         """A client of its own peer id."""
@@ -86,9 +93,13 @@ class LocalSwarm:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    async def _start(self, span: Span, settings: dict[str, Any]) -> Server:
+    async def start_server(self, span: str | None, **settings: Any) -> Server:
+        """A server of `span`, or of what the swarm needs; announced when this returns."""
         values: dict[str, Any] = {"kv_tokens": 4096, "device": "cpu", **self._settings, **settings}
-        config = ServerConfig(model="unused", new_swarm=True, blocks=span, **values)
+        blocks = Span.parse(span) if span else None
+        config = ServerConfig(model="unused", new_swarm=True, blocks=blocks, **values)
         transport = self.network.transport()
         directory = MemoryDirectory(self.registry, identity=transport.identity)
-        return await Server.start(config, self.checkpoint, transport, directory, compute=InlineCompute)
+        server = await Server.start(config, self.checkpoint, transport, directory, compute=InlineCompute)
+        self.servers.append(server)
+        return server

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.checkpoints import VOCABULARY, assert_lively, reference
-from tests.swarm.local import LocalSwarm
 from transformers import LogitsProcessorList, MinPLogitsWarper, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
+
+from tests.checkpoints import VOCABULARY, assert_lively, reference
+from tests.swarm.local import LocalSwarm
 
 SPANS = {1: ["0:8"], 2: ["0:4", "4:8"], 4: ["0:2", "2:4", "4:6", "6:8"]}
 

@@ -1,0 +1,163 @@
+"""What a client sees when servers are missing, full, slow to come, or gone."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+import torch
+
+from petal_swarm.errors import (
+    CacheFullError,
+    ConfigError,
+    DeadlineError,
+    HopLostError,
+    MissingBlocksError,
+    SessionTooLongError,
+)
+from tests.checkpoints import VOCABULARY, reference
+from tests.swarm.local import LocalSwarm
+
+
+def prompt(length: int = 8, seed: int = 1) -> torch.Tensor:
+    return torch.randint(5, VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def expected(bloom: Path, ids: torch.Tensor, count: int) -> torch.Tensor:
+    return reference(bloom).generate(ids, max_new_tokens=count, do_sample=False)
+
+
+def test_missing_blocks_are_named_after_a_stated_time(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:1", "3:4"]) as swarm:
+        model = swarm.model(wait_for_blocks_s=7)
+        started = swarm.loop.time()
+        with pytest.raises(MissingBlocksError, match=r"blocks 1-2.*waited 7 s") as caught:
+            model.generate(prompt(), max_new_tokens=2)
+        assert caught.value.blocks == (1, 2)
+        assert 7 <= swarm.loop.time() - started < 9
+
+
+def test_a_client_waits_for_the_missing_server(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:2"]) as swarm:
+        model = swarm.model(wait_for_blocks_s=60)
+
+        async def come_late() -> None:
+            await asyncio.sleep(5)
+            await swarm.start_server("2:4")
+
+        late = swarm.loop.create_task(come_late())
+        tokens = model.generate(prompt(), max_new_tokens=5, do_sample=False)
+        swarm.run(asyncio.wait({late}))
+        assert torch.equal(tokens, expected(bloom, prompt(), 5))
+
+
+def test_a_prompt_longer_than_the_kv_cache(bloom: Path) -> None:
+    with (
+        LocalSwarm(bloom, ["0:4"], kv_tokens=64) as swarm,
+        pytest.raises(CacheFullError, match="64 of 64 tokens free"),
+    ):
+        swarm.model().generate(prompt(100), max_new_tokens=5)
+
+
+def test_more_tokens_than_the_session_was_opened_for(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:4"]) as swarm:
+        model = swarm.model()
+        with (
+            model.inference_session(max_length=12),
+            pytest.raises(SessionTooLongError, match="max_length of 12"),
+        ):
+            model.generate(prompt(8), max_new_tokens=8, min_new_tokens=8)
+        with pytest.raises(ConfigError, match="at least 1"), model.inference_session(max_length=0):
+            pass
+
+
+def test_routing_avoids_a_full_server(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:4"], kv_tokens=64) as swarm:
+        roomy = swarm.add_server("0:4", kv_tokens=1024)
+        model = swarm.model()
+        tokens = model.generate(prompt(100), max_new_tokens=5, do_sample=False)
+        assert model.last_route is not None
+        assert [hop.peer_id for hop in model.last_route.hops] == [roomy.announcement().peer_id]
+        assert torch.equal(tokens, expected(bloom, prompt(100), 5))
+
+
+def test_a_server_that_refuses_is_routed_around(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:4", "0:4"]) as swarm:
+        model = swarm.model()
+        model.generate(prompt(), max_new_tokens=1)
+        assert model.last_route is not None
+        first = swarm.server_of(model.last_route.hops[0].peer_id)
+        assert first._host is not None
+        first._host.draining = True  # before its announcement says so
+        tokens = model.generate(prompt(), max_new_tokens=5, do_sample=False)
+        assert torch.equal(tokens, expected(bloom, prompt(), 5))
+
+
+def test_a_dead_server_is_routed_around_before_its_record_expires(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:2", "2:4", "2:4"]) as swarm:
+        model = swarm.model()
+        model.generate(prompt(), max_new_tokens=1)
+        assert model.last_route is not None
+        swarm.network.kill(model.last_route.hops[1].peer_id)
+        tokens = model.generate(prompt(), max_new_tokens=5, do_sample=False)
+        assert torch.equal(tokens, expected(bloom, prompt(), 5))
+
+
+@pytest.mark.parametrize("hop", [0, 1])
+def test_a_hop_that_dies_in_mid_generation_is_an_error_at_once(bloom: Path, hop: int) -> None:
+    with LocalSwarm(bloom, ["0:2", "2:4"]) as swarm:
+        model = swarm.model()
+        with model.open_session(max_length=64) as session:
+            model.generate(prompt(), max_new_tokens=3, session=session)
+            assert session.route is not None
+            swarm.network.kill(session.route.hops[hop].peer_id)
+            started = swarm.loop.time()
+            with pytest.raises(HopLostError):
+                model.generate(None, max_new_tokens=3, session=session)
+            assert swarm.loop.time() - started < 1
+        survivor = swarm.servers[1 - hop]
+        swarm.run(asyncio.sleep(1))
+        assert survivor.num_sessions == 0
+
+
+def test_a_cut_cable_ends_in_a_deadline(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:2", "2:4"]) as swarm:
+        model = swarm.model(step_timeout_s=9)
+        with model.open_session(max_length=64) as session:
+            model.generate(prompt(), max_new_tokens=3, session=session)
+            swarm.network.cut(*(server.announcement().peer_id for server in swarm.servers))
+            with pytest.raises(DeadlineError, match="9 s"):
+                model.generate(None, max_new_tokens=3, session=session)
+
+
+def test_a_session_nobody_uses_ends(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:4"]) as swarm:
+        model = swarm.model()
+        with model.open_session(max_length=64) as session:
+            model.generate(prompt(), max_new_tokens=3, session=session)
+            swarm.run(asyncio.sleep(2000))
+            assert swarm.servers[0].num_sessions == 0
+            with pytest.raises(Exception, match="idle"):
+                model.generate(None, max_new_tokens=3, session=session)
+
+
+def test_a_joining_server_takes_what_the_swarm_needs(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:2"]) as swarm:
+        assert str(swarm.add_server(None, num_blocks=2).span) == "2:4"
+        assert str(swarm.add_server(None, num_blocks=4).span) == "0:4"
+        with pytest.raises(ConfigError, match="outside the model"):
+            swarm.add_server("2:9")
+        with pytest.raises(ConfigError, match="4 blocks"):
+            swarm.add_server(None, num_blocks=9)
+
+
+def test_lossy_links_change_nothing(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:2", "2:4"], seed=3) as swarm:
+        for server in swarm.servers:
+            for other in swarm.servers:
+                if server is not other:
+                    link = swarm.network.link(server.announcement().peer_id, other.announcement().peer_id)
+                    link.loss, link.jitter_s, link.bytes_per_s = 0.2, 0.05, 1e5
+        tokens = swarm.model().generate(prompt(), max_new_tokens=20, do_sample=False)
+        assert torch.equal(tokens, expected(bloom, prompt(), 20))
