@@ -1,326 +1,537 @@
-"""The py-libp2p side of the transport without a daemon: dialling, listening, agreeing on protocols.
+"""The stock host of py-libp2p in a trio thread, and the bridge between it and an asyncio loop.
 
-Of py-libp2p 0.8.1 this uses the keys, the peer ids, multistream-select and Noise. It does without its
-`Swarm` and `BasicHost`, because those
-
-- refuse to dial a peer again for 60 s after one failure: a restarted server stays lost;
-- try one TCP address of a peer only, and no loopback address if there is any other;
-- know no deadline of the caller's, and sleep 100 ms for every connection they close;
-- call `logging.debug` on the root logger, which installs a handler in the user's program.
-
-Noise, not TLS: every libp2p peer speaks it, 16 MiB take two thirds of the time, and py-libp2p's TLS
-writes its key to a temporary file and reports a failed read as a clean end.
-
-Imported in the trio thread only, on use: it imports libp2p, which cannot share a process with hivemind.
+A call in either direction is an append to a queue and a wake-up; neither side blocks for the other.
+Imported by `libp2p.py`, on use. What of py-libp2p 0.8.1 is worked around, and why, is said at the place.
 """
 
 from __future__ import annotations
 
-import errno
-import ipaddress
+import asyncio
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+import threading
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from typing import Any, TypeVar, TypeVarTuple
 
 import trio
+from libp2p import new_host
 from libp2p.crypto.ed25519 import Ed25519PrivateKey
 from libp2p.crypto.keys import KeyPair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
-from libp2p.exceptions import BaseLibp2pError
-from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.io.exceptions import ConnectionClosedError
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.config import ConnectionConfig, RetryConfig
+from libp2p.network.connection import swarm_connection
+from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
-from libp2p.protocol_muxer.multiselect import Multiselect
-from libp2p.protocol_muxer.multiselect_client import MultiselectClient
-from libp2p.protocol_muxer.multiselect_communicator import MultiselectCommunicator
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.transport.upgrader import TransportUpgrader
-from libp2p.utils import encode_delim
-from libp2p.utils.varint import read_varint_prefixed_bytes_limited
+from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
+from libp2p.stream_muxer.yamux.yamux import Yamux
+from libp2p.transport.tcp.tcp import TCP
+from multiaddr import Multiaddr
 
-from petal_swarm.errors import ConfigError, PeerUnreachableError, UnsupportedProtocolError
-from petal_swarm.net.libp2p_connection import Channel, Connection, Socket
-from petal_swarm.net.libp2p_thread import TrioThread
-from petal_swarm.net.libp2p_yamux import PROTOCOL as YAMUX
+from petal_swarm.errors import (
+    ConfigError,
+    NetworkError,
+    PeerUnreachableError,
+    StreamClosedError,
+    UnsupportedProtocolError,
+)
+from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Buffer
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 logger = logging.getLogger(__name__)
 
-# py-libp2p turns off its logger's propagation and gives it no handler, so that Python's handler of last
-# resort prints its warnings ("connection closed") on stderr. A library's logger has a NullHandler.
+# py-libp2p cuts its logger off and gives it no handler, so that Python's handler of last resort prints.
 logging.getLogger("libp2p").addHandler(logging.NullHandler())
+# This module of it logs to the root logger, which installs a handler in the user's program.
+swarm_connection.logging = logging.getLogger("libp2p.network.connection.swarm_connection")
 
-_MULTISTREAM = "/multistream/1.0.0"
-_NOT_AVAILABLE = "na"
-_NAME_BYTES = 1024
-_NAMES_TRIED = 16
-_OUR_DEADLINE_IS_SHORTER_S = 3600
+READ_BYTES = 256 << 10
 
-#: How long a peer that dials us may take for its handshake, and one that opens a stream to name a protocol.
-HANDSHAKE_TIMEOUT_S = 10.0
+#: What has come and nobody has read. Beyond it, yamux keeps the peer from sending more.
+READ_BUFFER_BYTES = 8 << 20
 
-#: Peers in their handshake at one time; others are turned away.
-MAX_HANDSHAKES = 64
+#: What is written at once: a yamux frame that fits in one Noise message.
+FRAME_BYTES = 65535 - 16 - 12
 
-Endpoint = tuple[str, int]
+#: How often it is looked at what cannot be waited for, such as whether a peer reads again.
+POLL_S = 0.002
+
+#: A connection that takes longer to send a frame, or to answer a ping, is given up.
+WRITE_TIMEOUT_S = 30.0
+PING_INTERVAL_S = 15.0
+PING_TIMEOUT_S = 15.0
+
+#: How long a peer may take to end a stream that was ended here.
+LINGER_S = 60.0
+
+#: How long closing a stream waits for its queue, and closing the host for all streams.
+CLOSE_TIMEOUT_S = 1.0
+
+#: How long the thread may take to end.
+STOP_TIMEOUT_S = 5.0
+
+
+class Libp2pStream:
+    """See `petal_swarm.net.transport.Stream`."""
+
+    def __init__(self, host: Host, stream: Any) -> None:
+        self.peer_id = str(stream.muxed_conn.peer_id)
+        self._host = host
+        self._stream = stream
+        self._failure: str | None = None
+        self._closing = False
+        # Read in the loop, filled by trio.
+        self._chunks: deque[bytes] = deque()
+        self._readable = asyncio.Event()
+        self._ended = False
+        self._delivered_bytes = 0
+        self._taken_bytes = 0
+        self._reader_waits = False
+        # Filled by any thread, sent by trio.
+        self._queue: deque[memoryview] = deque()
+        self._counting = threading.Lock()
+        self._queued_bytes = 0
+        self._sent_bytes = 0
+        self._drained = asyncio.Event()
+        self._drain_below_bytes = 0
+        # In trio.
+        self._changed = trio.Event()
+        self._scope = trio.CancelScope()
+
+    @property
+    def unsent_bytes(self) -> int:
+        return self._queued_bytes - self._sent_bytes
+
+    async def read(self) -> bytes:
+        while not self._chunks:
+            if self._failure is not None:
+                raise StreamClosedError(self._failure)
+            if self._ended:
+                return b""
+            self._readable.clear()
+            await self._readable.wait()
+        data = self._chunks.popleft()
+        self._taken_bytes += len(data)
+        if self._reader_waits:
+            self._host.post(self._wake)
+        return data
+
+    def write(self, *buffers: Buffer) -> None:
+        if self._failure is None and not self._closing:
+            views = [memoryview(buffer).cast("B") for buffer in buffers]
+            with self._counting:
+                self._queued_bytes += sum(view.nbytes for view in views)
+            self._queue.extend(views)
+            self._host.post(self._wake)
+
+    async def drain(self) -> None:
+        await self._wait_below(WRITE_HIGH_WATER_BYTES)
+
+    async def close(self) -> None:
+        if self._closing:
+            return
+        # The end follows what is queued; trio sees to it even if this is cancelled or out of patience.
+        self.finish()
+        with suppress(TimeoutError, StreamClosedError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self._wait_below(1)
+        self._drop("closed here")
+
+    def abort(self) -> None:
+        self._closing = True
+        self._host.post(self._scope.cancel)
+        self._drop("aborted here")
+
+    async def _wait_below(self, limit: int) -> None:
+        while self._failure is None and self.unsent_bytes >= limit:
+            # First say what is waited for, then look: the trio thread counts, then looks.
+            self._drained.clear()
+            self._drain_below_bytes = max(limit, self._drain_below_bytes)
+            if self.unsent_bytes >= limit:
+                await self._drained.wait()
+        if self._failure is not None:
+            raise StreamClosedError(self._failure)
+
+    def _drop(self, how: str) -> None:
+        self._chunks.clear()
+        self._fail(f"the stream to {self.peer_id} was {how}")
+
+    def finish(self) -> None:
+        self._closing = True
+        self._host.post(self._wake)
+
+    # -- in the loop, called by trio
+
+    def _deliver(self, data: bytes) -> None:
+        if data and self._failure is None:
+            self._chunks.append(data)
+        self._ended = not data
+        self._readable.set()
+
+    def _fail(self, failure: str) -> None:
+        """No more can come. What came before stays readable."""
+        self._failure = self._failure or failure
+        self._readable.set()
+        self._drained.set()
+
+    # -- in trio
+
+    async def carry(self) -> None:
+        """Until both directions have ended, or either has failed."""
+        ended = False
+        try:
+            with self._scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._receive)
+                    await self._send()
+                    nursery.cancel_scope.deadline = trio.current_time() + LINGER_S
+                ended = not nursery.cancel_scope.cancelled_caught
+        finally:
+            with trio.CancelScope(shield=True), suppress(Exception):
+                await (self._stream.close() if ended else self._stream.reset())
+            self._host.reply(self._fail, "the transport is closed")
+
+    async def _send(self) -> None:
+        try:
+            while self._queue or not self._closing:
+                window = self._stream.muxed_stream.send_window
+                if not self._queue:
+                    await self._changed.wait()
+                elif window > 0:
+                    data = self._next(min(window, FRAME_BYTES))
+                    await self._stream.write(data)
+                    self._sent_bytes += len(data)
+                    if self.unsent_bytes < self._drain_below_bytes:
+                        self._drain_below_bytes = 0
+                        self._host.reply(self._drained.set)
+                # Waited for here, since `write` would fail for good after 5 s.
+                elif not self._stream.muxed_stream.closed:
+                    await trio.sleep(POLL_S)
+                else:
+                    raise ConnectionClosedError("the connection is gone")
+            await self._stream.close_write()
+        except Exception as error:
+            self._give_up(f"cannot send to {self.peer_id}: {reason(error)}")
+
+    def _next(self, limit: int) -> bytes:
+        parts: list[memoryview] = []
+        while limit and self._queue:
+            view = self._queue.popleft()
+            if view.nbytes > limit:
+                self._queue.appendleft(view[limit:])
+            parts.append(view[:limit])
+            limit -= parts[-1].nbytes
+        return b"".join(parts)
+
+    async def _receive(self) -> None:
+        try:
+            while True:
+                data = await self._stream.read(READ_BYTES)
+                if not self._closing:
+                    self._delivered_bytes += len(data)
+                    self._host.reply(self._deliver, data)
+                # First say that this waits, then look: the other side counts, then looks.
+                self._reader_waits = True
+                while self._delivered_bytes - self._taken_bytes >= READ_BUFFER_BYTES and not self._closing:
+                    await self._changed.wait()
+                self._reader_waits = False
+        except Exception as error:
+            # A stream that was reset, or whose connection is gone, mostly raises StreamEOF, too.
+            muxed = self._stream.muxed_stream
+            lost = muxed.reset_received or muxed.conn.event_shutting_down.is_set()
+            if lost or not isinstance(error, StreamEOF):
+                self._give_up(f"{self.peer_id} reset the stream, or the connection is gone")
+            else:
+                self._host.reply(self._deliver, b"")
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = trio.Event()
+
+    def _give_up(self, failure: str) -> None:
+        self._host.reply(self._fail, failure)
+        self._scope.cancel()
 
 
 class Host:
-    """A peer: its key, its connections, its listeners and the protocols it serves."""
+    """Made by `start`, in the loop, and ended by `stop`."""
 
-    def __init__(self, thread: TrioThread, seed: bytes) -> None:
-        key = Ed25519PrivateKey.from_bytes(seed)
-        keys = KeyPair(key, key.get_public_key())
-        noise = NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)
-        self.peer_id = str(ID.from_pubkey(keys.public_key))
-        self._thread = thread
-        self._upgrader = TransportUpgrader({NOISE: noise}, {})
-        self._connections: dict[str, list[Connection]] = {}
+    def __init__(self, private_key: bytes, listen: Sequence[str]) -> None:
+        self.addresses: tuple[str, ...] = ()
+        self._listen = [Multiaddr(address) for address in listen]
+        self._host = _new_host(private_key)
+        self._network = self._host.get_network()
+        self._loop = asyncio.get_running_loop()
+        self._started: asyncio.Future[None] = self._loop.create_future()
+        self._ended: asyncio.Future[None] = self._loop.create_future()
+        self._thread = threading.Thread(target=self._run, name="petal-swarm-libp2p", daemon=True)
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._stopping = trio.Event()
+        self._streams: set[Libp2pStream] = set()
         self._dialling: dict[str, trio.Lock] = {}
-        self._handshakes = trio.CapacityLimiter(MAX_HANDSHAKES)
-        self._served: dict[str, Callable[[Channel], object]] = {}
 
-    # -- what the asyncio side calls
-
-    async def connect(self, peer_id: str, endpoints: Sequence[Endpoint], timeout_s: float) -> None:
-        with trio.move_on_after(timeout_s):
-            await self._connection(peer_id, endpoints)
-            return
-        raise PeerUnreachableError(f"no answer from {_described(peer_id, endpoints)} within {timeout_s:g} s")
-
-    async def open_stream(
-        self, peer_id: str, protocol: str, endpoints: Sequence[Endpoint], timeout_s: float
-    ) -> Channel:
-        with trio.move_on_after(timeout_s):
-            connection = await self._connection(peer_id, endpoints)
-            channel = connection.open()
-            try:
-                await _ask(channel, protocol)
-            except BaseException:
-                channel.reset()
-                raise
-            return channel
-        raise PeerUnreachableError(f"no answer from {_described(peer_id, endpoints)} within {timeout_s:g} s")
-
-    def serve(self, protocol: str, accept: Callable[[Channel], object]) -> None:
-        """`accept` is called in the asyncio loop for each stream of this protocol."""
-        self._served[protocol] = accept
-
-    async def listen(self, endpoints: Sequence[Endpoint]) -> list[Endpoint]:
-        """Accept connections; gives the endpoints with their actual ports."""
-        listeners: list[trio.SocketListener] = []
-        for host, port in endpoints:
-            try:
-                listeners += await trio.open_tcp_listeners(port, host=host)
-            except OSError as error:
-                for listener in listeners:
-                    await listener.aclose()
-                raise ConfigError(f"cannot listen on {host} port {port}: {_reason(error)}") from None
-        for listener in listeners:
-            self._thread.spawn(self._accept_connections, listener)
-        bound = [listener.socket.getsockname()[:2] for listener in listeners]
-        return [each for host, port in bound for each in _reachable(host, port)]
-
-    async def shut_down(self, timeout_s: float) -> None:
-        """Send what is queued on all streams and end them, as far as that can be done in time."""
-        with trio.move_on_after(timeout_s):
-            async with trio.open_nursery() as nursery:
-                for connections in list(self._connections.values()):
-                    for connection in list(connections):
-                        nursery.start_soon(connection.shut_down)
-
-    # -- dialling
-
-    async def _connection(self, peer_id: str, endpoints: Sequence[Endpoint]) -> Connection:
-        """The connection to a peer, made if there is none; many callers at once make one."""
-        if connections := self._connections.get(peer_id):
-            return connections[-1]
-        if not endpoints:
-            raise PeerUnreachableError(f"no TCP address of peer {peer_id} is known: pass `addresses`")
-        lock = self._dialling.setdefault(peer_id, trio.Lock())
+    @classmethod
+    async def start(cls, private_key: bytes, listen: Sequence[str]) -> Host:
+        """
+        Raises:
+            ConfigError: an address to listen on cannot be used.
+        """
+        host = cls(private_key, listen)
+        host._thread.start()
         try:
-            async with lock:
-                if connections := self._connections.get(peer_id):
-                    return connections[-1]
-                return await self._dial(peer_id, endpoints)
-        finally:
-            if not lock.locked():
-                self._dialling.pop(peer_id, None)
+            await asyncio.shield(host._started)
+        except asyncio.CancelledError:
+            host._started.add_done_callback(lambda _: host.post(host._stopping.set))
+            raise
+        except BaseException:
+            await host.stop()
+            raise
+        return host
 
-    async def _dial(self, peer_id: str, endpoints: Sequence[Endpoint]) -> Connection:
-        """Try all addresses at once; the first that proves to be the peer wins."""
-        winners: list[Connection] = []
-        failures: list[str] = []
+    async def stop(self) -> None:
+        self.post(self._stopping.set)
+        await asyncio.wait([self._ended], timeout=STOP_TIMEOUT_S)
+        if self._ended.done():
+            self._thread.join()  # its last act was to set the future: this returns at once
 
-        async def attempt(endpoint: Endpoint) -> None:
+    def post(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Run `function` in the trio thread, in the order of the posts; dropped when that has ended."""
+        if self._token is not None:
+            with suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(function, *args)
+
+    def reply(self, function: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Run `function` in the loop; if that is closed, there is nobody left to work for."""
+        try:
+            self._loop.call_soon_threadsafe(function, *args)
+        except RuntimeError:
+            self._stopping.set()
+
+    async def call(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, timeout_s: float) -> T:
+        """In the loop: run an async function in trio. A stream that it returns too late is aborted.
+
+        Raises:
+            TimeoutError: it did not return within `timeout_s`.
+            NetworkError: trio has ended; and whatever `function` raises.
+        """
+        future: asyncio.Future[T] = self._loop.create_future()
+        scope = trio.CancelScope()
+
+        async def run() -> None:
             try:
-                connection = await self._dial_endpoint(peer_id, endpoint)
+                with scope:
+                    self.reply(_finish, future, await function(*args))
             except Exception as error:
-                # The boundary to a peer nobody knows yet: py-libp2p and its parsers raise as they please.
-                failures.append(f"{endpoint[0]} port {endpoint[1]}: {_reason(error)}")
-                return
-            winners.append(connection)
-            nursery.cancel_scope.cancel()
+                self.reply(_fail, future, error)
+            finally:
+                self.reply(_fail, future, NetworkError("the transport is closed"))
 
-        async with trio.open_nursery() as nursery:
-            for endpoint in endpoints:
-                nursery.start_soon(attempt, endpoint)
-        if not winners:
-            raise PeerUnreachableError(f"cannot reach peer {peer_id} at {'; '.join(failures)}")
-        for connection in winners:
-            self._start(connection)
-        return winners[0]
-
-    async def _dial_endpoint(self, peer_id: str, endpoint: Endpoint) -> Connection:
-        socket = Socket(await trio.open_tcp_stream(*endpoint))
+        if self._ended.done():
+            raise NetworkError("the transport is closed")
+        self.post(trio.lowlevel.spawn_system_task, run)
         try:
-            raw = RawConnection(socket, True)
-            secure = await self._upgrader.upgrade_security(raw, True, ID.from_base58(peer_id))
-            communicator = MultiselectCommunicator(secure)
-            await MultiselectClient().select_one_of([YAMUX], communicator, _OUR_DEADLINE_IS_SHORTER_S)
-        except BaseException:
-            await _close(socket)
-            raise
-        return self._make(peer_id, socket, secure, initiator=True)
-
-    # -- listening
-
-    async def _accept_connections(self, listener: trio.SocketListener) -> None:
-        try:
-            await trio.serve_listeners(self._greet, [listener])
-        except* OSError as group:
-            logger.error("stopped listening: %s", group.exceptions[0])
-
-    async def _greet(self, stream: trio.SocketStream) -> None:
-        socket = Socket(stream)
-        try:
-            self._handshakes.acquire_on_behalf_of_nowait(socket)
-        except trio.WouldBlock:
-            await _close(socket)
-            return
-        try:
-            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-                secure = await self._upgrader.upgrade_security(RawConnection(socket, False), False)
-                communicator = MultiselectCommunicator(secure)
-                await Multiselect({YAMUX: None}).negotiate(communicator, _OUR_DEADLINE_IS_SHORTER_S)
-        except Exception as error:
-            # The boundary to a peer nobody knows yet, as in `_dial`.
-            logger.debug("a handshake failed: %s", _reason(error))
-            await _close(socket)
-            return
-        except BaseException:
-            await _close(socket)
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except (asyncio.CancelledError, TimeoutError):
+            if future.done() and not future.cancelled():
+                _discard(future.result())
             raise
         finally:
-            self._handshakes.release_on_behalf_of(socket)
-        connection = self._make(str(secure.get_remote_peer()), socket, secure, initiator=False)
-        self._remember(connection)
-        await connection.run()
+            self.post(scope.cancel)
 
-    async def _accept_stream(self, channel: Channel) -> None:
+    # -- in trio
+
+    async def connect(self, peer_id: str, bases: Sequence[str]) -> None:
+        """Dial a peer at all of its addresses at once, unless there is a connection.
+
+        Not by `host.connect`: that tries one TCP address of a peer only, no loopback address if there is
+        any other, and none at all for 60 s after a failure.
+        """
+        peer = ID.from_base58(peer_id)
+        async with self._dialling.setdefault(peer_id, trio.Lock()):
+            if any(not connection.is_closed for connection in self._network.get_connections(peer)):
+                return
+            failures: list[str] = []
+
+            async def attempt(base: str) -> None:
+                try:
+                    await self._network.dial_addr(Multiaddr(base), peer)
+                    nursery.cancel_scope.cancel()
+                except Exception as error:
+                    # The boundary to a peer nobody knows yet: py-libp2p raises as it pleases.
+                    failures.append(f"at {base}: {reason(error)}")
+
+            async with trio.open_nursery() as nursery:
+                for base in bases:
+                    nursery.start_soon(attempt, base)
+            if not self._network.get_connections(peer):
+                why = "; ".join(failures) or "no address of it is known: pass `addresses`"
+                raise PeerUnreachableError(f"cannot reach peer {peer_id}: {why}")
+
+    async def open_stream(self, peer_id: str, protocol: str, bases: Sequence[str]) -> Libp2pStream:
+        await self.connect(peer_id, bases)
         try:
-            with trio.fail_after(HANDSHAKE_TIMEOUT_S):
-                protocol = await _answer(channel, self._served)
-        except (BaseLibp2pError, trio.TooSlowError, ValueError, EOFError) as error:
-            logger.debug("%s opened a stream and named no protocol: %s", channel.peer_id, _reason(error))
-            channel.reset()
-        else:
-            self._thread.reply(self._served[protocol], channel)
+            opened = await self._host.new_stream(ID.from_base58(peer_id), [protocol])
+        except Exception as error:
+            if "protocols not supported" in str(error.__cause__):
+                raise UnsupportedProtocolError(
+                    f"peer {peer_id} does not speak {protocol}; it may run another version"
+                ) from None
+            raise PeerUnreachableError(f"cannot open a stream to {peer_id}: {reason(error)}") from None
+        stream = Libp2pStream(self, opened)
+        trio.lowlevel.spawn_system_task(self._carry, stream)
+        return stream
 
-    # -- the connections there are
+    def serve(self, protocol: str, accept: Callable[[Libp2pStream], object]) -> None:
+        """`accept` is called in the loop for each stream of this protocol."""
 
-    def _make(self, peer_id: str, socket: Socket, secure: Any, *, initiator: bool) -> Connection:
-        return Connection(
-            peer_id,
-            self._thread,
-            socket,
-            secure,
-            initiator=initiator,
-            on_stream=self._accept_stream,
-            on_gone=self._forget,
-        )
+        async def handle(opened: Any) -> None:
+            stream = Libp2pStream(self, opened)
+            self.reply(accept, stream)
+            await self._carry(stream)
 
-    def _start(self, connection: Connection) -> None:
-        self._remember(connection)
-        self._thread.spawn(connection.run)
+        self._host.set_stream_handler(protocol, handle)
 
-    def _remember(self, connection: Connection) -> None:
-        self._connections.setdefault(connection.peer_id, []).append(connection)
+    async def _carry(self, stream: Libp2pStream) -> None:
+        self._streams.add(stream)
+        try:
+            await stream.carry()
+        finally:
+            self._streams.discard(stream)
 
-    def _forget(self, connection: Connection) -> None:
-        connections = self._connections.get(connection.peer_id, [])
-        if connection in connections:
-            connections.remove(connection)
-        if not connections:
-            self._connections.pop(connection.peer_id, None)
+    def _run(self) -> None:
+        try:
+            trio.run(self._main)
+        except BaseException as error:
+            logger.exception("the trio thread failed")
+            self.reply(_fail, self._started, NetworkError(f"py-libp2p failed: {reason(error)}"))
+        self.reply(self._ended.set_result, None)
 
-
-async def _ask(channel: Channel, protocol: str) -> None:
-    """Agree on the protocol of a stream that we open, in one round trip where py-libp2p takes two."""
-    channel.write(encode_delim(_MULTISTREAM.encode()) + encode_delim(protocol.encode()))
-    try:
-        answers = [await _read_name(channel), await _read_name(channel)]
-    except (BaseLibp2pError, ValueError) as error:
-        raise PeerUnreachableError(
-            f"peer {channel.peer_id} ended the stream before it answered: {_reason(error)}"
-        ) from None
-    if answers == [_MULTISTREAM, _NOT_AVAILABLE]:
-        raise UnsupportedProtocolError(
-            f"peer {channel.peer_id} does not speak {protocol}; it may run another version"
-        )
-    if answers != [_MULTISTREAM, protocol]:
-        raise PeerUnreachableError(f"peer {channel.peer_id} does not speak multistream: {answers!r:.200}")
-
-
-async def _answer(channel: Channel, served: dict[str, Callable[[Channel], object]]) -> str:
-    """Agree on the protocol of a stream that the peer opened."""
-    channel.write(encode_delim(_MULTISTREAM.encode()))
-    if await _read_name(channel) != _MULTISTREAM:
-        raise ValueError("not multistream")
-    for _ in range(_NAMES_TRIED):
-        name = await _read_name(channel)
-        if name in served:
-            channel.write(encode_delim(name.encode()))
-            return name
-        channel.write(encode_delim(_NOT_AVAILABLE.encode()))
-    raise ValueError("none of its protocols is served here")
+    async def _main(self) -> None:
+        self._token = trio.lowlevel.current_trio_token()
+        async with self._host.run(self._listen):
+            # This one dials whatever addresses other peers tell of.
+            await self._network.auto_connector.stop()
+            if len(self._network.listeners) < len(self._listen):
+                where = ", ".join(map(str, self._listen))
+                self.reply(_fail, self._started, ConfigError(f"cannot listen on {where}"))
+                return
+            self.addresses = tuple(map(str, self._host.get_transport_addrs()))
+            self.reply(_finish, self._started, None)
+            await self._stopping.wait()
+            # Send what is queued and let peers end, as far as that can be done in time.
+            with trio.move_on_after(CLOSE_TIMEOUT_S):
+                for stream in self._streams:
+                    stream.finish()
+                while self._streams:  # noqa: ASYNC110 - for a second, once
+                    await trio.sleep(POLL_S)
+            # Sockets first: py-libp2p says goodbye, and waits for whoever is writing to a peer that hangs.
+            for connection in self._network.get_connections():
+                await connection.muxed_conn.secured_conn.close()
+            async with trio.open_nursery() as nursery:
+                for connection in self._network.get_connections():
+                    nursery.start_soon(connection.close)
 
 
-async def _read_name(channel: Channel) -> str:
-    line: bytes = await read_varint_prefixed_bytes_limited(channel, _NAME_BYTES)
-    if not line.endswith(b"\n"):
-        raise ValueError("not a line")
-    return line[:-1].decode()
+class _TcpStream(TrioTCPStream):  # type: ignore[misc]
+    """A write cannot be cancelled, but has a deadline.
+
+    Cancelled between encrypting and sending, as when a stream takes too long to open, it would leave the
+    ciphers of the two sides out of step, and the connection would be lost.
+    """
+
+    async def write(self, data: bytes) -> None:
+        with trio.CancelScope(deadline=trio.current_time() + WRITE_TIMEOUT_S, shield=True) as scope:
+            await super().write(data)
+        if scope.cancelled_caught:
+            await trio.aclose_forcefully(self.stream)
+            raise ConnectionClosedError("the peer takes no data")
 
 
-async def _close(socket: Socket) -> None:
-    with trio.CancelScope(shield=True):
-        await socket.close()
+class _Tcp(TCP):  # type: ignore[misc]
+    async def dial(self, maddr: Multiaddr) -> Any:
+        connection = await super().dial(maddr)
+        connection.stream = _TcpStream(connection.stream.stream)
+        return connection
+
+    def create_listener(self, handler_function: Callable[[Any], Awaitable[None]]) -> Any:
+        return super().create_listener(lambda stream: handler_function(_TcpStream(stream.stream)))
 
 
-def _reachable(host: str, port: int) -> list[Endpoint]:
-    """Where others reach a listener: for one on all interfaces, the machine's own addresses."""
-    address = ipaddress.ip_address(host)
-    if not address.is_unspecified:
-        return [(host, port)]
-    from libp2p.utils.address_validation import get_available_interfaces
+def _new_host(private_key: bytes) -> Any:
+    key = Ed25519PrivateKey.from_bytes(private_key)
+    keys = KeyPair(key, key.get_public_key())
+    host = new_host(
+        key_pair=keys,
+        # Noise only: by default, a peer may also offer not to authenticate itself at all.
+        sec_opt={NOISE: NoiseTransport(keys, noise_privkey=create_noise_key_pair().private_key)},
+        # Not mplex, which resets a stream that is not read for 5 s and stops all others until then.
+        muxer_opt={YAMUX: Yamux},
+        transports=[_Tcp()],
+        connection_config=ConnectionConfig(
+            # Longer than any deadline of the callers.
+            outbound_stream_protocol_negotiation_timeout=3600,
+            enable_health_monitoring=True,
+            health_initial_delay=0,
+            health_warmup_window=0,
+            health_check_interval=PING_INTERVAL_S,
+            ping_timeout=PING_TIMEOUT_S,
+            abort_connection_on_ping_failure=True,
+            # A peer that answers at all is not replaced, however slow it is.
+            min_health_threshold=0,
+            min_ping_success_rate=0,
+            max_ping_latency=float("inf"),
+        ),
+        disable_identify_address_discovery=True,
+    )
+    network = host.get_network()
+    # It counts a dial that is cancelled for ever, and denies all others in the end.
+    network.set_resource_manager(None)
+    network.retry_config = RetryConfig(max_retries=0)
+    handler = network.common_stream_handler
 
-    version = f"ip{address.version}"
-    found = [str(each).split("/") for each in get_available_interfaces(port)]
-    return [(parts[2], port) for parts in found if parts[1] == version]
+    async def handle(stream: Any) -> None:
+        """A peer that names a protocol by what is not text must not end the whole host."""
+        try:
+            await handler(stream)
+        except Exception as error:
+            logger.debug("a stream from %s failed: %s", stream.muxed_conn.peer_id, reason(error))
+            await stream.reset()
+
+    network.set_stream_handler(handle)
+    return host
 
 
-def _described(peer_id: str, endpoints: Sequence[Endpoint]) -> str:
-    where = ", ".join(f"{host} port {port}" for host, port in endpoints)
-    return f"peer {peer_id} at {where}" if where else f"peer {peer_id}"
+def _finish(future: asyncio.Future[T], result: T) -> None:
+    if future.done():
+        _discard(result)
+    else:
+        future.set_result(result)
 
 
-def _reason(error: BaseException) -> str:
+def _fail(future: asyncio.Future[T], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+
+
+def _discard(result: object) -> None:
+    if isinstance(result, Libp2pStream):
+        result.abort()
+
+
+def reason(error: BaseException) -> str:
     """One line: what the kernel said, if that is at the bottom of it, or else the first words there are."""
     while error.__cause__ is not None and not (isinstance(error, OSError) and error.errno):
         error = error.__cause__
     if isinstance(error, BaseExceptionGroup):
-        return _reason(error.exceptions[0])
-    if isinstance(error, OSError) and error.errno == errno.ECONNREFUSED:
+        return reason(error.exceptions[0])
+    if isinstance(error, ConnectionRefusedError):
         return "connection refused"
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__
