@@ -66,6 +66,7 @@ class KVCache:
                 f"the KV cache has {self.tokens_free} of {self.tokens} tokens free, the session wants"
                 f" {max_length}; ask for a smaller max_length or raise --kv-tokens on the server"
             )
+        assert key not in self._sessions, "a session is opened once"
         self._sessions[key] = _Session(max_length)
 
     def close(self, key: Hashable) -> None:
@@ -116,9 +117,10 @@ class KVCache:
                 f" a step cannot start at position {piece.position}"
             )
         if sequence is None:
-            sequence = session.sequences[piece.sequence] = _Cached()
+            sequence = _Cached()
         copies = self._grow(sequence, piece)
         sequence.length = piece.end
+        session.sequences[piece.sequence] = sequence
         return Placement(_trim(sequence.runs, piece.end), copies)
 
     def length(self, key: Hashable, sequence: int) -> int:
@@ -132,7 +134,9 @@ class KVCache:
         pages = sequence.pages
         rows_in_last = piece.position % PAGE_TOKENS
         copy_last = bool(rows_in_last) and self._pages.shared(pages[kept - 1])
-        if not copy_last and needed == len(pages):
+        # Sequences share a prefix of their pages: where one is not shared, those behind it are not either.
+        own_rest = kept == len(pages) or not self._pages.shared(pages[kept])
+        if needed == len(pages) and own_rest and not copy_last:
             return ()
         owned = kept - 1 if copy_last else kept
         # Pages past the truncation are given back first, unless allocating still might fail.
