@@ -1,0 +1,178 @@
+"""`petal-swarm demo`: a whole swarm on this machine, from nothing to an answer."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+from petal_swarm.cli.common import default_threads, load_client, new_parser, positive, run_program
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from petal_swarm.cli.local_swarm import ServerProcess
+    from petal_swarm.span import Span
+
+DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+DEFAULT_QUESTION = "Why do bees live in swarms?"
+EXAMPLES = """\
+  petal-swarm demo
+  petal-swarm demo "What is the capital of France?"
+  petal-swarm demo --model ./SmolLM2-135M-Instruct.Q4_1.gguf --servers 5 "Why is the sky blue?"
+
+Nobody else can reach these servers, and all of them end with the demo."""
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+KV_TOKENS = 4096
+
+
+def build_parser(prog: str = "petal-swarm demo") -> argparse.ArgumentParser:
+    parser = new_parser(
+        prog, "Start servers on this machine that share a model's blocks, and ask them a question.", EXAMPLES
+    )
+    parser.add_argument("question", metavar="QUESTION", nargs="?", default=DEFAULT_QUESTION)
+    parser.add_argument(
+        "--model", default=DEFAULT_MODEL, help="Hugging Face id, folder, or GGUF file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--servers", type=positive, default=3, metavar="N", help="how many servers (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-new-tokens", type=positive, default=160, metavar="N", help="the longest answer (default: 160)"
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive,
+        default=default_threads(),
+        metavar="N",
+        help="CPU threads of each server and of the client; only one of them computes at a time"
+        " (default: half of the cores, %(default)s here)",
+    )
+    parser.add_argument(
+        "--start-timeout",
+        dest="start_timeout_s",
+        type=positive,
+        default=300,
+        metavar="SECONDS",
+        help="how long the servers may take to load their blocks (default: %(default)s)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None, prog: str = "petal-swarm demo") -> int:
+    return run_program(run, build_parser(prog).parse_intermixed_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from petal_swarm.cli.local_swarm import LocalSwarm, ended_by_signals, split_evenly
+    from petal_swarm.models.checkpoint import open_checkpoint
+    from petal_swarm.models.tokenizer import load_tokenizer
+
+    started_s = time.monotonic()
+    checkpoint = open_checkpoint(arguments.model)
+    spans = split_evenly(checkpoint.config.num_blocks, arguments.servers)
+    print(
+        f"{checkpoint.name}: {checkpoint.config.num_blocks} blocks,"
+        f" shared by {len(spans)} servers on this machine"
+    )
+    with ended_by_signals(), LocalSwarm() as swarm:
+        first = swarm.start("demo-1", server_arguments(arguments, 1, spans[0], None))
+        tokenizer = load_tokenizer(arguments.model)  # meanwhile
+        address = await_servers([(first, spans[0])], started_s, arguments)
+        others = [
+            (swarm.start(f"demo-{i}", server_arguments(arguments, i, span, address)), span)
+            for i, span in enumerate(spans[1:], 2)
+        ]
+        await_servers(others, started_s, arguments)
+        with load_client(client_arguments(arguments, address)) as model:
+            ask(model, tokenizer, arguments)
+    return 0
+
+
+def server_arguments(
+    arguments: argparse.Namespace, number: int, span: Span, address: str | None
+) -> list[str]:
+    """The command line of one server."""
+    return [
+        arguments.model,
+        *(["--initial-peers", address] if address else ["--new-swarm"]),
+        *("--name", f"demo-{number}"),
+        *("--blocks", str(span)),
+        *("--listen", LOOPBACK),
+        *("--threads", str(arguments.threads)),
+        *("--kv-tokens", str(KV_TOKENS)),
+        *("--drain-timeout", "2"),
+    ]
+
+
+def await_servers(
+    servers: list[tuple[ServerProcess, Span]], started_s: float, arguments: argparse.Namespace
+) -> str:
+    """Wait until these serve, and say so; returns the address of one of them."""
+    from petal_swarm.cli.local_swarm import wait_ready
+
+    spans = {server.name: span for server, span in servers}
+
+    def on_ready(server: ServerProcess) -> None:
+        after_s = time.monotonic() - started_s
+        print(f"  {server.name}  blocks {str(spans[server.name]):<7} ready after {after_s:4.1f} s", flush=True)
+
+    with waiting(f"  {', '.join(spans)} starting"):
+        wait_ready([server for server, _ in servers], timeout_s=arguments.start_timeout_s, on_ready=on_ready)
+    return servers[0][0].address.result() if servers else ""
+
+
+def client_arguments(arguments: argparse.Namespace, address: str) -> argparse.Namespace:
+    """What `load_client` wants to know."""
+    return argparse.Namespace(
+        model=arguments.model,
+        initial_peers=[address],
+        transport="auto",
+        wait_s=20.0,
+        threads=arguments.threads,
+        log_level=arguments.log_level,
+    )
+
+
+def ask(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
+    """Print question and answer, the route and the speed."""
+    from petal_swarm.cli.answer import Answer
+    from petal_swarm.cli.generate import end_tokens, write
+    from petal_swarm.cli.prompts import check_room, context_length, encode_chat, stop_text
+
+    input_ids = encode_chat(tokenizer, [{"role": "user", "content": arguments.question}])
+    check_room(input_ids.shape[1], arguments.max_new_tokens, context_length(model.config))
+    print(f"\n> {arguments.question}\n")
+    answer = Answer(tokenizer, write, stop=stop_text(tokenizer))
+    try:
+        model.generate(
+            input_ids,
+            max_new_tokens=arguments.max_new_tokens,
+            do_sample=False,
+            stopping_criteria=[answer],
+            **end_tokens(model, tokenizer),
+        )
+        answer.finish()
+    finally:
+        write("\n\n")
+    print(f"every token went {model.last_route}")
+    print(answer.summary())
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A spinner while something takes long; nothing where there is no terminal."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(text):
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())

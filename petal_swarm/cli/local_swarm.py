@@ -1,0 +1,168 @@
+"""Servers as child processes of this program, none of which outlives it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+
+from petal_swarm.errors import DeadlineError, SwarmError
+from petal_swarm.span import Span
+
+STOP_S = 5.0
+
+
+def split_evenly(num_blocks: int, parts: int) -> list[Span]:
+    """Spans of nearly equal length that cover the model; fewer than `parts` if it has fewer blocks."""
+    parts = min(parts, num_blocks)
+    ends = [num_blocks * part // parts for part in range(parts + 1)]
+    return [Span(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+
+
+class ServerProcess:
+    """A `run_server` process in a process group of its own, with its libp2p daemon.
+
+    `command` is for tests; it gets `arguments` appended.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: Sequence[str],
+        *,
+        command: Sequence[str] = (sys.executable, "-m", "petal_swarm.cli.tethered"),
+    ) -> None:
+        self.name = name
+        self.address: Future[str] = Future()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `kill`
+        self._process = subprocess.Popen(
+            [*command, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,
+        )
+        self._reader = threading.Thread(target=self._read, name=f"{name} output", daemon=True)
+        self._reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def terminate(self) -> None:
+        """Ask it to leave."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def kill(self, *, after_s: float) -> None:
+        """Wait for its end, at most `after_s`; then nothing of it is left, its daemon neither."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(after_s)
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._reader.join()
+        for stream in (self._process.stdin, self._process.stdout, self._log):
+            if stream is not None:
+                stream.close()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            words = line.decode(errors="replace").split()
+            if len(words) == 2 and words[0] == "ready" and not self.address.done():
+                self.address.set_result(words[1])
+        if not self.address.done():
+            self.address.set_exception(SwarmError(f"{self.name} did not start: {self._last_words()}"))
+
+    def _last_words(self) -> str:
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+
+
+class LocalSwarm:
+    """Servers that live as long as a `with` block."""
+
+    def __init__(self) -> None:
+        self._servers: list[ServerProcess] = []
+
+    def start(self, name: str, arguments: Sequence[str]) -> ServerProcess:
+        server = ServerProcess(name, arguments)
+        self._servers.append(server)
+        return server
+
+    def close(self) -> None:
+        """End all servers: politely at first, for good after `STOP_S`."""
+        with _undisturbed():
+            for server in self._servers:
+                server.terminate()
+            deadline_s = time.monotonic() + STOP_S
+            for server in self._servers:
+                server.kill(after_s=max(0.0, deadline_s - time.monotonic()))
+            self._servers.clear()
+
+    def __enter__(self) -> LocalSwarm:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def wait_ready(
+    servers: Sequence[ServerProcess], *, timeout_s: float, on_ready: Callable[[ServerProcess], None]
+) -> None:
+    """Wait until all servers serve, and tell of each as it does.
+
+    Raises:
+        SwarmError: a server has ended instead.
+        DeadlineError: it took longer than `timeout_s`.
+    """
+    deadline_s = time.monotonic() + timeout_s
+    waiting = {server.address: server for server in servers}
+    while waiting:
+        done, _ = wait(waiting, max(0.0, deadline_s - time.monotonic()), return_when=FIRST_COMPLETED)
+        if not done:
+            names = ", ".join(server.name for server in waiting.values())
+            raise DeadlineError(f"{names} did not start within {timeout_s:g} s")
+        for address in done:
+            address.result()
+            on_ready(waiting.pop(address))
+
+
+@contextlib.contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP unwind this program as Ctrl-C does, so that its servers are ended as well."""
+
+    def on_signal(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    names = [name for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    earlier = {name: signal.signal(getattr(signal, name), on_signal) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in earlier.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No signal cuts the cleaning up short; it is bounded."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    earlier = {name: signal.signal(getattr(signal, name), signal.SIG_IGN) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in earlier.items():
+            signal.signal(getattr(signal, name), handler)
