@@ -1,0 +1,86 @@
+"""The real thing without a daemon: two `run_server` processes, and a client over py-libp2p in another."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BloomConfig, BloomForCausalLM
+
+pytestmark = pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("hivemind", "libp2p")), reason="needs hivemind and py-libp2p"
+)
+
+HERE = Path(__file__).parent
+READY_S = 20
+CLIENT_S = 30
+SERVER = (sys.executable, "-m", "petal_swarm.cli.run_server")
+
+
+def save_model(folder: Path) -> Path:
+    """A random BLOOM, its blocks scaled up until its tokens depend on them: a tied head likes to repeat."""
+    torch.manual_seed(0)
+    model = BloomForCausalLM(BloomConfig(hidden_size=32, n_layer=4, n_head=4, vocab_size=512))
+    with torch.no_grad():
+        for parameter in model.transformer.h.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(15.0)
+    model.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def process(*command: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A process in a group of its own, with what it prints to stderr in a file; both end with the block."""
+    with tempfile.NamedTemporaryFile("w") as errors:
+        child = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+            env={**os.environ, "PYTHONPATH": str(HERE.parent.parent)},
+        )
+        try:
+            yield child, Path(errors.name)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+            child.communicate()
+
+
+@contextmanager
+def server(model: Path, blocks: str, *arguments: str) -> Iterator[str]:
+    """A server of these blocks: its address."""
+    listen = ("--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", "--kv-tokens", "4096")
+    with process(*SERVER, str(model), "--blocks", blocks, *listen, *arguments) as (child, errors):
+        assert child.stdout is not None
+        ready, _, _ = select.select([child.stdout], [], [], READY_S)
+        line = child.stdout.readline() if ready else ""
+        assert line.startswith("ready "), f"{line!r}; stderr: {errors.read_text()}"
+        yield line.split()[1]
+
+
+def test_generates_what_transformers_does(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "bloom")
+    with ExitStack() as stack:
+        address = stack.enter_context(server(model, "0:2", "--new-swarm"))
+        stack.enter_context(server(model, "2:4", "--initial-peers", address))
+        client = (sys.executable, str(HERE / "libp2p_generate.py"), str(model), address)
+        child, errors = stack.enter_context(process(*client))
+        try:
+            output, _ = child.communicate(timeout=CLIENT_S)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"no end within {CLIENT_S} s: {errors.read_text()}")
+        assert (child.returncode, output) == (0, "ok\n"), errors.read_text()
