@@ -1,0 +1,320 @@
+"""The compute thread: who runs what, in which order, and what an error costs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from queue import SimpleQueue
+
+import pytest
+import torch
+
+from petal_swarm.engine.compute import (
+    RUN_NOW_S,
+    RUN_NOW_TOKENS,
+    Compute,
+    ComputeThread,
+    InlineCompute,
+)
+from petal_swarm.engine.engine import Engine, StepRequest, StepResult
+from petal_swarm.errors import BadMessageError, RemoteError
+from petal_swarm.span import Slice
+
+from .tiny import WHOLE, Tiny, close, rows
+
+TIMEOUT_S = 20.0
+Finished = SimpleQueue[tuple[object, StepResult]]
+
+
+def step(session: str, count: int = 1, position: int = 0, seed: int = 0) -> StepRequest:
+    return StepRequest(session, WHOLE, (Slice(0, position, count),), rows(count, seed))
+
+
+class Gate:
+    """Stands in for `Engine.run`: the thread waits in it until it is opened."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._run = engine.run
+        self.entered = threading.Event()
+        self.opened = threading.Event()
+        self.batches: list[list[object]] = []
+
+    def __call__(self, requests: Sequence[StepRequest]) -> list[StepResult]:
+        self.batches.append([request.session for request in requests])
+        self.entered.set()
+        assert self.opened.wait(TIMEOUT_S)
+        return self._run(requests)
+
+
+@pytest.fixture
+def engine(bloom: Tiny) -> Engine:
+    engine = bloom.engine()
+    for session in "abc":
+        engine.open_session(session, max_length=64)
+    return engine
+
+
+@pytest.fixture
+def compute(engine: Engine) -> Iterator[ComputeThread]:
+    compute = ComputeThread(engine)
+    compute.start()
+    yield compute
+    compute.stop()
+    assert not any(thread.name == "petal-swarm-compute" for thread in threading.enumerate())
+
+
+@pytest.fixture
+def gate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    gate = Gate(engine)
+    monkeypatch.setattr(engine, "run", gate)
+    yield gate
+    gate.opened.set()
+
+
+def collector() -> tuple[Finished, Callable[[object], Callable[[StepResult], None]]]:
+    finished: Finished = SimpleQueue()
+    return finished, lambda name: lambda result: finished.put((name, result))
+
+
+def submitted(compute: Compute, request: StepRequest) -> StepResult:
+    finished, done = collector()
+    compute.submit(request, done("only"))
+    return finished.get(timeout=TIMEOUT_S)[1]
+
+
+def settle(compute: ComputeThread) -> None:
+    """Return once the thread is past what it was given, and waits."""
+    compute.call(lambda: None).result(TIMEOUT_S)
+    with compute._busy:
+        pass
+
+
+def test_steps_are_done_in_the_compute_thread(compute: ComputeThread, bloom: Tiny) -> None:
+    threads: SimpleQueue[tuple[str, StepResult]] = SimpleQueue()
+    compute.submit(step("a", 5), lambda result: threads.put((threading.current_thread().name, result)))
+    name, result = threads.get(timeout=TIMEOUT_S)
+    assert name == "petal-swarm-compute"
+    assert close(result.hidden, bloom.expected(rows(5)))
+
+
+def test_running_now_is_the_same_as_waiting(compute: ComputeThread, engine: Engine) -> None:
+    engine.block_time_s = RUN_NOW_S / 100
+    for position in range(0, 12, 3):
+        waited = submitted(compute, step("a", 3, position, seed=position))
+        settle(compute)
+        now = compute.run_now(step("b", 3, position, seed=position))
+        assert now is not None
+        assert now.hidden is not None
+        assert waited.hidden is not None
+        assert torch.equal(now.hidden, waited.hidden)
+        engine.block_time_s = RUN_NOW_S / 100
+
+
+def test_what_does_not_run_now(compute: ComputeThread, engine: Engine) -> None:
+    assert compute.run_now(step("a")) is None, "nothing was measured yet"
+    engine.block_time_s = RUN_NOW_S / 100
+    assert compute.run_now(step("a", RUN_NOW_TOKENS + 1)) is None
+    engine.block_time_s = RUN_NOW_S
+    assert compute.run_now(step("a")) is None, "a slow block"
+    engine.block_time_s = RUN_NOW_S / 100
+    assert compute.run_now(step("a", RUN_NOW_TOKENS)) is not None
+
+
+def test_nothing_runs_now_while_a_step_runs_or_waits(
+    compute: ComputeThread, engine: Engine, gate: Gate
+) -> None:
+    engine.block_time_s = RUN_NOW_S / 100
+    finished, done = collector()
+    compute.submit(step("a"), done("a"))
+    assert gate.entered.wait(TIMEOUT_S)
+    assert compute.run_now(step("b")) is None
+    compute.submit(step("b"), done("b"))
+    assert compute.run_now(step("c")) is None
+    gate.opened.set()
+    assert [finished.get(timeout=TIMEOUT_S)[0] for _ in "ab"] == ["a", "b"]
+
+
+def test_an_error_comes_back_from_either_way(compute: ComputeThread, engine: Engine) -> None:
+    assert type(submitted(compute, step("a", position=5)).error) is BadMessageError
+    settle(compute)
+    engine.block_time_s = RUN_NOW_S / 100
+    result = compute.run_now(step("a", position=5))
+    assert result is not None
+    assert type(result.error) is BadMessageError
+
+
+def test_steps_that_wait_become_one_batch_and_sessions_keep_their_order(
+    compute: ComputeThread, gate: Gate, bloom: Tiny
+) -> None:
+    finished, done = collector()
+    compute.submit(step("a"), done(("a", 0)))
+    assert gate.entered.wait(TIMEOUT_S)
+    for position in range(3):
+        for session in "bc":
+            compute.submit(step(session, 1, position, seed=position), done((session, position)))
+    gate.opened.set()
+    results = dict(finished.get(timeout=TIMEOUT_S) for _ in range(7))
+    assert gate.batches == [["a"], ["b", "c"], ["b", "c"], ["b", "c"]]
+    expected = bloom.expected(torch.cat([rows(1, seed) for seed in range(3)]))
+    for position in range(3):
+        for session in "bc":
+            assert close(results[session, position].hidden, expected[position : position + 1])
+
+
+def test_calls_come_before_waiting_steps(compute: ComputeThread, gate: Gate) -> None:
+    finished, done = collector()
+    order: list[str] = []
+    compute.submit(step("a"), done("a"))
+    assert gate.entered.wait(TIMEOUT_S)
+    compute.submit(step("b"), lambda result: order.append("step"))
+    future = compute.call(lambda: order.append("call") or threading.current_thread().name)  # type: ignore[func-returns-value]
+    assert not future.done()
+    gate.opened.set()
+    assert future.result(TIMEOUT_S) == "petal-swarm-compute"
+    settle(compute)
+    assert order == ["call", "step"]
+
+
+def test_calls_that_fail_or_are_cancelled(compute: ComputeThread, gate: Gate) -> None:
+    with pytest.raises(ZeroDivisionError):
+        compute.call(lambda: 1 // 0).result(TIMEOUT_S)
+    with pytest.raises(SystemExit):
+        compute.call(lambda: exit(1)).result(TIMEOUT_S)
+    compute.submit(step("a"), lambda result: None)
+    assert gate.entered.wait(TIMEOUT_S)
+    called = threading.Event()
+    assert compute.call(called.set).cancel()
+    gate.opened.set()
+    settle(compute)
+    assert not called.is_set()
+
+
+def test_the_steps_of_a_closed_session_are_dropped(
+    compute: ComputeThread, engine: Engine, gate: Gate
+) -> None:
+    finished, done = collector()
+    compute.submit(step("a"), done("a"))
+    assert gate.entered.wait(TIMEOUT_S)
+    for session in "bcb":
+        compute.submit(step(session), done(session))
+    compute.close_session("b")
+    compute.close_session("unknown")
+    gate.opened.set()
+    assert [finished.get(timeout=TIMEOUT_S)[0] for _ in range(2)] == ["a", "c"]
+    settle(compute)
+    assert gate.batches == [["a"], ["c"]]
+    assert finished.empty()
+    assert engine.stats().sessions == 2
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_a_crash_fails_its_batch_only(
+    engine: Engine,
+    bloom: Tiny,
+    inline: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def crash(requests: Sequence[StepRequest]) -> list[StepResult]:
+        raise RuntimeError("secret details of this machine")
+
+    compute: Compute = InlineCompute(engine) if inline else ComputeThread(engine)
+    compute.start()
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "run", crash)
+            result = submitted(compute, step("a"))
+        assert result.hidden is None
+        assert type(result.error) is RemoteError
+        assert "RuntimeError" in str(result.error)
+        assert "secret" not in str(result.error)
+        assert "secret" in caplog.text
+        assert close(submitted(compute, step("b", 4)).hidden, bloom.expected(rows(4)))
+    finally:
+        compute.stop()
+
+
+def test_stopping_drops_what_waits(engine: Engine, gate: Gate) -> None:
+    compute = ComputeThread(engine)
+    compute.start()
+    finished, done = collector()
+    compute.submit(step("a"), done("a"))
+    assert gate.entered.wait(TIMEOUT_S)
+    compute.submit(step("b"), done("b"))
+    stopping = threading.Thread(target=compute.stop)
+    stopping.start()
+    while not compute._stopping:
+        pass
+    gate.opened.set()
+    stopping.join(TIMEOUT_S)
+    assert not stopping.is_alive()
+    assert finished.get(timeout=TIMEOUT_S)[0] == "a"
+    assert finished.empty()
+    assert gate.batches == [["a"]]
+    compute.stop()
+
+
+def test_stopping_what_never_started(engine: Engine) -> None:
+    ComputeThread(engine).stop()
+
+
+def test_an_idle_thread_stops_at_once(engine: Engine) -> None:
+    compute = ComputeThread(engine)
+    compute.start()
+    compute.stop()
+    assert not compute._thread.is_alive()
+
+
+def test_the_queue_is_measured_in_seconds(compute: ComputeThread, engine: Engine, gate: Gate) -> None:
+    waiting: SimpleQueue[float] = SimpleQueue()
+
+    def done(result: StepResult) -> None:
+        waiting.put(compute.queue_s() / (engine.block_time_s * len(WHOLE)))
+
+    assert compute.queue_s() == 0
+    compute.submit(step("a"), done)
+    assert gate.entered.wait(TIMEOUT_S)
+    for position in range(1, 4):
+        compute.submit(step("a", 1, position), done)
+    gate.opened.set()
+    found = [waiting.get(timeout=TIMEOUT_S) for _ in range(4)]
+    assert found[1:] == pytest.approx([2, 1, 0])
+
+
+def test_four_threads_at_once(compute: ComputeThread, engine: Engine, bloom: Tiny) -> None:
+    """Steps from several threads, run at once or queued as it happens, never meet in the engine."""
+    names = ["a", "b", "c", "d"]
+    engine.open_session("d", max_length=64)
+    engine.block_time_s = RUN_NOW_S / 100
+    outputs: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+
+    def generate(name: str, seed: int) -> None:
+        hidden = rows(60, seed)
+        for position in range(60):
+            request = StepRequest(name, WHOLE, (Slice(0, position, 1),), hidden[position : position + 1])
+            result = compute.run_now(request) or submitted(compute, request)
+            assert result.hidden is not None, result.error
+            outputs[name].append(result.hidden)
+
+    threads = [threading.Thread(target=generate, args=(name, seed)) for seed, name in enumerate(names)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(TIMEOUT_S)
+        assert not thread.is_alive()
+    for seed, name in enumerate(names):
+        assert close(torch.cat(outputs[name]), bloom.expected(rows(60, seed)))
+
+
+def test_inline(engine: Engine, bloom: Tiny) -> None:
+    compute = InlineCompute(engine)
+    compute.start()
+    assert close(submitted(compute, step("a", 6)).hidden, bloom.expected(rows(6)))
+    assert close(compute.run_now(step("b", 6)).hidden, bloom.expected(rows(6)))
+    assert compute.call(lambda: 5).result(0) == 5
+    with pytest.raises(ZeroDivisionError):
+        compute.call(lambda: 1 // 0).result(0)
+    compute.close_session("a")
+    assert engine.stats().sessions == 2
+    assert compute.queue_s() == 0
+    compute.stop()
