@@ -162,7 +162,7 @@ def test_steps_that_wait_become_one_batch_and_sessions_keep_their_order(
 
 
 def test_calls_come_before_waiting_steps(compute: ComputeThread, gate: Gate) -> None:
-    finished, done = collector()
+    _, done = collector()
     order: list[str] = []
     compute.submit(step("a"), done("a"))
     assert gate.entered.wait(TIMEOUT_S)

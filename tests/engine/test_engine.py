@@ -120,10 +120,7 @@ def test_any_interleaving_is_a_plain_forward(tiny: Tiny, seed: int) -> None:
         sessions = [name for name, span in spans.items() if span == blocks]
         chosen = random.sample(sessions, random.randint(1, len(sessions)))
         requests = [random_step(random, oracle, session, blocks) for session in chosen]
-        if random.random() < 0.3:
-            batches = [[request] for request in requests]
-        else:
-            batches = [requests]
+        batches = [[request] for request in requests] if random.random() < 0.3 else [requests]
         for batch in batches:
             for request, result in zip(batch, engine.run(batch), strict=True):
                 assert result.error is None
