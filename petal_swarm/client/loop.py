@@ -36,6 +36,7 @@ class LoopThread:
         self._loop = loop or new_event_loop()
         self._driving = threading.Lock()
         self._in_background = False
+        self._stop_called = False
         self._recently_driven = False
         self._followers = 0
         self._wanted = threading.Event()
@@ -90,12 +91,15 @@ class LoopThread:
         if not self._in_background or self._followers:
             return False
         self._ask_background_to_stop()
-        return self._driving.acquire(timeout=CANCEL_TIMEOUT_S)
+        # Another thread may have asked too, and have been faster: follow it.
+        return self._driving.acquire(timeout=IDLE_S)
 
     def _ask_background_to_stop(self) -> None:
         def stop() -> None:
-            # By the time this runs, another thread may be driving.
-            if self._in_background:
+            # By the time this runs, another thread may be driving. uvloop stops one turn later: a second
+            # stop would be left over, and stop whoever drives next.
+            if self._in_background and not self._stop_called:
+                self._stop_called = True
                 self._loop.stop()
 
         with contextlib.suppress(RuntimeError):  # closed
@@ -144,6 +148,7 @@ class LoopThread:
                 continue
             try:
                 if not self._closing:
+                    self._stop_called = False
                     self._in_background = True
                     self._loop.run_forever()
             finally:
