@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from petal_swarm.errors import ConfigError, PeerUnreachableError
+from petal_swarm.errors import ConfigError
 from petal_swarm.net.addresses import join_address, split_address
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.transport import StreamHandler
@@ -75,10 +75,7 @@ class Libp2pTransport:
     async def connect(self, address: str, *, timeout_s: float) -> str:
         peer_id = split_address(address)[1]
         bases = self._bases(peer_id, [address])
-        try:
-            await self._host.call(self._host.connect, peer_id, bases, timeout_s=timeout_s)
-        except TimeoutError:
-            raise PeerUnreachableError(f"no answer from {address} within {timeout_s:g} s") from None
+        await self._host.call(address, self._host.connect, peer_id, bases, timeout_s=timeout_s)
         self._known[peer_id] = bases
         return peer_id
 
@@ -86,12 +83,9 @@ class Libp2pTransport:
         self, peer_id: str, protocol: str, *, addresses: Sequence[str] = (), timeout_s: float
     ) -> Libp2pStream:
         bases = self._bases(peer_id, addresses)
-        try:
-            stream = await self._host.call(
-                self._host.open_stream, peer_id, protocol, bases, timeout_s=timeout_s
-            )
-        except TimeoutError:
-            raise PeerUnreachableError(f"no answer from peer {peer_id} within {timeout_s:g} s") from None
+        stream = await self._host.call(
+            f"peer {peer_id}", self._host.open_stream, peer_id, protocol, bases, timeout_s=timeout_s
+        )
         self._known[peer_id] = bases
         return stream
 

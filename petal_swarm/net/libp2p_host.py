@@ -62,10 +62,10 @@ FRAME_BYTES = 65535 - 16 - 12
 #: How often it is looked at what cannot be waited for, such as whether a peer reads again.
 POLL_S = 0.002
 
-#: A connection that takes longer to send a frame, or to answer a ping, is given up.
+#: A connection that takes longer to send a frame, or to answer a ping behind an upload, is given up.
 WRITE_TIMEOUT_S = 30.0
 PING_INTERVAL_S = 15.0
-PING_TIMEOUT_S = 15.0
+PING_TIMEOUT_S = 30.0
 
 #: How long a peer may take to end a stream that was ended here.
 LINGER_S = 60.0
@@ -88,6 +88,8 @@ class Libp2pStream:
         self._closing = False
         # Read in the loop, filled by trio.
         self._chunks: deque[bytes] = deque()
+        self._receiver: Callable[[bytes], None] | None = None
+        self._paused = False
         self._readable = asyncio.Event()
         self._ended = False
         self._delivered_bytes = 0
@@ -116,11 +118,18 @@ class Libp2pStream:
                 return b""
             self._readable.clear()
             await self._readable.wait()
-        data = self._chunks.popleft()
-        self._taken_bytes += len(data)
-        if self._reader_waits:
-            self._host.post(self._wake)
-        return data
+        return self._take()
+
+    def subscribe(self, receiver: Callable[[bytes], None]) -> None:
+        self._receiver = receiver
+        self._hand_over()
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        self._hand_over()
 
     def write(self, *buffers: Buffer) -> None:
         if self._failure is None and not self._closing:
@@ -138,10 +147,13 @@ class Libp2pStream:
             return
         # The end follows what is queued; trio sees to it even if this is cancelled or out of patience.
         self.finish()
-        with suppress(TimeoutError, StreamClosedError):
+        try:
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await self._wait_below(1)
-        self._drop("closed here")
+        except (TimeoutError, StreamClosedError):
+            pass
+        finally:
+            self._drop("closed here")
 
     def abort(self) -> None:
         self._closing = True
@@ -172,13 +184,29 @@ class Libp2pStream:
         if data and self._failure is None:
             self._chunks.append(data)
         self._ended = not data
-        self._readable.set()
+        self._hand_over()
 
     def _fail(self, failure: str) -> None:
         """No more can come. What came before stays readable."""
         self._failure = self._failure or failure
-        self._readable.set()
         self._drained.set()
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Wake whoever reads, or give a subscriber what has come, and the end if that has."""
+        self._readable.set()
+        while self._receiver is not None and not self._paused and self._chunks:
+            self._receiver(self._take())
+        if self._receiver is not None and not self._chunks and (self._ended or self._failure is not None):
+            receiver, self._receiver = self._receiver, None
+            receiver(b"")
+
+    def _take(self) -> bytes:
+        data = self._chunks.popleft()
+        self._taken_bytes += len(data)
+        if self._reader_waits:
+            self._host.post(self._wake)
+        return data
 
     # -- in trio
 
@@ -268,7 +296,7 @@ class Host:
         self._host = _new_host(private_key)
         self._network = self._host.get_network()
         self._loop = asyncio.get_running_loop()
-        self._started: asyncio.Future[None] = self._loop.create_future()
+        self._started: asyncio.Future[Host] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, name="petal-swarm-libp2p", daemon=True)
         self._token: trio.lowlevel.TrioToken | None = None
@@ -285,14 +313,10 @@ class Host:
         host = cls(private_key, listen)
         host._thread.start()
         try:
-            await asyncio.shield(host._started)
+            return await asyncio.shield(host._started)
         except asyncio.CancelledError:
             host._started.add_done_callback(lambda _: host.post(host._stopping.set))
             raise
-        except BaseException:
-            await host.stop()
-            raise
-        return host
 
     async def stop(self) -> None:
         self.post(self._stopping.set)
@@ -313,11 +337,13 @@ class Host:
         except RuntimeError:
             self._stopping.set()
 
-    async def call(self, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, timeout_s: float) -> T:
+    async def call(
+        self, what: str, function: Callable[[*Ts], Awaitable[T]], *args: *Ts, timeout_s: float
+    ) -> T:
         """In the loop: run an async function in trio. A stream that it returns too late is aborted.
 
         Raises:
-            TimeoutError: it did not return within `timeout_s`.
+            PeerUnreachableError: it, `what`, has not returned within `timeout_s`.
             NetworkError: trio has ended; and whatever `function` raises.
         """
         future: asyncio.Future[T] = self._loop.create_future()
@@ -337,10 +363,12 @@ class Host:
         self.post(trio.lowlevel.spawn_system_task, run)
         try:
             async with asyncio.timeout(timeout_s):
-                return await future
-        except (asyncio.CancelledError, TimeoutError):
-            if future.done() and not future.cancelled():
-                _discard(future.result())
+                return await asyncio.shield(future)
+        except TimeoutError:
+            future.add_done_callback(_discard)
+            raise PeerUnreachableError(f"no answer from {what} within {timeout_s:g} s") from None
+        except asyncio.CancelledError:
+            future.add_done_callback(_discard)
             raise
         finally:
             self.post(scope.cancel)
@@ -408,6 +436,8 @@ class Host:
     def _run(self) -> None:
         try:
             trio.run(self._main)
+        except ConfigError as error:
+            self.reply(_fail, self._started, error)
         except BaseException as error:
             logger.exception("the trio thread failed")
             self.reply(_fail, self._started, NetworkError(f"py-libp2p failed: {reason(error)}"))
@@ -418,25 +448,28 @@ class Host:
         async with self._host.run(self._listen):
             # This one dials whatever addresses other peers tell of.
             await self._network.auto_connector.stop()
-            if len(self._network.listeners) < len(self._listen):
-                where = ", ".join(map(str, self._listen))
-                self.reply(_fail, self._started, ConfigError(f"cannot listen on {where}"))
-                return
             self.addresses = tuple(map(str, self._host.get_transport_addrs()))
-            self.reply(_finish, self._started, None)
-            await self._stopping.wait()
-            # Send what is queued and let peers end, as far as that can be done in time.
-            with trio.move_on_after(CLOSE_TIMEOUT_S):
-                for stream in self._streams:
-                    stream.finish()
-                while self._streams:  # noqa: ASYNC110 - for a second, once
-                    await trio.sleep(POLL_S)
-            # Sockets first: py-libp2p says goodbye, and waits for whoever is writing to a peer that hangs.
+            listening = len(self._network.listeners) == len(self._listen)
+            if listening:
+                self.reply(_finish, self._started, self)
+                await self._stopping.wait()
+                await self._hang_up()
+        if not listening:
+            raise ConfigError(f"cannot listen on {', '.join(map(str, self._listen))}")
+
+    async def _hang_up(self) -> None:
+        """Send what is queued and let peers end, as far as that can be done in time."""
+        with trio.move_on_after(CLOSE_TIMEOUT_S):
+            for stream in self._streams:
+                stream.finish()
+            while self._streams:  # noqa: ASYNC110 - for a second, once
+                await trio.sleep(POLL_S)
+        # Sockets first: py-libp2p says goodbye, and waits for whoever is writing to a peer that hangs.
+        for connection in self._network.get_connections():
+            await connection.muxed_conn.secured_conn.close()
+        async with trio.open_nursery() as nursery:
             for connection in self._network.get_connections():
-                await connection.muxed_conn.secured_conn.close()
-            async with trio.open_nursery() as nursery:
-                for connection in self._network.get_connections():
-                    nursery.start_soon(connection.close)
+                nursery.start_soon(connection.close)
 
 
 class _TcpStream(TrioTCPStream):  # type: ignore[misc]
@@ -509,9 +542,7 @@ def _new_host(private_key: bytes) -> Any:
 
 
 def _finish(future: asyncio.Future[T], result: T) -> None:
-    if future.done():
-        _discard(result)
-    else:
+    if not future.done():
         future.set_result(result)
 
 
@@ -520,9 +551,9 @@ def _fail(future: asyncio.Future[T], error: Exception) -> None:
         future.set_exception(error)
 
 
-def _discard(result: object) -> None:
-    if isinstance(result, Libp2pStream):
-        result.abort()
+def _discard(future: asyncio.Future[Any]) -> None:
+    if future.exception() is None and isinstance(future.result(), Libp2pStream):
+        future.result().abort()
 
 
 def reason(error: BaseException) -> str:

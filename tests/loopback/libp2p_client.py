@@ -234,6 +234,45 @@ async def unread(transport, address):
         await stream.drain()
 
 
+async def subscribed(transport, address):
+    """A subscriber gets what came before, what comes, nothing while it pauses, and the end once."""
+    peer_id = await transport.connect(address, timeout_s=TIMEOUT_S)
+    stream = await transport.open_stream(peer_id, "/echo/1", timeout_s=TIMEOUT_S)
+    heard, came = [], asyncio.Event()
+
+    def receive(data):
+        heard.append(data)
+        came.set()
+
+    stream.write(b"before")
+    assert await stream.read() == b"before"
+    stream.subscribe(receive)
+    thread = threading.Thread(target=stream.write, args=(b"from", b" a thread"))
+    thread.start()
+    thread.join()
+    async with asyncio.timeout(TIMEOUT_S):
+        await came.wait()
+    assert b"".join(heard) == b"from a thread"
+    data = os.urandom(48 * MIB)
+    heard.clear()
+    stream.pause()
+    stream.write(data)
+    done, _ = await asyncio.wait([asyncio.ensure_future(stream.drain())], timeout=0.5)
+    assert not done
+    assert not heard
+    assert stream.unsent_bytes > WRITE_HIGH_WATER_BYTES
+    stream.resume()
+    async with asyncio.timeout(TIMEOUT_S):
+        while sum(map(len, heard)) < len(data):
+            came.clear()
+            await came.wait()
+    assert b"".join(heard) == data
+    heard.clear()
+    stream.abort()
+    await asyncio.sleep(0)
+    assert heard == [b""]
+
+
 async def aborted(transport, address):
     peer_id = await transport.connect(address, timeout_s=TIMEOUT_S)
     first, second = [await transport.open_stream(peer_id, "/echo/1", timeout_s=TIMEOUT_S) for _ in range(2)]

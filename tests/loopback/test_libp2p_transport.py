@@ -84,6 +84,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "ended",
         "stalled",
         "unread",
+        "subscribed",
         "aborted",
         "cancelled",
         "served",
