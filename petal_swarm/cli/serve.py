@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import sys
@@ -35,6 +36,9 @@ async def serve(config: ServerConfig) -> int:
     server, transport = starting.result()
     print(f"ready {best_address(server.addresses)}", flush=True)
     describe(server)
+    # What was loaded stays: the collector need not look at it again in the middle of a step.
+    gc.collect()
+    gc.freeze()
     daemon = asyncio.create_task(transport.wait_daemon())
     await first_of(daemon, signals.first)
     try:

@@ -18,7 +18,7 @@ from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.route import Hop, Route
 from petal_swarm.wire.connection import SESSION_TABLE, Role
-from petal_swarm.wire.messages import SESSION_ID_BYTES, Error, Neighbour, Open, Opened, Output, Step
+from petal_swarm.wire.messages import SESSION_ID_BYTES, Error, Message, Neighbour, Open, Opened, Output, Step
 from petal_swarm.wire.protocols import SESSION
 
 
@@ -41,7 +41,8 @@ class Ring:
         self.error: PetalSwarmError | None = None
         self._channels = channels
         self._pending: dict[int, asyncio.Future[Output]] = {}
-        self._readers = [asyncio.create_task(self._read(channel)) for channel in channels]
+        for channel in channels:
+            self._listen(channel)
 
     @classmethod
     async def open(
@@ -101,27 +102,29 @@ class Ring:
 
     async def close(self) -> None:
         """End the session at every hop. Idempotent; never raises for dead peers."""
-        for reader in self._readers:
-            reader.cancel()
         self._fail(StreamClosedError("the session is closed"))
         await asyncio.gather(*(channel.close() for channel in self._channels))
 
-    async def _read(self, channel: Channel) -> None:
+    def _listen(self, channel: Channel) -> None:
         """Take what one hop says: outputs, or why it ended."""
-        try:
-            while (message := await channel.receive()) is not None:
-                if isinstance(message, Error):
-                    raise remote_error(message.code, message.message, peer_id=channel.peer_id)
-                if not isinstance(message, Output) or channel is not self._channels[-1]:
-                    raise RemoteProtocolError(f"peer {channel.peer_id} sent {message.type!r}")
-                answer = self._pending.pop(message.step, None)
-                if answer is not None and not answer.done():
-                    answer.set_result(message)
-            raise HopLostError(f"peer {channel.peer_id} ended the session", peer_id=channel.peer_id)
-        except NetworkError as error:
-            self._fail(HopLostError(f"peer {channel.peer_id} is gone: {error}", peer_id=channel.peer_id))
-        except PetalSwarmError as error:
-            self._fail(error)
+
+        def on_message(message: Message) -> None:
+            if isinstance(message, Error):
+                raise remote_error(message.code, message.message, peer_id=channel.peer_id)
+            if not isinstance(message, Output) or channel is not self._channels[-1]:
+                raise RemoteProtocolError(f"peer {channel.peer_id} sent {message.type!r}")
+            answer = self._pending.pop(message.step, None)
+            if answer is not None and not answer.done():
+                answer.set_result(message)
+
+        def on_end(error: Exception | None) -> None:
+            if isinstance(error, PetalSwarmError):
+                self._fail(error)
+            else:
+                reason = f": {error}" if error else ""
+                self._fail(HopLostError(f"peer {channel.peer_id} is gone{reason}", peer_id=channel.peer_id))
+
+        channel.subscribe(on_message, on_end)
 
     def _fail(self, error: PetalSwarmError) -> None:
         if self.error is None:

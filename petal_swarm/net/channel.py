@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import TypeVar
 
 from petal_swarm.errors import DeadlineError, RemoteProtocolError, StreamClosedError, remote_error
@@ -34,6 +35,44 @@ class Channel:
         while (event := self._connection.next_event()) is None:
             self._connection.receive_data(await self._stream.read())
         return None if isinstance(event, StreamEnded) else event
+
+    def subscribe(
+        self, on_message: Callable[[Message], None], on_end: Callable[[Exception | None], None]
+    ) -> None:
+        """Instead of `receive`: call `on_message` in the event loop with each message as it comes.
+
+        `on_end` is called once: with None when the peer has ended its side or the connection is gone,
+        else with the error, if the peer broke the protocol or `on_message` raised.
+        """
+        ended = False
+
+        def on_data(data: bytes | None) -> None:
+            nonlocal ended
+            if ended:
+                return
+            try:
+                if data is not None:
+                    self._connection.receive_data(data)
+                while (event := self._connection.next_event()) is not None:
+                    if isinstance(event, StreamEnded):
+                        ended = True
+                        on_end(None)
+                        return
+                    on_message(event)
+            except Exception as error:
+                ended = True
+                on_end(error)
+
+        on_data(None)  # what came together with an earlier message
+        self._stream.subscribe(on_data)
+
+    def pause(self) -> None:
+        """See `Stream.pause`."""
+        self._stream.pause()
+
+    def resume(self) -> None:
+        """See `Stream.resume`."""
+        self._stream.resume()
 
     async def expect(self, kind: type[T], *, timeout_s: float) -> T:
         """The next message, which must be a `kind`.

@@ -24,7 +24,7 @@ from petal_swarm.errors import (
 )
 from petal_swarm.net.addresses import join_address, split_address
 from petal_swarm.net.identity import Identity
-from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Buffer, StreamHandler
+from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Buffer, Receiver, StreamHandler
 
 logger = logging.getLogger(__name__)
 
@@ -108,6 +108,8 @@ class MemoryStream:
         self._on_way: deque[bytes | None] = deque()
         self._unread = 0
         self._changed = asyncio.Event()
+        self._receiver: Receiver | None = None
+        self._paused = False
         self._ended = False
         self._broken = False
         self._closed = False
@@ -126,6 +128,29 @@ class MemoryStream:
         if self._other is not None:
             self._other._wake()
         return data
+
+    def subscribe(self, receiver: Receiver) -> None:
+        self._receiver = receiver
+        self._hand_over()
+
+    def pause(self) -> None:
+        self._paused = True
+
+    def resume(self) -> None:
+        self._paused = False
+        self._hand_over()
+
+    def _hand_over(self) -> None:
+        """Give a subscriber what has arrived, and the end if that has."""
+        while self._receiver is not None and not self._paused and self._arrived:
+            data = self._arrived.popleft()
+            self._unread -= len(data)
+            if self._other is not None:
+                self._other._wake()
+            self._receiver(data)
+        if self._receiver is not None and (self._ended or self._broken) and not self._arrived:
+            receiver, self._receiver = self._receiver, None
+            receiver(b"")
 
     def write(self, *buffers: Buffer) -> None:
         if not (self._closed or self._broken):
@@ -160,6 +185,7 @@ class MemoryStream:
         """The connection is gone, seen from this end."""
         self._broken = True
         self._wake()
+        self.owner._call(self._hand_over)
         self.owner._streams.discard(self)
 
     def _send(self, data: bytes | None) -> None:
@@ -185,6 +211,7 @@ class MemoryStream:
         elif data:
             self._arrived.append(data)
         self._wake()
+        self._hand_over()
 
     def _flush(self) -> None:
         for _ in range(len(self._on_way)):
@@ -331,7 +358,7 @@ class VirtualClockLoop(asyncio.SelectorEventLoop):
         return future
 
 
-class _JumpingSelector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
+class _JumpingSelector(selectors.DefaultSelector):
     def __init__(self, advance: Callable[[float], None]) -> None:
         super().__init__()
         self._advance = advance

@@ -12,6 +12,8 @@ from typing import Protocol, TypeAlias
 
 Buffer: TypeAlias = bytes | bytearray | memoryview
 
+Receiver: TypeAlias = Callable[[bytes], None]
+
 #: A stream that holds more unsent bytes than this makes `drain` wait.
 WRITE_HIGH_WATER_BYTES = 4 << 20
 
@@ -32,6 +34,21 @@ class Stream(Protocol):
         Raises:
             StreamClosedError: the stream was reset, the connection is gone, or `abort` was called.
         """
+        ...
+
+    def subscribe(self, receiver: Receiver) -> None:
+        """Instead of `read`: call `receiver` in the event loop with bytes as they come.
+
+        It gets `b""` once, when no more will come, for whatever reason. It must not raise.
+        """
+        ...
+
+    def pause(self) -> None:
+        """Read no more from the network until `resume`, so that the peer has to wait. Idempotent."""
+        ...
+
+    def resume(self) -> None:
+        """Undo `pause`. Idempotent."""
         ...
 
     def write(self, *buffers: Buffer) -> None:

@@ -73,8 +73,8 @@ class SessionHost:
             session = await self._find(opening, channel.peer_id)
             channel.send(self._opened())
             try:
-                await session.pump(channel)
-            except (PetalSwarmError, TimeoutError) as error:
+                await session.take_steps(channel)
+            except Exception as error:
                 session.fail(error)
                 raise
 
@@ -106,7 +106,7 @@ class SessionHost:
         """Serve the session until the client leaves or something fails."""
         first = session.opening.upstream is None
         work = [
-            asyncio.create_task(session.pump(channel) if first else session.watch_client()),
+            asyncio.create_task(session.take_steps(channel) if first else session.watch_client()),
             asyncio.create_task(session.wait_ended()),
             asyncio.create_task(session.watch_idle()),
         ]

@@ -58,6 +58,8 @@ class HostedSession:
         self._overhead = overhead
         self._loop = asyncio.get_running_loop()
         self._next: Channel | None = None
+        self._source: Channel | None = None
+        self._throttled: asyncio.Task[None] | None = None
         self._last_step = -1
         self._last_active = self._loop.time()
         self._in_flight = 0
@@ -72,24 +74,56 @@ class HostedSession:
         """Results of this hop go to `channel`, a push stream to the next hop."""
         self._next = channel
 
-    async def pump(self, source: Channel) -> None:
-        """Take steps from `source` until it ends; back-pressure: reads no faster than results leave.
+    async def take_steps(self, source: Channel) -> None:
+        """Take steps from `source` until it ends; reads no faster than results leave.
+
+        Steps are handled as the bytes come, without a task between: that saves a wake-up for each.
 
         Raises:
-            NetworkError, RemoteProtocolError, RemoteError: as `Channel.receive`, or a step is not valid.
+            RemoteProtocolError, RemoteError: a message or step that is not valid.
         """
-        output = self._next or self._client
-        while not self.ended:
-            message = await source.receive()
-            if message is None:
-                return
+        self._source = source
+        ended: asyncio.Future[None] = self._loop.create_future()
+
+        def on_message(message: Message) -> None:
             self._submit(message)
+            self._throttle()
+
+        def on_end(error: Exception | None) -> None:
+            if ended.done():
+                return
+            if error is None:
+                ended.set_result(None)
+            else:
+                ended.set_exception(error)
+
+        source.subscribe(on_message, on_end)
+        await ended
+
+    def _throttle(self) -> None:
+        """Let the sender wait when too much is being computed, or results do not get away."""
+        full = self._in_flight >= self._limits.max_steps_in_flight
+        if self._throttled is None and (full or self._output.congested):
+            assert self._source is not None
+            self._source.pause()
+            self._throttled = self._loop.create_task(self._resume_when_free(self._source))
+
+    async def _resume_when_free(self, source: Channel) -> None:
+        try:
             while self._in_flight >= self._limits.max_steps_in_flight and not self.ended:
                 self._room.clear()
                 await self._room.wait()
-            if output.congested:
-                async with asyncio.timeout(self._limits.write_timeout_s):
-                    await output.drain()
+            async with asyncio.timeout(self._limits.write_timeout_s):
+                await self._output.drain()
+            source.resume()
+        except (NetworkError, TimeoutError) as error:
+            self.fail(error)
+        finally:
+            self._throttled = None
+
+    @property
+    def _output(self) -> Channel:
+        return self._next or self._client
 
     async def watch_idle(self) -> None:
         """Wait until no step has come for `idle_timeout_s`, then end the session.
@@ -130,6 +164,8 @@ class HostedSession:
     async def close(self) -> None:
         """End the session, free its cache and close the stream to the next hop. Idempotent."""
         self._end()
+        if self._throttled is not None:
+            self._throttled.cancel()
         if self._next is not None:
             await self._next.close()
 
