@@ -81,7 +81,9 @@ class Answer:
 
     def summary(self) -> str:
         """For the last line of a program."""
-        count = f"{self.num_tokens} token{'' if self.num_tokens == 1 else 's'}, {self.tokens_per_s:.1f} tokens/s"
+        count = (
+            f"{self.num_tokens} token{'' if self.num_tokens == 1 else 's'}, {self.tokens_per_s:.1f} tokens/s"
+        )
         return f"{count}, the first after {self.first_token_s:.2f} s" if self.first_token_s else count
 
     def _decode(self, tokens: list[int]) -> str:

@@ -12,6 +12,7 @@ from petal_swarm.cli.common import (
     add_loading_options,
     add_sampling_options,
     load_client,
+    load_tokenizer,
     new_parser,
     positive,
     run_program,
@@ -51,9 +52,7 @@ def main(argv: list[str] | None = None, prog: str = "petal-swarm chat") -> int:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from petal_swarm.models.tokenizer import load_tokenizer
-
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments)
     with load_client(arguments) as model:
         chat = Chat(
             model,

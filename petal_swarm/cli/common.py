@@ -85,9 +85,7 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_sampling_options(
-    parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int
-) -> None:
+def add_sampling_options(parser: argparse.ArgumentParser, *, temperature: float, max_new_tokens: int) -> None:
     """How the next token is chosen, and how many there may be."""
     options = parser.add_argument_group("the answer")
     options.add_argument(
@@ -122,6 +120,15 @@ def sampling(arguments: argparse.Namespace) -> dict[str, Any]:
         given = {"temperature": arguments.temperature, "top_p": arguments.top_p, "top_k": arguments.top_k}
         chosen |= {name: value for name, value in given.items() if value is not None}
     return chosen
+
+
+def load_tokenizer(arguments: argparse.Namespace) -> Any:
+    """The tokenizer of a model that can be used here; says first what else is wrong with the model."""
+    from petal_swarm.models.checkpoint import open_checkpoint
+    from petal_swarm.models.tokenizer import load_tokenizer
+
+    open_checkpoint(arguments.model)
+    return load_tokenizer(arguments.model)
 
 
 def load_client(arguments: argparse.Namespace) -> Any:
@@ -214,6 +221,8 @@ def configure_logging(level: str) -> None:
     )
     logging.getLogger("petal_swarm").setLevel(level.upper())
     if level != "debug":
+        # Says twice for each of its retries that a host cannot be reached; the error at the end says it once.
+        logging.getLogger("huggingface_hub.utils._http").setLevel("ERROR")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from petal_swarm.span import Span
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-DEFAULT_QUESTION = "Why do bees live in swarms?"
+DEFAULT_QUESTION = "Explain in one sentence why bees live in swarms."
 EXAMPLES = """\
   petal-swarm demo
   petal-swarm demo "What is the capital of France?"
@@ -117,7 +117,9 @@ def await_servers(
 
     def on_ready(server: ServerProcess) -> None:
         after_s = time.monotonic() - started_s
-        print(f"  {server.name}  blocks {str(spans[server.name]):<7} ready after {after_s:4.1f} s", flush=True)
+        print(
+            f"  {server.name}  blocks {spans[server.name]!s:<7} ready after {after_s:4.1f} s", flush=True
+        )
 
     with waiting(f"  {', '.join(spans)} starting"):
         wait_ready([server for server, _ in servers], timeout_s=arguments.start_timeout_s, on_ready=on_ready)

@@ -11,6 +11,7 @@ from petal_swarm.cli.common import (
     add_loading_options,
     add_sampling_options,
     load_client,
+    load_tokenizer,
     new_parser,
     positive,
     run_program,
@@ -48,16 +49,17 @@ def build_parser(prog: str = "petal-swarm generate") -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str = "petal-swarm generate") -> int:
-    return run_program(run, build_parser(prog).parse_intermixed_args(argv))
+    parser = build_parser(prog)
+    # Intermixed: PROMPT may follow options. That mode forgets to ask for MODEL.
+    return run_program(run, parser.parse_intermixed_args(argv) if argv else parser.parse_args(argv))
 
 
 def run(arguments: argparse.Namespace) -> int:
     prompt = read_prompt(arguments.prompt)
 
     from petal_swarm.cli.prompts import encode_chat, encode_text, has_template
-    from petal_swarm.models.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments)
     if arguments.chat and not has_template(tokenizer):
         raise ConfigError(f"{arguments.model} has no chat template; leave out --chat")
     if arguments.chat or (arguments.chat is None and has_template(tokenizer)):
@@ -79,7 +81,10 @@ def read_prompt(given: str | None) -> str:
         return given
     if given is None and sys.stdin.isatty():
         raise ConfigError('there is no prompt: give one, such as "The sky is blue because", or pipe it in')
-    return sys.stdin.read().rstrip("\n")
+    prompt = sys.stdin.read().rstrip("\n")
+    if not prompt:
+        raise ConfigError("the prompt is empty: nothing came from stdin")
+    return prompt
 
 
 def answer(model: Any, tokenizer: Any, input_ids: Any, arguments: argparse.Namespace) -> None:

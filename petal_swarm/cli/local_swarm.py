@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import signal
 import subprocess
@@ -23,7 +24,7 @@ def split_evenly(num_blocks: int, parts: int) -> list[Span]:
     """Spans of nearly equal length that cover the model; fewer than `parts` if it has fewer blocks."""
     parts = min(parts, num_blocks)
     ends = [num_blocks * part // parts for part in range(parts + 1)]
-    return [Span(start, end) for start, end in zip(ends, ends[1:], strict=False)]
+    return [Span(start, end) for start, end in itertools.pairwise(ends)]
 
 
 class ServerProcess:
@@ -85,7 +86,9 @@ class ServerProcess:
     def _last_words(self) -> str:
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        return lines[-1].removeprefix("error: ") if lines else "it said nothing"
+        if lines:
+            return lines[-1].removeprefix("error: ")
+        return f"it ended with status {self._process.wait()} and said nothing"
 
 
 class LocalSwarm:

@@ -51,7 +51,9 @@ def encode_chat(tokenizer: Any, messages: list[Message]) -> torch.Tensor:
 def plain_chat(messages: list[Message]) -> str:
     """The conversation as a base model may have read many."""
     lines = [
-        message["content"] if message["role"] == "system" else f"{message['role'].title()}: {message['content']}"
+        message["content"]
+        if message["role"] == "system"
+        else f"{message['role'].title()}: {message['content']}"
         for message in messages
     ]
     return "\n".join([*lines, "Assistant:"])

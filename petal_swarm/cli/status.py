@@ -168,7 +168,9 @@ def row(status: Status, peer: Announcement) -> Sequence[str]:
 def _time(seconds: float) -> str:
     if seconds >= 1:
         return f"{seconds:.1f} s"
-    return "0 ms" if seconds == 0 else f"{seconds * 1e3:.2g} ms" if seconds < 0.01 else f"{seconds * 1e3:.0f} ms"
+    return (
+        "0 ms" if seconds == 0 else f"{seconds * 1e3:.2g} ms" if seconds < 0.01 else f"{seconds * 1e3:.0f} ms"
+    )
 
 
 def _peers(count: int) -> str:

@@ -9,12 +9,26 @@ from petal_swarm.client.session import InferenceSession
 
 
 class SwarmCache(Cache):  # type: ignore[misc]
-    """The KV cache that lies in the swarm. `width` counts columns of the padded batch seen so far."""
+    """The KV cache that lies in the swarm. `width` counts columns of the padded batch seen so far.
+
+    While `looks_ahead`, the most likely next step is sent before it is asked for, unless one of its
+    tokens is in `final_tokens`, or the batch has `max_width` columns already.
+    """
 
     def __init__(self, session: InferenceSession, width: int = 0) -> None:
         super().__init__(layers=[])
         self.session = session
         self.width = width
+        self.looks_ahead = False
+        self.guessed = False
+        self.final_tokens: frozenset[int] = frozenset()
+        self.max_width = session.max_length
+
+    def look_ahead(self, final_tokens: frozenset[int], max_width: int) -> None:
+        """Begin to send steps ahead: what follows is greedy decoding."""
+        self.looks_ahead = True
+        self.final_tokens = final_tokens
+        self.max_width = max_width
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns of the padded batch that are in the cache."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
@@ -52,21 +52,31 @@ class LoopThread:
             DeadlineError: it took longer than `timeout_s`.
             StreamClosedError: the loop is closed.
         """
-        if self._closing:
+        try:
+            self._check_usable()
+        except BaseException:
             work.close()
-            raise StreamClosedError("the model is closed")
-        if asyncio._get_running_loop() is self._loop:
-            work.close()
-            raise RuntimeError("called from the loop itself, which would wait for itself")
+            raise
         if not self._take_over():
             return self._follow(work, timeout_s)
-        try:
-            return self._drive(work, timeout_s)
-        finally:
-            self._recently_driven = True
-            self._driving.release()
-            if self._followers:
-                self._wanted.set()
+        with self._drive():
+            return self._wait(self._loop.create_task(work), timeout_s)
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Call a function that touches what lives in the loop; it must not wait."""
+        self._check_usable()
+        if not self._take_over():
+            return self._follow(_as_coroutine(function), CANCEL_TIMEOUT_S)
+        with self._drive():
+            return function()
+
+    def wait(self, future: asyncio.Future[T], *, timeout_s: float) -> T:
+        """The result of a future that belongs to the loop; as `run`."""
+        self._check_usable()
+        if not self._take_over():
+            return self._follow(_await(future), timeout_s)
+        with self._drive():
+            return self._wait(future, timeout_s)
 
     def close(self) -> None:
         """Cancel what is left in the loop and end the thread. Idempotent."""
@@ -105,17 +115,33 @@ class LoopThread:
         with contextlib.suppress(RuntimeError):  # closed
             self._loop.call_soon_threadsafe(stop)
 
-    def _drive(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
-        task = self._loop.create_task(work)
-        deadline = self._loop.call_later(timeout_s, task.cancel)
+    def _check_usable(self) -> None:
+        if self._closing:
+            raise StreamClosedError("the model is closed")
+        if asyncio._get_running_loop() is self._loop:
+            raise RuntimeError("called from the loop itself, which would wait for itself")
+
+    @contextlib.contextmanager
+    def _drive(self) -> Iterator[None]:
+        """After `_take_over`: give the loop back at the end."""
         try:
-            return self._loop.run_until_complete(task)
+            yield
+        finally:
+            self._recently_driven = True
+            self._driving.release()
+            if self._followers:
+                self._wanted.set()
+
+    def _wait(self, future: asyncio.Future[T], timeout_s: float) -> T:
+        deadline = self._loop.call_later(timeout_s, future.cancel)
+        try:
+            return self._loop.run_until_complete(future)
         except asyncio.CancelledError:
             raise DeadlineError(f"no answer within {timeout_s:g} s") from None
         except BaseException:
-            if not task.done():  # Ctrl-C
-                task.cancel()
-                self._loop.run_until_complete(asyncio.wait({task}, timeout=CANCEL_TIMEOUT_S))
+            if not future.done():  # Ctrl-C
+                future.cancel()
+                self._loop.run_until_complete(asyncio.wait({future}, timeout=CANCEL_TIMEOUT_S))
             raise
         finally:
             deadline.cancel()
@@ -165,6 +191,14 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
         return asyncio.new_event_loop()
     loop: asyncio.AbstractEventLoop = uvloop.new_event_loop()
     return loop
+
+
+async def _as_coroutine(function: Callable[[], T]) -> T:
+    return function()
+
+
+async def _await(future: asyncio.Future[T]) -> T:
+    return await future
 
 
 async def _cancel_others() -> None:

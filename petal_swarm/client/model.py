@@ -163,12 +163,17 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         *arguments: Any,
     ) -> None:
         """Hugging Face asks here for a KV cache; ours is a session, sized by what `generate` will need."""
-        if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        greedy = generation_mode == GenerationMode.GREEDY_SEARCH
+        cache = model_kwargs.get("past_key_values")
+        if generation_config.use_cache is False:
             return
         drafted = DRAFT_ROOM if generation_mode == GenerationMode.ASSISTED_GENERATION else 0
-        session = self.open_session(max_length=max(1, max_cache_length + 1 + drafted))
-        self._own_sessions.append(session)
-        model_kwargs["past_key_values"] = SwarmCache(session)
+        if cache is None:
+            session = self.open_session(max_length=max(1, max_cache_length + 1 + drafted))
+            self._own_sessions.append(session)
+            cache = model_kwargs["past_key_values"] = SwarmCache(session)
+        if greedy:
+            cache.look_ahead(_token_set(generation_config.eos_token_id), max_cache_length)
 
     @contextlib.contextmanager
     def _closing_caches(self) -> Iterator[None]:
@@ -222,32 +227,63 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         cache: SwarmCache,
         logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor:
-        session, width = cache.session, given.shape[1]
+        width = given.shape[1]
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
+        if last_only and cache.looks_ahead and given.dim() == 2:
+            logits = self._next_logits(given, attention_mask, cache)
+            self._send_ahead(logits, cache)
+            return logits
         repeated = None
         if last_only and cache.width == 0 and given.dim() == 2:
             repeated = unique_rows(given, attention_mask)
         if repeated is not None:
             given = given[repeated[0]]
             attention_mask = attention_mask[repeated[0]] if attention_mask is not None else None
-        packing = Packing.of(given.shape[0], width, attention_mask)
+        logits = self._step(given, attention_mask, cache, last_only=last_only)
+        if not isinstance(logits_to_keep, int):
+            logits = logits[:, logits_to_keep]
+        elif 0 < logits_to_keep < width:
+            logits = logits[:, -logits_to_keep:]
+        if repeated is not None:
+            cache.session.fork(repeated[1])
+            logits = logits[repeated[1]]
+        return logits
+
+    def _step(
+        self, given: torch.Tensor, attention_mask: torch.Tensor | None, cache: SwarmCache, *, last_only: bool
+    ) -> torch.Tensor:
+        """Logits of all columns of `given`; of the last alone if that is enough and no padding."""
+        packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
         last_only = last_only and (packing.kept is None or bool(packing.kept[:, -1].all()))
         packed = packing.pack(given)
         hidden = self.ends.embed(packed) if given.dim() == 2 else packed
-        rows = session.step(hidden, packing.lengths, rows="last" if last_only else "all")
-        cache.width += width
-        if last_only:
-            logits = self.ends.logits(rows)[:, None]
-        else:
-            logits = packing.unpack(self.ends.logits(rows))
-            if not isinstance(logits_to_keep, int):
-                logits = logits[:, logits_to_keep]
-            elif logits_to_keep:
-                logits = logits[:, -logits_to_keep:]
-        if repeated is not None:
-            session.fork(repeated[1])
-            logits = logits[repeated[1]]
-        return logits
+        rows = cache.session.step(hidden, packing.lengths, rows="last" if last_only else "all")
+        cache.width += given.shape[1]
+        logits = self.ends.logits(rows)
+        return logits[:, None] if last_only else packing.unpack(logits)
+
+    def _next_logits(
+        self, given: torch.Tensor, attention_mask: torch.Tensor | None, cache: SwarmCache
+    ) -> torch.Tensor:
+        """One column of greedy decoding: of the step sent ahead, if that guessed right."""
+        rows = cache.session.take_ahead(given) if given.shape[1] == 1 else None
+        if rows is not None:
+            cache.width += 1
+            return self.ends.logits(rows)[:, None]
+        if cache.guessed:
+            # A logits processor or the padding of a finished sequence is at work, and will be again.
+            cache.looks_ahead = False
+        return self._step(given, attention_mask, cache, last_only=True)[:, -1:]
+
+    def _send_ahead(self, logits: torch.Tensor, cache: SwarmCache) -> None:
+        tokens = logits[:, -1].argmax(-1)
+        cache.guessed = (
+            cache.looks_ahead
+            and cache.width < cache.max_width
+            and cache.final_tokens.isdisjoint(tokens.tolist())
+        )
+        if cache.guessed:
+            cache.session.step_ahead(tokens[:, None], self.ends.embed(tokens))
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -283,6 +319,12 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             warnings.warn(
                 "a swarm model was not closed; call close() or use `with`", ResourceWarning, stacklevel=2
             )
+
+
+def _token_set(token_ids: int | list[int] | None) -> frozenset[int]:
+    if token_ids is None:
+        return frozenset()
+    return frozenset((token_ids,) if isinstance(token_ids, int) else token_ids)
 
 
 def _close_at_exit(model: SwarmModelForCausalLM) -> Any:

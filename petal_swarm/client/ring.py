@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections.abc import Sequence
 
@@ -40,6 +41,7 @@ class Ring:
         self.dtypes = tuple(answer.dtype for answer in opened)
         self.error: PetalSwarmError | None = None
         self._channels = channels
+        self._loop = asyncio.get_running_loop()
         self._pending: dict[int, asyncio.Future[Output]] = {}
         for channel in channels:
             self._listen(channel)
@@ -71,34 +73,33 @@ class Ring:
             raise error from None
         return cls(route, [channel for channel, _ in answers], [opened for _, opened in answers])
 
+    def send(self, step: Step) -> asyncio.Future[Output] | None:
+        """Send a step to the first hop; the future is of the last hop's output, None if no rows are wanted.
+
+        Raises:
+            PetalSwarmError: why the session has ended.
+        """
+        if self.error is not None:
+            raise self.error
+        answer = None
+        if step.rows != "none":
+            answer = self._pending[step.step] = self._loop.create_future()
+        self._channels[0].send(step)
+        return answer
+
     async def exchange(self, steps: Sequence[Step]) -> list[Output | None]:
         """Send steps, all before the first answer is waited for; the output of each that wants rows.
 
         Raises:
             PetalSwarmError: why the session has ended.
         """
-        loop = asyncio.get_running_loop()
-        answers: list[asyncio.Future[Output] | None] = []
+        answers = []
         for step in steps:
-            if self.error is not None:
-                raise self.error
-            answer = None
-            if step.rows != "none":
-                answer = self._pending[step.step] = loop.create_future()
-            answers.append(answer)
-            try:
-                self._channels[0].send(step)
-                if self._channels[0].congested:
+            answers.append(self.send(step))
+            if self._channels[0].congested:
+                with contextlib.suppress(NetworkError):  # `_listen` hears of it too
                     await self._channels[0].drain()
-            except NetworkError as error:
-                self._fail(HopLostError(str(error), peer_id=self._channels[0].peer_id))
-        try:
-            return [None if answer is None else await answer for answer in answers]
-        finally:
-            for step in steps:
-                unclaimed = self._pending.pop(step.step, None)
-                if unclaimed is not None:
-                    unclaimed.cancel()
+        return [None if answer is None else await answer for answer in answers]
 
     async def close(self) -> None:
         """End the session at every hop. Idempotent; never raises for dead peers."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import warnings
 from collections.abc import Sequence
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 
@@ -20,6 +22,16 @@ from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
 
 CLOSE_TIMEOUT_S = 10.0
 _SIXTEEN_BIT = ("bfloat16", "float16")
+
+
+class _Ahead(NamedTuple):
+    """A step that was sent before it was asked for."""
+
+    tokens: torch.Tensor
+    chunk: Chunk
+    answer: asyncio.Future[Output]
+    dtype: torch.dtype
+    device: torch.device
 
 
 class InferenceSession:
@@ -45,6 +57,7 @@ class InferenceSession:
         self._forks: tuple[int, ...] | None = None
         self._lengths: list[int] = []
         self._wire_dtype = torch.float32
+        self._ahead: _Ahead | None = None
         self.last_trace: tuple[float, ...] = ()
 
     @property
@@ -64,6 +77,7 @@ class InferenceSession:
 
     def fork(self, sources: Sequence[int]) -> None:
         """Sequence i goes on as a copy of sequence `sources[i]`; takes effect with the next step."""
+        self._ahead = None
         earlier = self._forks
         self._forks = tuple(sources) if earlier is None else tuple(earlier[source] for source in sources)
         self._lengths = [self._lengths[source] for source in sources]
@@ -78,6 +92,7 @@ class InferenceSession:
             not 0 <= new <= old for new, old in zip(lengths, self._lengths, strict=True)
         ):
             raise ConfigError(f"cannot truncate sequences of {self._lengths} tokens to {list(lengths)}")
+        self._ahead = None
         self._lengths = list(lengths)
 
     def step(self, hidden: torch.Tensor, lengths: Sequence[int], *, rows: Rows = "last") -> torch.Tensor:
@@ -90,6 +105,7 @@ class InferenceSession:
             SessionTooLongError: a sequence would pass `max_length`.
             MissingBlocksError, RemoteError, NetworkError: the swarm failed; the session is closed.
         """
+        self._ahead = None
         if not self._lengths:
             self._lengths = [0] * len(lengths)
         if len(lengths) != len(self._lengths):
@@ -111,6 +127,36 @@ class InferenceSession:
         for piece in slices:
             self._lengths[piece.sequence] = piece.end
         return output
+
+    def step_ahead(self, tokens: torch.Tensor, hidden: torch.Tensor) -> None:
+        """Send the step that probably comes next, one token for each sequence, without waiting.
+
+        `tokens [sequences, 1]` identify it for `take_ahead`. If something else comes instead, nothing is
+        lost: positions are absolute, so the next step takes the place of this one.
+        """
+        slices = [Slice(index, length, 1) for index, length in enumerate(self._lengths)]
+        if self._ring is None or self.position >= self.max_length or len(slices) != hidden.shape[0]:
+            return
+        chunk = Chunk(0, len(slices), tuple(slices), tuple(range(len(slices))))
+        ring, step = self._ring, self._step(chunk, hidden.to(self._wire_dtype), "last")
+        answer = self._loop.call(lambda: ring.send(step))
+        assert answer is not None
+        self._ahead = _Ahead(tokens, chunk, answer, hidden.dtype, hidden.device)
+
+    def take_ahead(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """The last rows of the step sent by `step_ahead`, if it was for these tokens; else None."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or not torch.equal(ahead.tokens, tokens):
+            return None
+        try:
+            output = self._loop.wait(ahead.answer, timeout_s=self._swarm.config.step_timeout_s)
+            rows = self._rows_of(ahead.chunk, output, "last")
+        except BaseException:
+            self.close()
+            raise
+        self.last_trace = output.trace
+        self._lengths = [length + 1 for length in self._lengths]
+        return rows.to(device=ahead.device, dtype=ahead.dtype)
 
     def close(self) -> None:
         """Free the KV cache in the swarm. Idempotent."""
@@ -154,7 +200,12 @@ class InferenceSession:
         chunks = chunk_slices(slices, max(1, max_tokens))
         steps = [self._step(chunk, outgoing[chunk.start : chunk.stop], rows) for chunk in chunks]
         limit = self._swarm.config.step_timeout_s * len(steps)
-        outputs = self._loop.run(ring.exchange(steps), timeout_s=limit)
+        if len(steps) == 1:
+            # As the general case, without a task for it: this is what decoding does for every token.
+            answer = self._loop.call(lambda: ring.send(steps[0]))
+            outputs = [None if answer is None else self._loop.wait(answer, timeout_s=limit)]
+        else:
+            outputs = self._loop.run(ring.exchange(steps), timeout_s=limit)
         parts = []
         for chunk, output in zip(chunks, outputs, strict=True):
             if output is not None:

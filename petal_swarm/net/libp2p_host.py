@@ -383,7 +383,7 @@ class Host:
         """
         peer = ID.from_base58(peer_id)
         async with self._dialling.setdefault(peer_id, trio.Lock()):
-            if any(not connection.is_closed for connection in self._network.get_connections(peer)):
+            if self._is_connected(peer):
                 return
             failures: list[str] = []
 
@@ -398,9 +398,12 @@ class Host:
             async with trio.open_nursery() as nursery:
                 for base in bases:
                     nursery.start_soon(attempt, base)
-            if not self._network.get_connections(peer):
+            if not self._is_connected(peer):
                 why = "; ".join(failures) or "no address of it is known: pass `addresses`"
                 raise PeerUnreachableError(f"cannot reach peer {peer_id}: {why}")
+
+    def _is_connected(self, peer: ID) -> bool:
+        return any(not connection.is_closed for connection in self._network.get_connections(peer))
 
     async def open_stream(self, peer_id: str, protocol: str, bases: Sequence[str]) -> Libp2pStream:
         await self.connect(peer_id, bases)
