@@ -317,6 +317,9 @@ class Host:
         except asyncio.CancelledError:
             host._started.add_done_callback(lambda _: host.post(host._stopping.set))
             raise
+        except (ConfigError, NetworkError):
+            host._thread.join()  # this was its last word
+            raise
 
     async def stop(self) -> None:
         self.post(self._stopping.set)
