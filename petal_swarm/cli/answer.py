@@ -54,7 +54,7 @@ class Answer:
     def finish(self) -> None:
         """Print what was held back."""
         if not self.stopped and self._prompt_length is not None:
-            self._emit(self._all.removesuffix(REPLACEMENT))
+            self._emit(self._all)
 
     def whole(self, tokens: torch.Tensor) -> None:
         """Print an answer that was not seen to grow: `tokens` of one sequence, without the prompt."""

@@ -226,8 +226,10 @@ def rewind(session: Any, input_ids: Any) -> int:
     shared = min(held.shape[1], input_ids.shape[1] - 1)
     differing = (held[0, :shared] != input_ids[0, :shared]).nonzero()
     kept = int(differing[0]) if len(differing) else shared
-    kept = max(kept, 1)
-    if kept < held.shape[1]:
+    if kept == 0:
+        session.truncate([0])
+        session.output_ids = session.attention_mask = None
+    elif kept < held.shape[1]:
         session.truncate([kept - 1])  # the last token is held here, and sent with those that follow it
         session.output_ids, session.attention_mask = held[:, :kept], session.attention_mask[:, :kept]
     return kept

@@ -117,9 +117,7 @@ def await_servers(
 
     def on_ready(server: ServerProcess) -> None:
         after_s = time.monotonic() - started_s
-        print(
-            f"  {server.name}  blocks {spans[server.name]!s:<7} ready after {after_s:4.1f} s", flush=True
-        )
+        print(f"  {server.name}  blocks {spans[server.name]!s:<7} ready after {after_s:4.1f} s", flush=True)
 
     with waiting(f"  {', '.join(spans)} starting"):
         wait_ready([server for server, _ in servers], timeout_s=arguments.start_timeout_s, on_ready=on_ready)

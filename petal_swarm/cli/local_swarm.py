@@ -18,6 +18,7 @@ from petal_swarm.errors import DeadlineError, SwarmError
 from petal_swarm.span import Span
 
 STOP_S = 5.0
+COMMAND = (sys.executable, "-m", "petal_swarm.cli.tethered")
 
 
 def split_evenly(num_blocks: int, parts: int) -> list[Span]:
@@ -28,18 +29,9 @@ def split_evenly(num_blocks: int, parts: int) -> list[Span]:
 
 
 class ServerProcess:
-    """A `run_server` process in a process group of its own, with its libp2p daemon.
+    """A `run_server` process in a process group of its own, with its libp2p daemon."""
 
-    `command` is for tests; it gets `arguments` appended.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        arguments: Sequence[str],
-        *,
-        command: Sequence[str] = (sys.executable, "-m", "petal_swarm.cli.tethered"),
-    ) -> None:
+    def __init__(self, name: str, arguments: Sequence[str], *, command: Sequence[str] = COMMAND) -> None:
         self.name = name
         self.address: Future[str] = Future()
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by `kill`
@@ -92,22 +84,24 @@ class ServerProcess:
 
 
 class LocalSwarm:
-    """Servers that live as long as a `with` block."""
+    """Servers that live as long as a `with` block. Tests give another `command` than `run_server`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, command: Sequence[str] = COMMAND, stop_s: float = STOP_S) -> None:
+        self._command = command
+        self._stop_s = stop_s
         self._servers: list[ServerProcess] = []
 
     def start(self, name: str, arguments: Sequence[str]) -> ServerProcess:
-        server = ServerProcess(name, arguments)
+        server = ServerProcess(name, arguments, command=self._command)
         self._servers.append(server)
         return server
 
     def close(self) -> None:
-        """End all servers: politely at first, for good after `STOP_S`."""
+        """End all servers: politely at first, for good after `stop_s`."""
         with _undisturbed():
             for server in self._servers:
                 server.terminate()
-            deadline_s = time.monotonic() + STOP_S
+            deadline_s = time.monotonic() + self._stop_s
             for server in self._servers:
                 server.kill(after_s=max(0.0, deadline_s - time.monotonic()))
             self._servers.clear()
