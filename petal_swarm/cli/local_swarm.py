@@ -54,10 +54,21 @@ class ServerProcess:
         with contextlib.suppress(ProcessLookupError):
             self._process.terminate()
 
+    def wait(self, timeout_s: float) -> int:
+        """The exit status.
+
+        Raises:
+            DeadlineError: it is still running.
+        """
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise DeadlineError(f"{self.name} did not end within {timeout_s:g} s") from None
+
     def kill(self, *, after_s: float) -> None:
         """Wait for its end, at most `after_s`; then nothing of it is left, its daemon neither."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(after_s)
+        with contextlib.suppress(DeadlineError):
+            self.wait(after_s)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from petal_swarm.directory.dht import DhtDirectory
-from petal_swarm.errors import NetworkError
+from petal_swarm.errors import ConfigError, NetworkError, PeerUnreachableError
 from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.net.addresses import is_loopback
 from petal_swarm.net.identity import Identity
@@ -55,12 +55,20 @@ async def start(config: ServerConfig) -> tuple[Server, P2pdTransport]:
     """Everything between the arguments and a serving server; leaves nothing behind if it fails."""
     checkpoint = await asyncio.to_thread(open_checkpoint, config.model)
     identity = Identity.load_or_create(config.identity) if config.identity else Identity.generate()
-    transport = await P2pdTransport.create(
-        identity=identity,
-        listen=config.listen_addresses(),
-        announce=config.announce,
-        initial_peers=config.initial_peers,
-    )
+    try:
+        transport = await P2pdTransport.create(
+            identity=identity,
+            listen=config.listen_addresses(),
+            announce=config.announce,
+            initial_peers=config.initial_peers,
+        )
+    except ConfigError as error:
+        if "bootstrap peers" not in str(error):
+            raise
+        raise PeerUnreachableError(
+            f"cannot join the swarm: nobody answers at {', '.join(config.initial_peers)};"
+            " is a server running there, and is this the address that it printed after `ready`?"
+        ) from None
     try:
         directory = await DhtDirectory.create(
             transport, identity=identity, initial_peers=config.initial_peers, client_mode=False
