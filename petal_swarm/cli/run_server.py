@@ -7,8 +7,7 @@ import asyncio
 import contextlib
 import sys
 
-from petal_swarm.cli.common import new_parser, run_program
-from petal_swarm.errors import ConfigError
+from petal_swarm.cli.common import new_parser, not_negative, peer_address, positive, run_program
 
 EXAMPLES = """\
   run_server bigscience/bloom-560m --new-swarm
@@ -25,14 +24,20 @@ Ctrl-C or SIGTERM lets running sessions end, then leaves; a second one leaves at
 
 
 def build_parser(prog: str = "run_server") -> argparse.ArgumentParser:
-    parser = new_parser(prog, "Host some blocks of a model for everybody in a swarm.", EXAMPLES)
+    examples = EXAMPLES.replace("run_server", prog)
+    parser = new_parser(prog, "Host some blocks of a model for everybody in a swarm.", examples)
     parser.add_argument(
         "model", metavar="MODEL", help="Hugging Face id, local folder (safetensors or old .bin), or GGUF file"
     )
     swarm = parser.add_argument_group("the swarm")
     swarm.add_argument("--new-swarm", action="store_true", help="start a swarm instead of joining one")
     swarm.add_argument(
-        "--initial-peers", metavar="ADDR", nargs="+", default=[], help="addresses of servers to join"
+        "--initial-peers",
+        metavar="ADDR",
+        nargs="+",
+        type=peer_address,
+        default=[],
+        help="addresses of servers to join",
     )
     swarm.add_argument("--name", default="", help="what others see in `petal-swarm status`")
     swarm.add_argument(
@@ -84,11 +89,14 @@ def build_parser(prog: str = "run_server") -> argparse.ArgumentParser:
         help="most tokens to compute at once (default: %(default)s)",
     )
     blocks.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads for arithmetic (default: one for each core)"
+        "--threads",
+        type=positive,
+        metavar="N",
+        help="CPU threads for arithmetic (default: one for each core)",
     )
     parser.add_argument(
         "--drain-timeout",
-        type=float,
+        type=not_negative,
         default=60.0,
         metavar="SECONDS",
         help="how long to let sessions end after Ctrl-C or SIGTERM (default: %(default)g)",
@@ -123,8 +131,6 @@ def run(arguments: argparse.Namespace) -> int:
         drain_timeout_s=arguments.drain_timeout,
     )
     if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ConfigError(f"--threads must be at least 1, got {arguments.threads}")
         import torch
 
         torch.set_num_threads(arguments.threads)
