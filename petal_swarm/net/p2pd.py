@@ -99,6 +99,8 @@ class P2pdStream(asyncio.Protocol):
         for data in self._arrived:
             receiver(data)
         self._arrived.clear()
+        if self._arrived_bytes > READ_AHEAD_BYTES:
+            self.resume()
         self._arrived_bytes = 0
         if self._ended:
             receiver(b"")
@@ -276,22 +278,28 @@ class P2pdTransport:
         return self._addresses
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
+        _, peer_id = split_address(address)
+        await self._connect(peer_id, [address], timeout_s)
+        return peer_id
+
+    async def _connect(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
+        """Dial all addresses of a peer at once; the daemon keeps the first that answers."""
         from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
         from hivemind.utils.multiaddr import Multiaddr
 
-        base, peer_id = split_address(address)
+        told = " or ".join(addresses)
         try:
-            target, base_address = PeerID.from_base58(peer_id), Multiaddr(base)
+            target = PeerID.from_base58(peer_id)
+            bases = [Multiaddr(split_address(address)[0]) for address in addresses]
         except ValueError as error:
-            raise ConfigError(f"not a usable address: {address!r:.200} ({_first_line(error)})") from None
+            raise ConfigError(f"not a usable address: {told:.200} ({_first_line(error)})") from None
         try:
             async with asyncio.timeout(timeout_s):
-                await self.p2p._client.control.connect(target, [base_address])
+                await self.p2p._client.control.connect(target, bases)
         except TimeoutError:
-            raise PeerUnreachableError(f"no answer from {address} within {timeout_s:g} s") from None
+            raise PeerUnreachableError(f"no answer from {told} within {timeout_s:g} s") from None
         except Exception as error:
-            raise PeerUnreachableError(f"cannot reach {address}: {_first_line(error)}") from None
-        return peer_id
+            raise PeerUnreachableError(f"cannot reach {told}: {_first_line(error)}") from None
 
     async def open_stream(
         self, peer_id: str, protocol: str, *, addresses: Sequence[str] = (), timeout_s: float
@@ -318,27 +326,21 @@ class P2pdTransport:
         return await P2pdStream.adopt(peer_id, reader, writer)
 
     async def _dial(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
-        """Make the daemon know the peer, if it is not connected; the first address that answers will do."""
-        if not addresses or peer_id in {str(peer.peer_id) for peer in await self.p2p.list_peers()}:
-            return
-        failure: NetworkError | None = None
-        for address in addresses:
-            if split_address(address)[1] != peer_id:
-                continue
-            try:
-                await self.connect(address, timeout_s=timeout_s)
-                return
-            except NetworkError as error:
-                failure = error
-        if failure is not None:
-            raise failure
+        """Connect to the peer if the daemon is not connected yet."""
+        own = [address for address in addresses if split_address(address)[1] == peer_id]
+        if own and peer_id not in {str(peer.peer_id) for peer in await self.p2p.list_peers()}:
+            await self._connect(peer_id, own, timeout_s)
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:
         async def on_stream(info: Any, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             task = asyncio.current_task()
             assert task is not None
             self._tasks.add(task)
-            stream = await P2pdStream.adopt(str(info.peer_id), reader, writer)
+            try:
+                stream = await P2pdStream.adopt(str(info.peer_id), reader, writer)
+            except StreamClosedError:
+                self._tasks.discard(task)
+                return
             try:
                 await handler(stream)
             except asyncio.CancelledError:
