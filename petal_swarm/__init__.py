@@ -1,4 +1,4 @@
-"""petal_swarm: run and fine-tune large language models together, each peer hosting some of the blocks.
+"""petal_swarm: run large language models together, each peer hosting some of the blocks.
 
 The names below are loaded on first use, so that `import petal_swarm` stays cheap and free of side
 effects.

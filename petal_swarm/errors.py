@@ -153,6 +153,12 @@ class IdleError(RemoteError):
     code = "idle"
 
 
+class TooSlowError(RemoteError):
+    """The peer waited for us for too long."""
+
+    code = "timeout"
+
+
 class HopLostError(RemoteError):
     """A server lost its next hop."""
 
@@ -173,6 +179,7 @@ _BY_CODE: dict[str, type[RemoteError]] = {
         CacheFullError,
         BusyError,
         IdleError,
+        TooSlowError,
         HopLostError,
     )
 }

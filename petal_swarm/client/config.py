@@ -22,8 +22,8 @@ class ClientConfig:
 
     initial_peers: tuple[str, ...]
     transport: str = "auto"
-    connect_timeout_s: float = 15.0
-    open_timeout_s: float = 15.0
+    connect_timeout_s: float = 10.0
+    open_timeout_s: float = 20.0
     step_timeout_s: float = 120.0
     wait_for_blocks_s: float = 20.0
     open_attempts: int = 4

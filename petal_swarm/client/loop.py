@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
@@ -22,6 +23,7 @@ T = TypeVar("T")
 #: The background thread takes over when nobody has driven the loop for about this long.
 IDLE_S = 0.02
 CANCEL_TIMEOUT_S = 1.0
+CALL_TIMEOUT_S = 30.0
 CLOSE_TIMEOUT_S = 10.0
 
 
@@ -39,6 +41,7 @@ class LoopThread:
         self._stop_called = False
         self._recently_driven = False
         self._followers = 0
+        self._counting = threading.Lock()
         self._wanted = threading.Event()
         self._closing = False
         self._thread = threading.Thread(target=self._drive_when_idle, name="petal-swarm-client", daemon=True)
@@ -66,7 +69,7 @@ class LoopThread:
         """Call a function that touches what lives in the loop; it must not wait."""
         self._check_usable()
         if not self._take_over():
-            return self._follow(_as_coroutine(function), CANCEL_TIMEOUT_S)
+            return self._follow(_as_coroutine(function), CALL_TIMEOUT_S)
         with self._drive():
             return function()
 
@@ -148,18 +151,22 @@ class LoopThread:
 
     def _follow(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """Leave the work to the thread that drives, and wait."""
-        self._followers += 1
+        with self._counting:
+            self._followers += 1
         self._wanted.set()
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(timeout_s)
+        except FutureCancelledError:
+            raise StreamClosedError("the model was closed meanwhile") from None
         except FutureTimeoutError:
             if future.done():
                 raise
             raise DeadlineError(f"no answer within {timeout_s:g} s") from None
         finally:
             future.cancel()
-            self._followers -= 1
+            with self._counting:
+                self._followers -= 1
 
     def _drive_when_idle(self) -> None:
         """The background thread: drive the loop whenever nobody else does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import threading
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -48,7 +49,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._loop = loop
         self._swarm = swarm
         self._ref = ref
-        self._session: InferenceSession | None = None
+        self._of_thread = _OfThread()
         self._closed = False
         self.last_route: Route | None = None
         self._at_exit = _close_at_exit(self)
@@ -65,11 +66,11 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             ConfigError: `max_length` is less than one, or the model is closed.
         """
         session = self.open_session(max_length=max_length)
-        outer, self._session = self._session, session
+        outer, self._of_thread.session = self._of_thread.session, session
         try:
             yield session
         finally:
-            self._session = outer
+            self._of_thread.session = outer
             session.close()
 
     def open_session(self, *, max_length: int) -> InferenceSession:
@@ -95,7 +96,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             SessionTooLongError: prompt and new tokens do not fit the session.
             RemoteError, NetworkError: the swarm failed.
         """
-        session = session or self._session
+        session = session or self._of_thread.session
         if session is None:
             with self._closing_caches():
                 return super().generate(inputs, **kwargs)
@@ -109,10 +110,13 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         earlier, earlier_mask = session.output_ids, session.attention_mask
         skipped = 0
         if earlier is not None and earlier_mask is not None:
-            if kwargs.get("num_beams", 1) > 1:
+            given = kwargs.get("generation_config") or self.generation_config
+            if (kwargs.get("num_beams") or given.num_beams or 1) > 1:
                 raise ConfigError("beam search cannot go on from an earlier call of a session; use a new one")
             skipped = earlier.shape[1]
             new = earlier[:, skipped:] if new is None else new
+            if new.shape[0] != earlier.shape[0]:
+                raise ConfigError(f"the session has {earlier.shape[0]} sequences, the inputs {new.shape[0]}")
             mask = torch.ones_like(new) if mask is None else mask
             new, mask = torch.cat([earlier, new], dim=1), torch.cat([earlier_mask, mask], dim=1)
         if new is None:
@@ -170,7 +174,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         drafted = DRAFT_ROOM if generation_mode == GenerationMode.ASSISTED_GENERATION else 0
         if cache is None:
             session = self.open_session(max_length=max(1, max_cache_length + 1 + drafted))
-            self._own_sessions.append(session)
+            self._of_thread.opened.append(session)
             cache = model_kwargs["past_key_values"] = SwarmCache(session)
         if greedy:
             cache.look_ahead(_token_set(generation_config.eos_token_id), max_cache_length)
@@ -178,15 +182,16 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     @contextlib.contextmanager
     def _closing_caches(self) -> Iterator[None]:
         """Close the sessions that one call of `generate` opens."""
-        outer = getattr(self, "_own_sessions", [])
-        self._own_sessions: list[InferenceSession] = []
+        outer = self._of_thread.opened
+        opened: list[InferenceSession] = []
+        self._of_thread.opened = opened
         try:
             yield
         finally:
-            for session in self._own_sessions:
+            self._of_thread.opened = outer
+            for session in opened:
                 self.last_route = session.route or self.last_route
                 session.close()
-            self._own_sessions = outer
 
     # -- forward -------------------------------------------------------------------------------
 
@@ -210,6 +215,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give input_ids or inputs_embeds")
         given = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
+        if given.requires_grad and torch.is_grad_enabled():
+            raise ConfigError("there are no gradients through the swarm yet: call it under torch.no_grad()")
         if past_key_values is not None:
             logits = self._forward(given, attention_mask, past_key_values, logits_to_keep)
         else:
@@ -319,6 +326,14 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             warnings.warn(
                 "a swarm model was not closed; call close() or use `with`", ResourceWarning, stacklevel=2
             )
+
+
+class _OfThread(threading.local):
+    """What belongs to the calls of one thread: `generate` may run in several at once."""
+
+    def __init__(self) -> None:
+        self.session: InferenceSession | None = None
+        self.opened: list[InferenceSession] = []
 
 
 def _token_set(token_ids: int | list[int] | None) -> frozenset[int]:

@@ -22,6 +22,8 @@ from petal_swarm.wire.connection import SESSION_TABLE, Role
 from petal_swarm.wire.messages import SESSION_ID_BYTES, Error, Message, Neighbour, Open, Opened, Output, Step
 from petal_swarm.wire.protocols import SESSION
 
+HOP_LOST_GRACE_S = 0.2
+
 
 class OpenFailedError(PetalSwarmError):
     """A hop could not be opened: `peer_id` is to be avoided. Handled by `Swarm.open_ring`."""
@@ -111,7 +113,12 @@ class Ring:
 
         def on_message(message: Message) -> None:
             if isinstance(message, Error):
-                raise remote_error(message.code, message.message, peer_id=channel.peer_id)
+                error = remote_error(message.code, message.message, peer_id=channel.peer_id)
+                if not isinstance(error, HopLostError):
+                    raise error
+                # The lost hop may be telling why itself, on its own stream: that is worth a moment.
+                self._loop.call_later(HOP_LOST_GRACE_S, self._fail, error)
+                return
             if not isinstance(message, Output) or channel is not self._channels[-1]:
                 raise RemoteProtocolError(f"peer {channel.peer_id} sent {message.type!r}")
             answer = self._pending.pop(message.step, None)

@@ -17,7 +17,7 @@ from petal_swarm.client.swarm import ModelRef, Swarm
 from petal_swarm.errors import ConfigError, PetalSwarmError, RemoteProtocolError, SessionTooLongError
 from petal_swarm.routing.route import Route
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import Output, Rows, Step
+from petal_swarm.wire.messages import MAX_SEQUENCES, Output, Rows, Step
 from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
 
 CLOSE_TIMEOUT_S = 10.0
@@ -113,6 +113,8 @@ class InferenceSession:
         slices = [
             Slice(index, self._lengths[index], length) for index, length in enumerate(lengths) if length
         ]
+        if not slices or len(slices) > MAX_SEQUENCES or rows == "none":
+            raise ConfigError(f"a step needs 1 to {MAX_SEQUENCES} sequences with tokens, and wants rows back")
         longest = max(piece.end for piece in slices)
         if longest > self.max_length:
             raise SessionTooLongError(

@@ -39,8 +39,10 @@ class RecordBook:
         self._limit = limit
         self._entries: dict[str, _Entry] = {}
 
-    def add(self, record: bytes) -> None:
+    def add(self, record: bytes, *, own: bool = False) -> None:
         """Verify a record and keep it if it is newer than what is known of its peer.
+
+        A full book makes room for the reader's `own` record: strangers must not keep it from announcing.
 
         Raises:
             RemoteProtocolError: see `read_record`; or it is of another model, or the book is full.
@@ -55,6 +57,8 @@ class RecordBook:
         known = self._entries.get(peer_id)
         if known is None and len(self._entries) >= self._limit:
             self._purge(now)
+            if own and len(self._entries) >= self._limit:
+                del self._entries[min(self._entries, key=lambda peer: self._entries[peer].expires_at)]
             if len(self._entries) >= self._limit:
                 raise RemoteProtocolError(
                     f"announcement of {peer_id}: over {self._limit} peers for one model"

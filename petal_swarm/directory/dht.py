@@ -115,7 +115,7 @@ class DhtDirectory:
 
         record, expires_at = self._signer.sign(announcement, ttl_s=ttl_s)
         key = key_of(announcement.model)
-        self._shelf.book(announcement.model).add(record)
+        self._shelf.book(announcement.model).add(record, own=True)
         if not self._client_mode:
             self._node.store_local(key, record, announcement.peer_id, expires_at)
         if self._node.isolated:

@@ -111,7 +111,9 @@ class ComputeThread:
     def run_now(self, request: StepRequest) -> StepResult | None:
         """Run a step in the calling thread if it should be short and nothing else waits; None if not."""
         engine = self.engine
-        if request.hidden.shape[0] > RUN_NOW_TOKENS or not self._inbox.empty() or len(self._scheduler):
+        if engine.stack.device.type != "cpu" or request.hidden.shape[0] > RUN_NOW_TOKENS:
+            return None
+        if not self._inbox.empty() or len(self._scheduler):
             return None
         if not 0.0 < engine.block_time_s * len(request.blocks) < RUN_NOW_S:
             return None
@@ -150,7 +152,11 @@ class ComputeThread:
                 batch = self._scheduler.next_batch()
                 results = _run_guarded(self.engine, [job.request for job in batch]) if batch else []
             for job, result in zip(batch, results, strict=True):
-                job.owner(result)
+                try:
+                    job.owner(result)
+                except Exception:
+                    # Whatever it is, the other sessions' steps must go on.
+                    logger.exception("a step's result could not be handed over")
 
     def _take_inbox(self, *, block: bool) -> list[Callable[[], None]]:
         """Move waiting steps to the scheduler, and return the functions to call."""

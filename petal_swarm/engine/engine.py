@@ -111,6 +111,8 @@ class Engine:
                 count = requests[index].hidden.shape[0]
                 outputs[index] = _select(hidden[row : row + count], requests[index])
                 row += count
+        if self.stack.device.type == "cuda":
+            torch.cuda.synchronize(self.stack.device)  # or only the launching would be timed
         elapsed = time.perf_counter() - started
         if placed:
             self._learn(requests, placed, elapsed)

@@ -270,8 +270,12 @@ class Libp2pStream:
                     await self._changed.wait()
                 self._reader_waits = False
         except Exception as error:
-            # A stream that was reset, or whose connection is gone, mostly raises StreamEOF, too.
             muxed = self._stream.muxed_stream
+            # What came before a reset is kept by py-libp2p, but not given out.
+            if (rest := muxed.conn.stream_buffers.pop(muxed.stream_id, None)) and not self._closing:
+                self._delivered_bytes += len(rest)
+                self._host.reply(self._deliver, bytes(rest))
+            # A stream that was reset, or whose connection is gone, mostly raises StreamEOF, too.
             lost = muxed.reset_received or muxed.conn.event_shutting_down.is_set()
             if lost or not isinstance(error, StreamEOF):
                 self._give_up(f"{self.peer_id} reset the stream, or the connection is gone")

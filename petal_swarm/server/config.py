@@ -9,6 +9,7 @@ from petal_swarm.net.addresses import is_loopback
 from petal_swarm.span import Span
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+MIN_KV_TOKENS = 64
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 
 
@@ -50,6 +51,8 @@ class ServerConfig:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {value}")
+        if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
+            raise ConfigError(f"--kv-tokens must be at least {MIN_KV_TOKENS}, got {self.kv_tokens}")
 
     def listen_addresses(self) -> tuple[str, ...]:
         """Where to listen: as told; else on loopback while the swarm is on this machine; else everywhere."""
@@ -64,6 +67,8 @@ class SessionLimits:
 
     max_sessions: int = 512
     max_steps_in_flight: int = 32
+    max_bytes_in_flight: int = 128 << 20
     open_timeout_s: float = 15.0
+    dial_timeout_s: float = 5.0
     idle_timeout_s: float = 1800.0
     write_timeout_s: float = 30.0

@@ -88,11 +88,11 @@ class SessionHost:
         self._sessions[opening.session] = session
         try:
             engine = self._compute.engine
-            await asyncio.wrap_future(
-                self._compute.call(
-                    lambda: engine.open_session(opening.session, max_length=opening.max_length)
-                )
+            admitted = self._compute.call(
+                lambda: engine.open_session(opening.session, max_length=opening.max_length)
             )
+            async with asyncio.timeout(self._limits.open_timeout_s):
+                await asyncio.wrap_future(admitted)
             self._announce_arrival(opening.session)
             if opening.next is not None:
                 session.attach_next(await self._dial_next(opening, opening.next))
@@ -145,10 +145,12 @@ class SessionHost:
     async def _dial_next(self, opening: Open, following: Neighbour) -> Channel:
         try:
             stream = await self._transport.open_stream(
-                following.peer_id, PUSH, addresses=following.addresses, timeout_s=self._limits.open_timeout_s
+                following.peer_id, PUSH, addresses=following.addresses, timeout_s=self._limits.dial_timeout_s
             )
         except PetalSwarmError as error:
-            raise HopLostError(f"no way to the next hop: {error}") from error
+            # Without the reason: a client could have this server scan a network for it.
+            logger.info("no way to %s: %s", following.peer_id, error)
+            raise HopLostError(f"no way to the next hop {following.peer_id}") from error
         channel = Channel(stream, PUSH_TABLE, Role.DIALER)
         try:
             channel.send(PushOpen(opening.session, opening.epoch))
@@ -166,7 +168,8 @@ class SessionHost:
                 async with asyncio.timeout(self._limits.open_timeout_s):
                     await arrival.wait()
             except TimeoutError:
-                self._arrivals.pop(opening.session, None)
+                if self._arrivals.get(opening.session) is arrival:
+                    del self._arrivals[opening.session]
         session = self._sessions.get(opening.session)
         if session is None or session.opening.upstream != peer_id or session.opening.epoch != opening.epoch:
             # One answer for all three, so that nobody learns of others' sessions.

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 
 from petal_swarm.engine.compute import Compute
 from petal_swarm.engine.engine import StepRequest, StepResult
 from petal_swarm.errors import (
     BadMessageError,
+    BadTensorError,
     HopLostError,
     IdleError,
     NetworkError,
     PetalSwarmError,
     ProtocolError,
     RemoteError,
+    TooSlowError,
     UnknownVersionError,
     VersionMismatchError,
 )
@@ -24,6 +27,8 @@ from petal_swarm.server.config import SessionLimits
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import Error, Message, Open, Output, Step, TensorMeta
 from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
+
+logger = logging.getLogger(__name__)
 
 #: How much one new measurement moves the running mean of a hop's own overhead.
 _SMOOTHING = 0.1
@@ -63,6 +68,7 @@ class HostedSession:
         self._last_step = -1
         self._last_active = self._loop.time()
         self._in_flight = 0
+        self._bytes_in_flight = 0
         self._room = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -102,15 +108,14 @@ class HostedSession:
 
     def _throttle(self) -> None:
         """Let the sender wait when too much is being computed, or results do not get away."""
-        full = self._in_flight >= self._limits.max_steps_in_flight
-        if self._throttled is None and (full or self._output.congested):
+        if self._throttled is None and (self._full or self._output.congested):
             assert self._source is not None
             self._source.pause()
             self._throttled = self._loop.create_task(self._resume_when_free(self._source))
 
     async def _resume_when_free(self, source: Channel) -> None:
         try:
-            while self._in_flight >= self._limits.max_steps_in_flight and not self.ended:
+            while self._full and not self.ended:
                 self._room.clear()
                 await self._room.wait()
             async with asyncio.timeout(self._limits.write_timeout_s):
@@ -120,6 +125,14 @@ class HostedSession:
             self.fail(error)
         finally:
             self._throttled = None
+
+    @property
+    def _full(self) -> bool:
+        limits = self._limits
+        return (
+            self._in_flight >= limits.max_steps_in_flight
+            or self._bytes_in_flight >= limits.max_bytes_in_flight
+        )
 
     @property
     def _output(self) -> Channel:
@@ -189,10 +202,16 @@ class HostedSession:
                 f"step {message.step} of epoch {message.epoch} came after"
                 f" step {self._last_step} of epoch {self.opening.epoch}"
             )
+        if message.tensor.shape[0] > self._compute.engine.max_batch_tokens:
+            raise BadTensorError(
+                f"a step of {message.tensor.shape[0]} tokens is over this server's limit of"
+                f" {self._compute.engine.max_batch_tokens}"
+            )
         arrived = time.perf_counter()
         self._last_active = self._loop.time()
         self._last_step = message.step
         self._in_flight += 1
+        self._bytes_in_flight += message.tensor.nbytes
         request = StepRequest(
             session=self.opening.session,
             blocks=self.opening.span,
@@ -201,22 +220,24 @@ class HostedSession:
             forks=message.forks,
             rows=message.rows if self.opening.next is None else "all",
         )
-        result = self._compute.run_now(request)
+        # Behind a step that waits in the other thread this one would overtake it.
+        result = self._compute.run_now(request) if self._in_flight == 1 else None
         if result is not None:
-            self._deliver(message, arrived, result, _encode(message, result))
+            self._deliver(message, arrived, *_encode(message, result))
         else:
             self._compute.submit(request, lambda result: self._computed(message, arrived, result))
 
     def _computed(self, step: Step, arrived: float, result: StepResult) -> None:
         """In the compute thread: encode there, so that the event loop only writes."""
-        encoded = _encode(step, result)
+        outcome = _encode(step, result)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self._loop.call_soon_threadsafe(self._deliver, step, arrived, result, encoded)
+            self._loop.call_soon_threadsafe(self._deliver, step, arrived, *outcome)
 
     def _deliver(
         self, step: Step, arrived: float, result: StepResult, encoded: tuple[TensorMeta, Buffer] | None
     ) -> None:
         self._in_flight -= 1
+        self._bytes_in_flight -= step.tensor.nbytes
         self._room.set()
         if self.ended:
             return
@@ -249,12 +270,19 @@ def error_message(error: BaseException, step: int | None = None) -> Error:
     if isinstance(error, ProtocolError):
         return Error(BadMessageError.code, str(error), step)
     if isinstance(error, TimeoutError):
-        return Error("timeout", "nothing came in time", step)
+        return Error(TooSlowError.code, "nothing came in time", step)
     if isinstance(error, NetworkError):
         return Error(HopLostError.code, str(error), step)
     return Error(RemoteError.code, "internal error", step)
 
 
-def _encode(step: Step, result: StepResult) -> tuple[TensorMeta, Buffer] | None:
-    """The result in the dtype that the step came in."""
-    return None if result.hidden is None else encode_tensor(result.hidden.to(DTYPES[step.tensor.dtype]))
+def _encode(step: Step, result: StepResult) -> tuple[StepResult, tuple[TensorMeta, Buffer] | None]:
+    """The result in the dtype that the step came in. A device that fails late fails here, for one step."""
+    if result.hidden is None:
+        return result, None
+    try:
+        return result, encode_tensor(result.hidden.to(DTYPES[step.tensor.dtype]))
+    except Exception as error:
+        logger.exception("the result of a step cannot be sent")
+        failure = RemoteError(f"the server failed to compute: {type(error).__name__}")
+        return StepResult(None, failure, result.compute_s), None

@@ -290,9 +290,6 @@ def test_closing_while_another_thread_waits() -> None:
     assert isinstance(outcome[0], NetworkError)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="a follower gets concurrent.futures.CancelledError, no error of this package"
-)
 def test_closing_while_a_follower_waits() -> None:
     loop = LoopThread()
     events = [(threading.Event(), threading.Event()) for _ in range(2)]

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from petal_swarm.engine.compute import Done, InlineCompute
+from petal_swarm.engine.engine import StepRequest, StepResult
 from petal_swarm.errors import (
     CacheFullError,
     ConfigError,
@@ -16,6 +18,7 @@ from petal_swarm.errors import (
     MissingBlocksError,
     SessionTooLongError,
 )
+from petal_swarm.server.server import Server
 from tests.checkpoints import VOCABULARY, reference
 from tests.swarm.local import LocalSwarm
 
@@ -161,3 +164,29 @@ def test_lossy_links_change_nothing(bloom: Path) -> None:
                     link.loss, link.jitter_s, link.bytes_per_s = 0.2, 0.05, 1e5
         tokens = swarm.model().generate(prompt(), max_new_tokens=20, do_sample=False)
         assert torch.equal(tokens, expected(bloom, prompt(), 20))
+
+
+def test_a_short_step_does_not_overtake_a_long_one(bloom: Path) -> None:
+    """Once, a decode step could run in place while the chunk before it was still in the compute thread."""
+    with LocalSwarm(bloom, ["0:2", "2:4"], max_batch_tokens=16) as swarm:
+        for server in swarm.servers:
+            _hold_back_long_steps(server)
+        ids = prompt(18)  # chunks of 16 and 2 tokens
+        tokens = swarm.model().generate(ids, max_new_tokens=3, do_sample=False)
+        assert torch.equal(tokens, expected(bloom, ids, 3))
+
+
+def _hold_back_long_steps(server: Server) -> None:
+    """Make the server's compute behave like a thread that is slow to hand over long steps."""
+    compute = server._compute
+    assert isinstance(compute, InlineCompute)
+    run_now, submit = compute.run_now, compute.submit
+
+    def short_only(request: StepRequest) -> StepResult | None:
+        return run_now(request) if request.hidden.shape[0] <= 4 else None
+
+    def later(request: StepRequest, done: Done) -> None:
+        asyncio.get_running_loop().call_later(0.5, submit, request, done)
+
+    compute.run_now = short_only  # type: ignore[method-assign, assignment]
+    compute.submit = later  # type: ignore[method-assign]
