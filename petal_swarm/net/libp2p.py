@@ -7,8 +7,9 @@ A thin adapter, with TCP, Noise and yamux: what the Go daemon of `p2pd` and ever
 speak. It knows no relays and no hole punching, so it reaches peers that can be dialled, and serves
 those and the ones that it has dialled itself. Limitations of py-libp2p 0.8.1 to live with:
 
-- what has come but was not read yet may be lost when a stream is reset or its connection breaks, and
-  now and then this reads as a clean end: who waits for an answer must know when it is whole;
+- what has come but was not read yet is lost when the connection breaks, and now and then the break of a
+  connection reads as a clean end: who waits for an answer must know when it is whole;
+- a peer that vanishes without a word is noticed after 15 to 45 s, and dialled anew only then;
 - a peer may open any number of streams.
 
 libp2p and trio are imported by `create`: libp2p cannot share a process with hivemind.

@@ -42,11 +42,13 @@ class Peer:
         await self._listen(reader, writer)
 
     async def release(self, info, reader, writer):
+        await reader.readexactly(1)
         self.released.set()
         writer.close()
 
     async def told(self, info, reader, writer):
         """The digest of what the last `hear` or `stall` heard."""
+        await reader.readexactly(1)
         writer.write(await self.heard.get())
         writer.close()
 
