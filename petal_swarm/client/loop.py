@@ -16,7 +16,7 @@ from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
 
-from petal_swarm.errors import DeadlineError, StreamClosedError
+from petal_swarm.errors import DeadlineError, NetworkError, StreamClosedError
 
 T = TypeVar("T")
 
@@ -44,6 +44,7 @@ class LoopThread:
         self._counting = threading.Lock()
         self._wanted = threading.Event()
         self._closing = False
+        self._closed = False
         self._thread = threading.Thread(target=self._drive_when_idle, name="petal-swarm-client", daemon=True)
         if background:
             self._thread.start()
@@ -60,6 +61,9 @@ class LoopThread:
         except BaseException:
             work.close()
             raise
+        return self._run(work, timeout_s)
+
+    def _run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         if not self._take_over():
             return self._follow(work, timeout_s)
         with self._drive():
@@ -83,16 +87,22 @@ class LoopThread:
 
     def close(self) -> None:
         """Cancel what is left in the loop and end the thread. Idempotent."""
-        if self._closing:
-            return
-        with contextlib.suppress(DeadlineError):
-            self.run(_cancel_others(), timeout_s=CLOSE_TIMEOUT_S)
-        self._closing = True
+        with self._counting:
+            if self._closing:
+                return
+            self._check_usable()
+            self._closing = True
+        # The background thread lives on meanwhile: another thread may drive, and leave.
+        with contextlib.suppress(NetworkError):
+            self._run(_cancel_others(), CLOSE_TIMEOUT_S)
+        self._closed = True
         self._wanted.set()
         self._ask_background_to_stop()
         if self._thread.ident is not None:
             self._thread.join(CLOSE_TIMEOUT_S)
-        if not self._thread.is_alive():
+        # Kept for good: whoever came too late finds it taken, and then the loop closing.
+        if self._driving.acquire(timeout=CLOSE_TIMEOUT_S):
+            self._loop.run_until_complete(_cancel_others())
             self._loop.close()
 
     def _take_over(self) -> bool:
@@ -140,6 +150,8 @@ class LoopThread:
         try:
             return self._loop.run_until_complete(future)
         except asyncio.CancelledError:
+            if self._closing:
+                raise StreamClosedError("the model was closed meanwhile") from None
             raise DeadlineError(f"no answer within {timeout_s:g} s") from None
         except BaseException:
             if not future.done():  # Ctrl-C
@@ -151,10 +163,14 @@ class LoopThread:
 
     def _follow(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         """Leave the work to the thread that drives, and wait."""
+        try:
+            future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        except RuntimeError:
+            work.close()
+            raise StreamClosedError("the model is closed") from None
         with self._counting:
             self._followers += 1
         self._wanted.set()
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
             return future.result(timeout_s)
         except FutureCancelledError:
@@ -170,7 +186,7 @@ class LoopThread:
 
     def _drive_when_idle(self) -> None:
         """The background thread: drive the loop whenever nobody else does."""
-        while not self._closing:
+        while not self._closed:
             if not self._followers:
                 self._wanted.wait(IDLE_S)
             self._wanted.clear()
@@ -180,7 +196,7 @@ class LoopThread:
             if not self._driving.acquire(timeout=IDLE_S):
                 continue
             try:
-                if not self._closing:
+                if not self._closed:
                     self._stop_called = False
                     self._in_background = True
                     self._loop.run_forever()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from petal_swarm.client.loop import LoopThread
-from petal_swarm.errors import DeadlineError, NetworkError, StreamClosedError
+from petal_swarm.errors import DeadlineError, StreamClosedError
 
 pytestmark = pytest.mark.timeout(60)
 
@@ -169,8 +169,12 @@ def test_not_from_the_loop_itself(loop: LoopThread) -> None:
     async def nested() -> Any:
         return loop.run(echo(1), timeout_s=TIMEOUT_S)
 
-    with pytest.raises(RuntimeError, match="from the loop itself"):
-        loop.run(nested(), timeout_s=TIMEOUT_S)
+    async def closing() -> None:
+        loop.close()
+
+    for work_inside in (nested, closing):
+        with pytest.raises(RuntimeError, match="from the loop itself"):
+            loop.run(work_inside(), timeout_s=TIMEOUT_S)
     assert loop.run(echo(2), timeout_s=TIMEOUT_S) == 2
 
 
@@ -287,7 +291,7 @@ def test_closing_while_another_thread_waits() -> None:
     thread.join(TIMEOUT_S)
     assert time.perf_counter() - begun < TIMEOUT_S / 4
     assert ended.is_set()
-    assert isinstance(outcome[0], NetworkError)
+    assert type(outcome[0]) is StreamClosedError
 
 
 def test_closing_while_a_follower_waits() -> None:
@@ -302,7 +306,34 @@ def test_closing_while_a_follower_waits() -> None:
     loop.close()
     for thread, _ in outcomes:
         thread.join(TIMEOUT_S)
-    assert all(isinstance(outcome[0], NetworkError) for _, outcome in outcomes)
+    assert all(type(outcome[0]) is StreamClosedError for _, outcome in outcomes)
+
+
+def test_closing_while_several_call() -> None:
+    """Whoever comes too late is told so; nobody is left waiting for a loop that no thread drives."""
+    for number in range(30):
+        loop = LoopThread()
+        begun = threading.Barrier(4)
+
+        def calls(loop: LoopThread = loop, begun: threading.Barrier = begun) -> Exception:
+            begun.wait(TIMEOUT_S)
+            while True:
+                try:
+                    loop.run(work(0, 1), timeout_s=TIMEOUT_S)
+                except Exception as error:
+                    return error
+
+        threads = [in_thread(calls) for _ in range(3)]
+        begun.wait(TIMEOUT_S)
+        for value in range(number):
+            loop.run(work(value, value % 4), timeout_s=TIMEOUT_S)
+        started = time.perf_counter()
+        loop.close()
+        for thread, outcome in threads:
+            thread.join(TIMEOUT_S)
+            assert type(outcome[0]) is StreamClosedError
+        assert time.perf_counter() - started < TIMEOUT_S / 4
+        assert loop._loop.is_closed()
 
 
 def test_calling_a_function_in_the_loop(loop: LoopThread) -> None:
