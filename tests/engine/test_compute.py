@@ -234,6 +234,17 @@ def test_a_crash_fails_its_batch_only(
         compute.stop()
 
 
+def test_an_owner_that_fails_harms_no_other(
+    compute: ComputeThread, bloom: Tiny, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(result: StepResult) -> None:
+        raise ZeroDivisionError
+
+    compute.submit(step("a"), fail)
+    assert close(submitted(compute, step("b", 4)).hidden, bloom.expected(rows(4)))
+    assert "ZeroDivisionError" in caplog.text
+
+
 def test_stopping_drops_what_waits(engine: Engine, gate: Gate) -> None:
     compute = ComputeThread(engine)
     compute.start()
