@@ -9,6 +9,7 @@ greedy, sampled with a seed, a left-padded batch, 4 beams. Prints what differs, 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ def compare(name: str, path: Path, local: Any, count: int, tokens: int) -> int:
     """Run every case on `count` servers; how many differ."""
     blocks = open_checkpoint(str(path)).config.num_blocks
     cuts = [blocks * index // count for index in range(count + 1)]
-    spans = [f"{start}:{end}" for start, end in zip(cuts, cuts[1:], strict=False)]
+    spans = [f"{start}:{end}" for start, end in itertools.pairwise(cuts)]
     with (
         servers(path, spans) as running,
         AutoSwarmModelForCausalLM.from_pretrained(
@@ -81,9 +82,9 @@ def compare(name: str, path: Path, local: Any, count: int, tokens: int) -> int:
             theirs = local.generate(**options)
             same = torch.equal(ours, theirs)
             failures += not same
-            distinct = len(set(theirs.flatten().tolist()))
+            distinct = len(set(theirs[:, ids.shape[1] :].flatten().tolist()))
             verdict = "identical" if same else f"DIFFERS from token {first_difference(ours, theirs)}"
-            print(f"{name}, {count} servers, {case}: {verdict} ({distinct} distinct tokens)", flush=True)
+            print(f"{name}, {count} servers, {case}: {verdict} ({distinct} different new tokens)", flush=True)
         with torch.no_grad():
             expected = local(theirs[:1]).logits
         error = float((model(theirs[:1]).logits - expected).abs().max() / expected.abs().max())

@@ -1,7 +1,8 @@
 """Small random checkpoints, far from the identity, so that a test on them can fail.
 
 At their initial scale random blocks change little, and a tied head then repeats one token whatever the
-blocks do: weights are scaled up, and `assert_lively` says whether that was enough.
+blocks do: weights are scaled up, and `assert_lively` says whether that was enough. Some seeds still end
+in a short cycle of tokens; the defaults do not.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ from transformers import (
     PreTrainedModel,
 )
 
-VOCABULARY = 512
+VOCABULARY = 1000
+SCALE = 15.0
 
 
-def save_bloom(folder: Path, *, blocks: int = 8, hidden: int = 64, heads: int = 4, seed: int = 0) -> Path:
+def save_bloom(folder: Path, *, blocks: int = 8, hidden: int = 64, heads: int = 4, seed: int = 2) -> Path:
     """A BLOOM of random weights in `folder`."""
     config = BloomConfig(hidden_size=hidden, n_layer=blocks, n_head=heads, vocab_size=VOCABULARY)
     return _save(BloomForCausalLM, config, folder, seed)
@@ -47,7 +49,7 @@ def _save(kind: type[Any], config: Any, folder: Path, seed: int) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 2 and "embed" not in name:
-                parameter.mul_(6.0)
+                parameter.mul_(SCALE)
     model.save_pretrained(folder)
     return folder
 
@@ -59,7 +61,7 @@ def reference(folder: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def assert_lively(tokens: torch.Tensor) -> None:
-    """Greedy tokens that repeat one another would make any comparison worthless."""
-    distinct = len(set(tokens.flatten().tolist()))
-    assert distinct >= 5, f"only {distinct} different tokens: scale the weights up"
+def assert_lively(tokens: torch.Tensor, prompt_length: int) -> None:
+    """Generated tokens that only repeat one another would make any comparison worthless."""
+    distinct = len(set(tokens[:, prompt_length:].flatten().tolist()))
+    assert distinct >= 10, f"only {distinct} different tokens: scale the weights up"

@@ -26,7 +26,7 @@ def test_greedy_tokens_and_logits(checkpoint: Path, servers: int) -> None:
         model, local = swarm.model(), reference(checkpoint)
         ours = model.generate(ids, max_new_tokens=200, min_new_tokens=200, do_sample=False)
         theirs = local.generate(ids, max_new_tokens=200, min_new_tokens=200, do_sample=False)
-        assert_lively(theirs)
+        assert_lively(theirs, ids.shape[1])
         assert torch.equal(ours, theirs)
         with torch.no_grad():
             expected = local(theirs).logits
@@ -45,7 +45,7 @@ def test_left_padded_batch_and_beams(checkpoint: Path, servers: int) -> None:
         for options in ({"do_sample": False}, {"num_beams": 4}, {"num_beams": 4, "num_return_sequences": 3}):
             ours = model.generate(ids, attention_mask=mask, max_new_tokens=40, **options)
             theirs = local.generate(ids, attention_mask=mask, max_new_tokens=40, **options)
-            assert_lively(theirs)
+            assert_lively(theirs, ids.shape[1])
             assert torch.equal(ours, theirs), options
 
 
