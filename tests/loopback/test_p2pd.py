@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import glob
 import hashlib
 import logging
 import os
@@ -13,6 +12,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -481,23 +481,26 @@ def daemons() -> list[psutil.Process]:
     return [child for child in psutil.Process().children(recursive=True) if "p2pd" in child.name()]
 
 
-def sockets() -> set[str]:
-    return set(glob.glob("/tmp/hivemind-p2p*"))
+def sockets(transport: P2pdTransport) -> list[Path]:
+    """The files through which a transport and its daemon talk."""
+    addresses = (transport.p2p._daemon_listen_maddr, transport.p2p._client_listen_maddr)
+    return [path for path in (Path(address["unix"]) for address in addresses) if path.exists()]
 
 
 def test_closing_leaves_nothing_behind(run: Run) -> None:
     async def scenario(pair: Pair) -> None:
-        before, files, threads = len(daemons()), sockets(), threading.active_count()
+        before, threads = len(daemons()), threading.active_count()
         transport = await P2pdTransport.create()
         stream = await transport.open_stream(
             pair.peer.peer_id, "/echo/1", addresses=pair.peer.addresses(), timeout_s=TIMEOUT_S
         )
         assert len(daemons()) == before + 1
+        assert len(sockets(transport)) == 2
         await transport.close()
         await transport.close()
         await transport.wait_daemon()
         assert len(daemons()) == before
-        assert sockets() - files == set()
+        assert sockets(transport) == []
         assert threading.active_count() == threads
         with suppress(NetworkError):
             while await stream.read():
@@ -509,7 +512,6 @@ def test_closing_leaves_nothing_behind(run: Run) -> None:
 
 def test_a_daemon_that_dies_is_noticed_by_both(run: Run) -> None:
     async def scenario(pair: Pair) -> None:
-        files = sockets()
         other = await P2pdTransport.create()
         accepted: asyncio.Queue[Stream] = asyncio.Queue()
 
@@ -538,7 +540,7 @@ def test_a_daemon_that_dies_is_noticed_by_both(run: Run) -> None:
             )
         await mine.close()
         await other.close()
-        for path in sockets() - files:  # a killed daemon cannot remove its own
-            os.unlink(path)
+        for path in sockets(other):  # a killed daemon cannot remove its own
+            path.unlink()
 
     run(scenario)
