@@ -495,7 +495,7 @@ def test_closing_leaves_nothing_behind(run: Run) -> None:
             pair.peer.peer_id, "/echo/1", addresses=pair.peer.addresses(), timeout_s=TIMEOUT_S
         )
         assert len(daemons()) == before + 1
-        assert len(sockets(transport)) == 2
+        assert sockets(transport)
         await transport.close()
         await transport.close()
         await transport.wait_daemon()
