@@ -54,9 +54,13 @@ def test_what_is_no_address_of_a_peer(address: str) -> None:
 
 parts = st.text(st.characters(exclude_characters="/", exclude_categories=["Z", "C"]), min_size=1, max_size=5)
 
+peer_ids = st.text("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz", min_size=46, max_size=60)
+
 
 @settings(deadline=None, derandomize=True)
-@given(base=st.lists(parts, min_size=1, max_size=4).map(lambda names: "/" + "/".join(names)), peer_id=parts)
+@given(
+    base=st.lists(parts, min_size=1, max_size=4).map(lambda names: "/" + "/".join(names)), peer_id=peer_ids
+)
 def test_joining_undoes_splitting(base: str, peer_id: str) -> None:
     assert split_address(join_address(base, peer_id)) == (base, peer_id)
 
