@@ -1,6 +1,6 @@
 """One decoded token through the blocks: microseconds a block, here and in transformers.
 
-    python benchmarks/blocks.py [--threads 1] [--position 100]
+    python -m benchmarks.blocks [--threads 1] [--position 100]
 
 transformers is measured as a whole base model (embeddings and final norm included) divided by its blocks.
 """

@@ -1,6 +1,6 @@
 """Tokens and logits of a swarm of processes against transformers in one process, float32.
 
-    python benchmarks/exact.py [--gguf FILE] [--tokens 200]
+    python -m benchmarks.exact [--gguf FILE] [--tokens 200]
 
 Random BLOOM and Llama checkpoints, and a real model if a GGUF file is given; 1, 2 and 4 servers;
 greedy, sampled with a seed, a left-padded batch, 4 beams. Prints what differs, and exits 1 if anything does.

@@ -1,6 +1,6 @@
 """Processes, memory and time to `ready` of two servers of a tiny model.
 
-    python benchmarks/footprint.py
+    python -m benchmarks.footprint
 
 Memory is proportional (PSS: pages shared by several processes count in part for each), in MB, after
 some tokens have been generated. Linux only.

@@ -1,6 +1,6 @@
 """Milliseconds a token: a loopback swarm against transformers' own `generate` in one process.
 
-    python benchmarks/overhead.py [--shape tiny|bloom-560m] [--servers 2] [--threads 1] [--rounds 7]
+    python -m benchmarks.overhead [--shape tiny|bloom-560m] [--servers 2] [--threads 1] [--rounds 7]
 
 Both have the same weights, dtype (float32), threads and prompt; rounds are interleaved.
 """

@@ -1,6 +1,6 @@
 """Milliseconds that `find_route` and `choose_span` take over seeded random swarms.
 
-    python benchmarks/routing.py [--swarms 20] [--seed 0]
+    python -m benchmarks.routing [--swarms 20] [--seed 0]
 
 `wan`: spans of 8 to 20 blocks, servers up to 100 ms from the client. `lan`: the same within 1 ms and
 with speeds that differ a hundredfold, which tempts routes to return to a server they left. `whole`:

@@ -139,11 +139,11 @@ class Checkpoint:
         elements = sum(math.prod(shape) for shape in sizes.values())
         counter = _Counter(progress, elements * dtype.itemsize)
         loaded: dict[str, Tensor] = {}
-        with ThreadPoolExecutor(threads or _DEFAULT_THREADS) as pool:
-            for file, names in by_file.items():
-                with store_open(file) as opened:
-                    read = partial(self._read, opened, sizes, dtype, device, counter, not leading)
-                    loaded |= zip(names, pool.map(read, names), strict=True)
+        for file, names in by_file.items():
+            # The pool inside: if one tensor fails, the others' threads end before the file is closed.
+            with store_open(file) as opened, ThreadPoolExecutor(threads or _DEFAULT_THREADS) as pool:
+                read = partial(self._read, opened, sizes, dtype, device, counter, not leading)
+                loaded |= zip(names, pool.map(read, names), strict=True)
         return {name: loaded[name] for name in shapes}
 
     def _by_file(self, names: Iterable[str]) -> dict[str, list[str]]:

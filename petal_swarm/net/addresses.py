@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 from petal_swarm.errors import ConfigError
+
+#: Base58 of a multihash of 34 bytes (a hashed key) or more (an inlined one).
+_PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{44,80}")
 
 
 def split_address(address: str) -> tuple[str, str]:
@@ -12,7 +17,7 @@ def split_address(address: str) -> tuple[str, str]:
         ConfigError: it does not start with `/` or does not end in `/p2p/PEER_ID`.
     """
     base, separator, peer_id = address.strip().rpartition("/p2p/")
-    if not separator or not base.startswith("/") or not peer_id or "/" in peer_id:
+    if not separator or not base.startswith("/") or not _PEER_ID.fullmatch(peer_id):
         raise ConfigError(
             f"a peer's address looks like /ip4/1.2.3.4/tcp/31330/p2p/PEER_ID, got {address!r:.200}"
         )

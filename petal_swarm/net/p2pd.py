@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -384,6 +385,13 @@ def _split_optional(address: str) -> tuple[str, str]:
     return split_address(address) if "/p2p/" in address else (address, "")
 
 
+_GO_PREFIXES = re.compile(
+    r"^(\d{4}/\d\d/\d\d \d\d:\d\d:\d\d |Daemon failed to start: |Connect failed\. msg="
+    r"|failed to dial:? ?(\w{40,}: )?)+"
+)
+
+
 def _first_line(error: BaseException) -> str:
+    """The reason in an error of the daemon, without Go's timestamps and its repeated beginnings."""
     lines = str(error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return _GO_PREFIXES.sub("", lines[0])[:300] if lines else type(error).__name__
