@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine
 from concurrent.futures import CancelledError as FutureCancelledError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import Any, TypeVar
@@ -66,24 +66,30 @@ class LoopThread:
     def _run(self, work: Coroutine[Any, Any, T], timeout_s: float) -> T:
         if not self._take_over():
             return self._follow(work, timeout_s)
-        with self._drive():
+        try:
             return self._wait(self._loop.create_task(work), timeout_s)
+        finally:
+            self._give_back()
 
     def call(self, function: Callable[[], T]) -> T:
         """Call a function that touches what lives in the loop; it must not wait."""
         self._check_usable()
         if not self._take_over():
             return self._follow(_as_coroutine(function), CALL_TIMEOUT_S)
-        with self._drive():
+        try:
             return function()
+        finally:
+            self._give_back()
 
     def wait(self, future: asyncio.Future[T], *, timeout_s: float) -> T:
         """The result of a future that belongs to the loop; as `run`."""
         self._check_usable()
         if not self._take_over():
             return self._follow(_await(future), timeout_s)
-        with self._drive():
+        try:
             return self._wait(future, timeout_s)
+        finally:
+            self._give_back()
 
     def close(self) -> None:
         """Cancel what is left in the loop and end the thread. Idempotent."""
@@ -134,16 +140,12 @@ class LoopThread:
         if asyncio._get_running_loop() is self._loop:
             raise RuntimeError("called from the loop itself, which would wait for itself")
 
-    @contextlib.contextmanager
-    def _drive(self) -> Iterator[None]:
-        """After `_take_over`: give the loop back at the end."""
-        try:
-            yield
-        finally:
-            self._recently_driven = True
-            self._driving.release()
-            if self._followers:
-                self._wanted.set()
+    def _give_back(self) -> None:
+        """The end of what `_take_over` began."""
+        self._recently_driven = True
+        self._driving.release()
+        if self._followers:
+            self._wanted.set()
 
     def _wait(self, future: asyncio.Future[T], timeout_s: float) -> T:
         deadline = self._loop.call_later(timeout_s, future.cancel)

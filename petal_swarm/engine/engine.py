@@ -7,6 +7,7 @@ calls must come from one thread (`compute.ComputeThread` in a server).
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,8 @@ from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Slice, Span
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+# Not frozen, though nobody changes them: that would cost a microsecond for every field of every step.
+@dataclass(slots=True, eq=False)
 class StepRequest:
     """One step of one session. `hidden` is `[tokens, hidden_size]`, its rows in the order of `slices`."""
 
@@ -33,7 +35,7 @@ class StepRequest:
     rows: Literal["last", "all", "none"] = "all"
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class StepResult:
     """`hidden [rows, hidden_size]` as asked for by the request, or why there is none."""
 
@@ -55,6 +57,7 @@ class EngineStats:
 
 #: How much one new measurement moves a running mean.
 _SMOOTHING = 0.1
+_MEASURED_STEPS = 7
 
 
 class Engine:
@@ -106,11 +109,10 @@ class Engine:
         outputs: dict[int, torch.Tensor] = {}
         if placed:
             hidden = self._forward(requests, placed)
-            row = 0
-            for index, _ in placed:
-                count = requests[index].hidden.shape[0]
-                outputs[index] = _select(hidden[row : row + count], requests[index])
-                row += count
+            sizes = [requests[index].hidden.shape[0] for index, _ in placed]
+            parts = (hidden,) if len(placed) == 1 else torch.split(hidden, sizes)
+            for (index, _), part in zip(placed, parts, strict=True):
+                outputs[index] = _select(part, requests[index])
         if self.stack.device.type == "cuda":
             torch.cuda.synchronize(self.stack.device)  # or only the launching would be timed
         elapsed = time.perf_counter() - started
@@ -120,24 +122,31 @@ class Engine:
 
     @torch.inference_mode()
     def measure(self) -> None:
-        """Time a few decode steps and one prefill, so that the first announcement tells measured figures."""
+        """Time some prefill and decode steps, so that the first announcement tells measured figures.
+
+        The medians count: the first steps of a process are slow in a way that no later one is.
+        """
         key = object()
         hidden = torch.zeros(64, self.stack.config.hidden_size, dtype=self.stack.dtype)
-        length = min(64, self.max_batch_tokens, self._cache.tokens_free - 8)
+        length = min(64, self.max_batch_tokens, self._cache.tokens_free - 1)
         if length < 1:
             return
-        self._cache.open(key, length + 8)
+        self._cache.open(key, length + 1)
+
+        def median_s(piece: Slice) -> float:
+            step = StepRequest(key, self.stack.span, (piece,), hidden[: piece.length])
+            return statistics.median(self.run([step])[0].compute_s for _ in range(_MEASURED_STEPS))
+
         try:
-            self.run([StepRequest(key, self.stack.span, (Slice(0, 0, length),), hidden[:length])])
-            for position in range(length, length + 8):
-                self.run([StepRequest(key, self.stack.span, (Slice(0, position, 1),), hidden[:1])])
+            self._prefill_tokens_per_s = length / median_s(Slice(0, 0, length))
+            self.block_time_s = median_s(Slice(0, length, 1)) / len(self.stack.span)
         finally:
             self._cache.close(key)
 
     def _place(self, request: StepRequest) -> list[Placement]:
         """Check a request and give its tokens their places in the cache."""
-        expected = (sum(piece.length for piece in request.slices), self.stack.config.hidden_size)
-        if tuple(request.hidden.shape) != expected:
+        expected = (sum([piece.length for piece in request.slices]), self.stack.config.hidden_size)
+        if request.hidden.shape != expected:
             raise BadTensorError(f"hidden has shape {list(request.hidden.shape)}, expected {list(expected)}")
         if expected[0] > self.max_batch_tokens:
             raise BadTensorError(
@@ -165,7 +174,8 @@ class Engine:
         batch = PackedBatch.build(pieces, self.stack.device)
         inputs = [requests[index].hidden for index, _ in placed]
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        hidden = hidden.to(device=self.stack.device, dtype=self.stack.dtype)
+        if hidden.dtype is not self.stack.dtype or hidden.device != self.stack.device:
+            hidden = hidden.to(device=self.stack.device, dtype=self.stack.dtype)
         return self.stack.forward(hidden, batch, self._pool, requests[placed[0][0]].blocks)
 
     def _learn(

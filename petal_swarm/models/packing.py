@@ -28,7 +28,7 @@ class PackedSlice(NamedTuple):
     extents: tuple[tuple[int, int], ...]
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedBatch:
     """The slices of one step; made by `build`.
 

@@ -37,7 +37,9 @@ def encode_tensor(tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
     if tensor.dim() != 2:
         raise LocalProtocolError(f"only matrices travel, got shape {list(tensor.shape)}")
     meta = TensorMeta(dtype_name(tensor.dtype), (tensor.shape[0], tensor.shape[1]))
-    flat = tensor.detach().cpu().contiguous()
+    flat = tensor if tensor.is_inference() else tensor.detach()
+    if flat.device.type != "cpu" or not flat.is_contiguous():
+        flat = flat.cpu().contiguous()
     if flat.dtype is torch.bfloat16:
         flat = flat.view(torch.int16)  # numpy has no bfloat16
     return meta, flat.numpy().data.cast("B") if meta.nbytes else b""
