@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--tokens", type=int, default=200)
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     failures = 0
     with workspace() as folder:
         models = {"BLOOM": save_bloom(folder / "bloom"), "Llama": save_llama(folder / "llama")}
@@ -56,7 +57,7 @@ def compare(name: str, path: Path, local: Any, count: int, tokens: int) -> int:
     cuts = [blocks * index // count for index in range(count + 1)]
     spans = [f"{start}:{end}" for start, end in itertools.pairwise(cuts)]
     with (
-        servers(path, spans) as running,
+        servers(path, spans, "--threads", "1") as running,
         AutoSwarmModelForCausalLM.from_pretrained(
             str(path), initial_peers=[running[0].address], progress=False
         ) as model,
