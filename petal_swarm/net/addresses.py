@@ -26,7 +26,8 @@ def split_address(address: str) -> tuple[str, str]:
 
 def join_address(base: str, peer_id: str) -> str:
     """The inverse of `split_address`; a base that already ends in `/p2p/...` is left as it is."""
-    return base if "/p2p/" in base else f"{base.rstrip('/')}/p2p/{peer_id}"
+    ends_in_peer = base.rstrip("/").split("/")[-2:-1] == ["p2p"]
+    return base if ends_in_peer else f"{base.rstrip('/')}/p2p/{peer_id}"
 
 
 def is_loopback(address: str) -> bool:

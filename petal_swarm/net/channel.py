@@ -50,9 +50,13 @@ class Channel:
             nonlocal ended
             if ended:
                 return
+            broken: Exception | None = None
             try:
                 if data is not None:
                     self._connection.receive_data(data)
+            except Exception as error:
+                broken = error  # what came before it is still good
+            try:
                 while (event := self._connection.next_event()) is not None:
                     if isinstance(event, StreamEnded):
                         ended = True
@@ -60,8 +64,10 @@ class Channel:
                         return
                     on_message(event)
             except Exception as error:
+                broken = error
+            if broken is not None:
                 ended = True
-                on_end(error)
+                on_end(broken)
 
         on_data(None)  # what came together with an earlier message
         self._stream.subscribe(on_data)

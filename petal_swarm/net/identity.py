@@ -95,6 +95,8 @@ def verify(peer_id: str, data: bytes, signature: bytes) -> bool:
         decoded = base58.b58decode(peer_id)
     except ValueError:
         return False
+    if base58.b58encode(decoded).decode() != peer_id:
+        return False  # another spelling of an id would be another peer to whoever compares text
     if len(decoded) != len(_PEER_ID_PREFIX) + 32 or not decoded.startswith(_PEER_ID_PREFIX):
         return False
     try:

@@ -71,7 +71,6 @@ def test_joining() -> None:
     assert join_address(whole, PEER) == whole
 
 
-@pytest.mark.xfail(strict=True, reason="join_address takes a relay's id for the peer's own")
 def test_joining_behind_a_relay() -> None:
     base = f"/ip4/1.2.3.4/tcp/1/p2p/{RELAY}/p2p-circuit"
     assert split_address(join_address(base, PEER)) == (base, PEER)

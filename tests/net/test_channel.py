@@ -325,12 +325,7 @@ def test_a_subscriber_that_fails_is_told_and_hears_no_more() -> None:
     run(scenario)
 
 
-_DROPPED = pytest.mark.xfail(
-    strict=True, reason="Channel.subscribe reports the error and drops what came before"
-)
-
-
-@pytest.mark.parametrize("subscribes", [False, pytest.param(True, marks=_DROPPED)])
+@pytest.mark.parametrize("subscribes", [False, True])
 def test_what_came_before_a_broken_frame_is_not_lost(subscribes: bool) -> None:
     """However the bytes were cut on the way."""
 
