@@ -23,6 +23,9 @@ from petal_swarm.server.server import Server
 
 logger = logging.getLogger("petal_swarm.cli")
 
+#: Each part of leaving has a deadline of its own; this is for the sum.
+CLOSE_TIMEOUT_S = 20.0
+
 
 async def serve(config: ServerConfig) -> int:
     """Start a server, tell its address, and keep it until a signal comes. Returns the exit status."""
@@ -48,7 +51,9 @@ async def serve(config: ServerConfig) -> int:
         return 0
     finally:
         daemon.cancel()
-        await server.close()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await server.close()
 
 
 async def start(config: ServerConfig) -> tuple[Server, P2pdTransport]:

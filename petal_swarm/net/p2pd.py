@@ -291,17 +291,20 @@ class P2pdTransport:
     async def _connect(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
         """Dial all addresses of a peer at once; the daemon keeps the first that answers."""
         from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
+        from hivemind.proto.p2pd_pb2 import ConnectRequest, Request
         from hivemind.utils.multiaddr import Multiaddr
 
         told = " or ".join(addresses)
         try:
             target = PeerID.from_base58(peer_id)
-            bases = [Multiaddr(split_address(address)[0]) for address in addresses]
+            bases = [Multiaddr(split_address(address)[0]).to_bytes() for address in addresses]
         except ValueError as error:
             raise ConfigError(f"not a usable address: {told:.200} ({_first_line(error)})") from None
         try:
             async with asyncio.timeout(timeout_s):
-                await self.p2p._client.control.connect(target, bases)
+                request = ConnectRequest(peer=target.to_bytes(), addrs=bases)
+                _, writer = await self._ask_daemon(Request(type=Request.CONNECT, connect=request))
+                writer.close()
         except TimeoutError:
             raise PeerUnreachableError(f"no answer from {told} within {timeout_s:g} s") from None
         except Exception as error:
@@ -311,13 +314,13 @@ class P2pdTransport:
         self, peer_id: str, protocol: str, *, addresses: Sequence[str] = (), timeout_s: float
     ) -> P2pdStream:
         from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
+        from hivemind.proto.p2pd_pb2 import Request, StreamOpenRequest
 
         try:
             async with asyncio.timeout(timeout_s):
                 await self._dial(peer_id, addresses, timeout_s)
-                _, reader, writer = await self.p2p.call_binary_stream_handler(
-                    PeerID.from_base58(peer_id), protocol
-                )
+                request = StreamOpenRequest(peer=PeerID.from_base58(peer_id).to_bytes(), proto=[protocol])
+                reader, writer = await self._ask_daemon(Request(type=Request.STREAM_OPEN, streamOpen=request))
         except (NetworkError, ConfigError):
             raise
         except TimeoutError:
@@ -330,6 +333,26 @@ class P2pdTransport:
                 ) from None
             raise PeerUnreachableError(f"cannot reach peer {peer_id}: {_first_line(error)}") from None
         return await P2pdStream.adopt(peer_id, reader, writer)
+
+    async def _ask_daemon(self, request: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """Send a request on a connection of its own, and return that once the daemon has agreed.
+
+        As hivemind's own calls, which leave the connection behind if the daemon refuses or the caller
+        is cancelled.
+        """
+        from hivemind.p2p.p2p_daemon_bindings.utils import raise_if_failed, read_pbmsg_safe, write_pbmsg
+        from hivemind.proto.p2pd_pb2 import Response
+
+        reader, writer = await self.p2p._client.control.daemon_connector.open_connection()
+        try:
+            await write_pbmsg(writer, request)
+            response = Response()
+            await read_pbmsg_safe(reader, response)
+            raise_if_failed(response)
+        except BaseException:
+            writer.transport.abort()
+            raise
+        return reader, writer
 
     async def _dial(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
         """Connect to the peer if the daemon is not connected yet."""
@@ -372,7 +395,11 @@ class P2pdTransport:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=CLOSE_TIMEOUT_S)
-        await self.p2p.shutdown()
+        try:
+            async with asyncio.timeout(CLOSE_TIMEOUT_S):
+                await self.p2p.shutdown()
+        except TimeoutError:
+            self.p2p._child.kill()
 
 
 def _import_hivemind() -> tuple[Any, type[Exception]]:
