@@ -29,7 +29,19 @@ def build_parser(prog: str = "run_server") -> argparse.ArgumentParser:
     parser.add_argument(
         "model", metavar="MODEL", help="Hugging Face id, local folder (safetensors or old .bin), or GGUF file"
     )
-    swarm = parser.add_argument_group("the swarm")
+    _add_swarm_options(parser.add_argument_group("the swarm"))
+    _add_block_options(parser.add_argument_group("the blocks"))
+    parser.add_argument(
+        "--drain-timeout",
+        type=not_negative,
+        default=60.0,
+        metavar="SECONDS",
+        help="how long to let sessions end after Ctrl-C or SIGTERM (default: %(default)g)",
+    )
+    return parser
+
+
+def _add_swarm_options(swarm: argparse._ArgumentGroup) -> None:
     swarm.add_argument("--new-swarm", action="store_true", help="start a swarm instead of joining one")
     swarm.add_argument(
         "--initial-peers",
@@ -60,7 +72,9 @@ def build_parser(prog: str = "run_server") -> argparse.ArgumentParser:
         default=[],
         help="what others are told to dial, for a forwarded port or a container (default: --listen)",
     )
-    blocks = parser.add_argument_group("the blocks")
+
+
+def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
     blocks.add_argument("--blocks", metavar="START:END", help="host blocks START up to, not including, END")
     blocks.add_argument(
         "--num-blocks",
@@ -94,14 +108,6 @@ def build_parser(prog: str = "run_server") -> argparse.ArgumentParser:
         metavar="N",
         help="CPU threads for arithmetic (default: one for each core)",
     )
-    parser.add_argument(
-        "--drain-timeout",
-        type=not_negative,
-        default=60.0,
-        metavar="SECONDS",
-        help="how long to let sessions end after Ctrl-C or SIGTERM (default: %(default)g)",
-    )
-    return parser
 
 
 def main(argv: list[str] | None = None, prog: str = "run_server") -> int:

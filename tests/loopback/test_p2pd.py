@@ -29,7 +29,8 @@ from petal_swarm.errors import (
 )
 from petal_swarm.net import p2pd
 from petal_swarm.net.identity import Identity
-from petal_swarm.net.p2pd import READ_AHEAD_BYTES, P2pdStream, P2pdTransport
+from petal_swarm.net.p2pd import P2pdTransport
+from petal_swarm.net.p2pd_stream import READ_AHEAD_BYTES, P2pdStream
 from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Stream
 
 pytestmark = [
