@@ -29,7 +29,8 @@ from petal_swarm.net.identity import Identity
 from petal_swarm.net.transport import StreamHandler
 
 if TYPE_CHECKING:
-    from petal_swarm.net.libp2p_host import Host, Libp2pStream
+    from petal_swarm.net.libp2p_host import Host
+    from petal_swarm.net.libp2p_stream import Libp2pStream
 
 logger = logging.getLogger(__name__)
 
