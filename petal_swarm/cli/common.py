@@ -223,6 +223,8 @@ def configure_logging(level: str) -> None:
     if level != "debug":
         # Says twice for each of its retries that a host cannot be reached; the error at the end says it once.
         logging.getLogger("huggingface_hub.utils._http").setLevel("ERROR")
+        # The daemon calls it an error that its socket closes as it ends. What matters, our calls raise.
+        logging.getLogger("hivemind.p2p.p2p_daemon").setLevel("CRITICAL")
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         warnings.filterwarnings("ignore", category=FutureWarning)
 
