@@ -10,8 +10,7 @@ import signal
 import sys
 from typing import Any
 
-from tqdm import tqdm
-
+from petal_swarm.client.loading_bar import loading_bar
 from petal_swarm.directory.dht import DhtDirectory
 from petal_swarm.errors import ConfigError, NetworkError, PeerUnreachableError
 from petal_swarm.models.checkpoint import open_checkpoint
@@ -81,20 +80,7 @@ async def start(config: ServerConfig) -> tuple[Server, P2pdTransport]:
     except BaseException:
         await transport.close()
         raise
-    bar = tqdm(
-        desc="loading blocks",
-        unit="B",
-        unit_scale=True,
-        unit_divisor=1024,
-        disable=not sys.stderr.isatty(),
-        leave=False,
-    )
-
-    def report(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-
-    with bar:
+    with loading_bar("loading blocks", shown=sys.stderr.isatty()) as report:
         return await Server.start(config, checkpoint, transport, directory, progress=report), transport
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
 from petal_swarm.client.config import ClientConfig
+from petal_swarm.client.loading_bar import loading_bar
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.model import CLOSE_TIMEOUT_S, SwarmModelForCausalLM
 from petal_swarm.client.swarm import ModelRef, Swarm
@@ -70,22 +70,3 @@ class AutoSwarmModelForCausalLM:
             loop.close()
             raise
         return client
-
-
-class loading_bar:  # noqa: N801 - reads as a function, `with loading_bar(...) as report`
-    """A byte-counting progress bar for `load_blocks` and `load_ends`; callable with (done, total)."""
-
-    def __init__(self, title: str, *, shown: bool) -> None:
-        self._bar = tqdm(
-            desc=title, unit="B", unit_scale=True, unit_divisor=1024, disable=not shown, leave=False
-        )
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._report
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def _report(self, done: int, total: int) -> None:
-        self._bar.total = total
-        self._bar.update(done - self._bar.n)

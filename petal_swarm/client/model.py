@@ -117,22 +117,16 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             new = earlier[:, skipped:] if new is None else new
             if new.shape[0] != earlier.shape[0]:
                 raise ConfigError(f"the session has {earlier.shape[0]} sequences, the inputs {new.shape[0]}")
-            mask = torch.ones_like(new) if mask is None else mask
+            mask = _or_ones(mask, new)
             new, mask = torch.cat([earlier, new], dim=1), torch.cat([earlier_mask, mask], dim=1)
         if new is None:
             raise ConfigError("generate needs input_ids in the first call of a session")
+        mask = _or_ones(mask, new)
         cache = SwarmCache(session, width=max(0, skipped - 1))
-        result = super().generate(
-            new,
-            attention_mask=mask if mask is not None else torch.ones_like(new),
-            past_key_values=cache,
-            **kwargs,
-        )
+        result = super().generate(new, attention_mask=mask, past_key_values=cache, **kwargs)
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
         session.output_ids = sequences
         grown = sequences.shape[1] - new.shape[1]
-        if mask is None:
-            mask = torch.ones_like(new)
         mask = mask.repeat_interleave(sequences.shape[0] // mask.shape[0], dim=0)
         session.attention_mask = torch.cat([mask, mask.new_ones(mask.shape[0], grown)], dim=1)
         self.last_route = session.route
@@ -334,6 +328,11 @@ class _OfThread(threading.local):
     def __init__(self) -> None:
         self.session: InferenceSession | None = None
         self.opened: list[InferenceSession] = []
+
+
+def _or_ones(mask: torch.Tensor | None, token_ids: torch.Tensor) -> torch.Tensor:
+    """The attention mask, which says by default that nothing is padding."""
+    return torch.ones_like(token_ids) if mask is None else mask
 
 
 def _token_set(token_ids: int | list[int] | None) -> frozenset[int]:

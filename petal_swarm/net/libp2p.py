@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from petal_swarm.errors import ConfigError
 from petal_swarm.net.addresses import join_address, split_address
 from petal_swarm.net.identity import Identity
-from petal_swarm.net.transport import StreamHandler
+from petal_swarm.net.transport import StreamHandler, run_handler
 
 if TYPE_CHECKING:
     from petal_swarm.net.libp2p_host import Host
@@ -102,7 +102,7 @@ class Libp2pTransport:
         self._served.add(protocol)
 
         def accept(stream: Libp2pStream) -> None:
-            task = asyncio.get_running_loop().create_task(_handle(protocol, handler, stream))
+            task = asyncio.get_running_loop().create_task(run_handler(protocol, handler, stream, logger))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
@@ -124,19 +124,6 @@ class Libp2pTransport:
             _require_multiaddr(address)
         bases = dict.fromkeys(base for base, owner in map(split_address, addresses) if owner == peer_id)
         return tuple(bases) or self._known.get(peer_id, ())
-
-
-async def _handle(protocol: str, handler: StreamHandler, stream: Libp2pStream) -> None:
-    try:
-        await handler(stream)
-    except asyncio.CancelledError:
-        stream.abort()
-        raise
-    except Exception:
-        logger.exception("stream %s from %s failed", protocol, stream.peer_id)
-        stream.abort()
-    finally:
-        await stream.close()
 
 
 def _require_multiaddr(address: str) -> None:

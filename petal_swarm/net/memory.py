@@ -24,7 +24,7 @@ from petal_swarm.errors import (
 )
 from petal_swarm.net.addresses import join_address, split_address
 from petal_swarm.net.identity import Identity
-from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Buffer, Receiver, StreamHandler
+from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Buffer, Receiver, StreamHandler, run_handler
 
 logger = logging.getLogger(__name__)
 
@@ -113,7 +113,6 @@ class MemoryStream:
         self._ended = False
         self._broken = False
         self._closed = False
-        self._last_arrival = 0.0
 
     async def read(self) -> bytes:
         while not self._arrived:
@@ -289,21 +288,9 @@ class MemoryTransport:
         return peer
 
     def _accept(self, protocol: str, handler: StreamHandler, stream: MemoryStream) -> None:
-        task = self._loop.create_task(self._handle(protocol, handler, stream))
+        task = self._loop.create_task(run_handler(protocol, handler, stream, logger))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _handle(self, protocol: str, handler: StreamHandler, stream: MemoryStream) -> None:
-        try:
-            await handler(stream)
-        except asyncio.CancelledError:
-            stream.abort()
-            raise
-        except Exception:
-            logger.exception("stream %s from %s failed", protocol, stream.peer_id)
-            stream.abort()
-        finally:
-            await stream.close()
 
     def _later(self, delay_s: float, function: Callable[[], None]) -> None:
         if delay_s <= 0:

@@ -26,7 +26,7 @@ from petal_swarm.errors import (
 from petal_swarm.net.addresses import is_loopback, join_address, split_address
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.p2pd_stream import P2pdStream
-from petal_swarm.net.transport import StreamHandler
+from petal_swarm.net.transport import StreamHandler, run_handler
 
 logger = logging.getLogger(__name__)
 
@@ -179,21 +179,10 @@ class P2pdTransport:
             task = asyncio.current_task()
             assert task is not None
             self._tasks.add(task)
-            try:
+            task.add_done_callback(self._tasks.discard)
+            with contextlib.suppress(StreamClosedError, asyncio.CancelledError):
                 stream = await P2pdStream.adopt(str(info.peer_id), reader, writer)
-            except StreamClosedError:
-                self._tasks.discard(task)
-                return
-            try:
-                await handler(stream)
-            except asyncio.CancelledError:
-                stream.abort()
-            except Exception:
-                logger.exception("stream %s from %s failed", protocol, stream.peer_id)
-                stream.abort()
-            finally:
-                self._tasks.discard(task)
-                await stream.close()
+                await run_handler(protocol, handler, stream, logger)
 
         await self.p2p.add_binary_stream_handler(protocol, on_stream)
 

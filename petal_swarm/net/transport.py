@@ -7,6 +7,8 @@ named by a string such as `/petal-swarm/1/session`; the name carries the version
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeAlias
 
@@ -82,6 +84,20 @@ class Stream(Protocol):
 
 
 StreamHandler: TypeAlias = Callable[[Stream], Awaitable[None]]
+
+
+async def run_handler(protocol: str, handler: StreamHandler, stream: Stream, log: logging.Logger) -> None:
+    """What `serve` promises: the stream ends with its handler, and is reset, and logged, if that fails."""
+    try:
+        await handler(stream)
+    except asyncio.CancelledError:
+        stream.abort()
+        raise
+    except Exception:
+        log.exception("stream %s from %s failed", protocol, stream.peer_id)
+        stream.abort()
+    finally:
+        await stream.close()
 
 
 class Transport(Protocol):

@@ -85,8 +85,3 @@ def mapping(header: Header, name: str) -> Header:
 def as_text(value: Any) -> str:
     """`parse` for `items`: a string."""
     return text({"entry": value}, "entry")
-
-
-def as_raw(limit: int) -> Callable[[Any], bytes]:
-    """`parse` for `items`: bytes of at most `limit`."""
-    return lambda value: raw({"entry": value}, "entry", 0, limit)
