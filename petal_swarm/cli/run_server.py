@@ -96,6 +96,13 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         "--kv-tokens", type=int, metavar="N", help="room of the KV cache (default: from the free memory)"
     )
     blocks.add_argument(
+        "--prefix-tokens",
+        type=int,
+        metavar="N",
+        help="keep up to N tokens of finished prompts in the KV cache, for later ones that start alike"
+        " (default: half of --kv-tokens; 0: share nothing)",
+    )
+    blocks.add_argument(
         "--max-batch-tokens",
         type=int,
         default=2048,
@@ -132,6 +139,7 @@ def run(arguments: argparse.Namespace) -> int:
         dtype=arguments.dtype,
         quant=arguments.quant,
         kv_tokens=arguments.kv_tokens,
+        prefix_tokens=arguments.prefix_tokens,
         max_batch_tokens=arguments.max_batch_tokens,
         name=arguments.name[:64],
         drain_timeout_s=arguments.drain_timeout,

@@ -16,6 +16,9 @@ TRANSPORTS = ("auto", "p2pd", "libp2p")
 class ClientConfig:
     """Settings of one client. Times in seconds.
 
+    With `share_prefixes`, sessions may start behind what earlier sessions with the same beginning left in
+    the servers' KV caches, and leave their own; see `docs/threat-model.md` for what that reveals.
+
     Raises:
         ConfigError: no initial peers, or an unknown transport.
     """
@@ -28,6 +31,7 @@ class ClientConfig:
     wait_for_blocks_s: float = 20.0
     open_attempts: int = 4
     max_step_bytes: int = 16 << 20
+    share_prefixes: bool = True
 
     def __post_init__(self) -> None:
         if not self.initial_peers:

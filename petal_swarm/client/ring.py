@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from petal_swarm.errors import (
     HopLostError,
@@ -50,7 +50,14 @@ class Ring:
 
     @classmethod
     async def open(
-        cls, transport: Transport, route: Route, *, model: str, max_length: int, timeout_s: float
+        cls,
+        transport: Transport,
+        route: Route,
+        *,
+        model: str,
+        max_length: int,
+        timeout_s: float,
+        share_prefixes: bool = False,
     ) -> Ring:
         """Open the session at every hop at once; returns when each is connected to the next.
 
@@ -58,10 +65,19 @@ class Ring:
             OpenFailedError: a hop is unreachable or refuses; none stays open.
         """
         session = secrets.token_bytes(SESSION_ID_BYTES)
-        attempts = [
-            asyncio.create_task(_open_hop(transport, route, index, session, model, max_length, timeout_s))
-            for index in range(len(route.hops))
-        ]
+        attempts = []
+        for hop, upstream, following in _neighbours(route):
+            opening = Open(
+                session=session,
+                epoch=0,
+                model=model,
+                span=hop.span,
+                max_length=max_length,
+                upstream=upstream.peer_id if upstream else None,
+                next=Neighbour(following.peer_id, following.addresses) if following else None,
+                share_prefixes=share_prefixes,
+            )
+            attempts.append(asyncio.create_task(_open_hop(transport, hop, opening, timeout_s)))
         try:
             answers = await asyncio.gather(*attempts)
         except BaseException as error:
@@ -144,47 +160,35 @@ class Ring:
         self._pending.clear()
 
 
+def _neighbours(route: Route) -> Iterator[tuple[Hop, Hop | None, Hop | None]]:
+    """Each hop, the one before it and the one behind it."""
+    hops: list[Hop | None] = [None, *route.hops, None]
+    return zip(route.hops, hops, hops[2:], strict=False)
+
+
 async def _open_hop(
-    transport: Transport,
-    route: Route,
-    index: int,
-    session: bytes,
-    model: str,
-    max_length: int,
-    timeout_s: float,
+    transport: Transport, hop: Hop, opening: Open, timeout_s: float
 ) -> tuple[Channel, Opened]:
-    hop = route.hops[index]
-    following = route.hops[index + 1] if index + 1 < len(route.hops) else None
     channel: Channel | None = None
     try:
         stream = await transport.open_stream(
             hop.peer_id, SESSION, addresses=hop.addresses, timeout_s=timeout_s
         )
         channel = Channel(stream, SESSION_TABLE, Role.DIALER)
-        channel.send(
-            Open(
-                session=session,
-                epoch=0,
-                model=model,
-                span=hop.span,
-                max_length=max_length,
-                upstream=route.hops[index - 1].peer_id if index else None,
-                next=Neighbour(following.peer_id, following.addresses) if following else None,
-            )
-        )
+        channel.send(opening)
         return channel, await channel.expect(Opened, timeout_s=timeout_s)
     except BaseException as error:
         if channel is not None:
             channel.abort()
         if not isinstance(error, PetalSwarmError):
             raise
-        raise OpenFailedError(_to_blame(hop, following, error), error) from error
+        raise OpenFailedError(_to_blame(opening, hop, error), error) from error
 
 
-def _to_blame(hop: Hop, following: Hop | None, error: PetalSwarmError) -> str:
+def _to_blame(opening: Open, hop: Hop, error: PetalSwarmError) -> str:
     """A hop that reports the loss of its next one is not the one to avoid."""
-    if isinstance(error, HopLostError) and following is not None:
-        return following.peer_id
+    if isinstance(error, HopLostError) and opening.next is not None:
+        return opening.next.peer_id
     return hop.peer_id
 
 

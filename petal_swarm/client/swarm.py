@@ -145,6 +145,7 @@ class Swarm:
                     model=model.key,
                     max_length=max_length,
                     timeout_s=self.config.open_timeout_s,
+                    share_prefixes=self.config.share_prefixes,
                 )
             except OpenFailedError as error:
                 logger.info("attempt %d: avoiding %s: %s", attempt + 1, error.peer_id, error)

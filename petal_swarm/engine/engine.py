@@ -16,16 +16,21 @@ from typing import Literal
 import torch
 
 from petal_swarm.engine.kv_cache import KVCache, Placement
+from petal_swarm.engine.prefixes import PrefixScope
 from petal_swarm.errors import BadTensorError, PetalSwarmError
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Slice, Span
+from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys
 
 
 # Not frozen, though nobody changes them: that would cost a microsecond for every field of every step.
 @dataclass(slots=True, eq=False)
 class StepRequest:
-    """One step of one session. `hidden` is `[tokens, hidden_size]`, its rows in the order of `slices`."""
+    """One step of one session. `hidden` is `[tokens, hidden_size]`, its rows in the order of `slices`.
+
+    `keys` are those of the pages that it completes, as far as the hop before this one knows them.
+    """
 
     session: Hashable
     blocks: Span
@@ -33,15 +38,20 @@ class StepRequest:
     hidden: torch.Tensor
     forks: tuple[int, ...] | None = None
     rows: Literal["last", "all", "none"] = "all"
+    keys: tuple[PageKeys, ...] = ()
 
 
 @dataclass(slots=True, eq=False)
 class StepResult:
-    """`hidden [rows, hidden_size]` as asked for by the request, or why there is none."""
+    """`hidden [rows, hidden_size]` as asked for by the request, or why there is none.
+
+    `keys` are this hop's own, of the pages that the step has completed.
+    """
 
     hidden: torch.Tensor | None
     error: PetalSwarmError | None
     compute_s: float
+    keys: tuple[PageKeys, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +73,12 @@ _MEASURED_STEPS = 7
 class Engine:
     """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens."""
 
-    def __init__(self, stack: BlockStack, *, kv_tokens: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, stack: BlockStack, *, kv_tokens: int, max_batch_tokens: int, prefix_tokens: int = 0
+    ) -> None:
         self.stack = stack
         self.max_batch_tokens = max_batch_tokens
-        self._cache = KVCache(kv_tokens)
+        self._cache = KVCache(kv_tokens, prefix_tokens)
         self._pool = KVPool.allocate(
             stack.config, stack.span, self._cache.tokens, dtype=stack.dtype, device=stack.device
         )
@@ -74,13 +86,45 @@ class Engine:
         self.block_time_s = 0.0
         self._prefill_tokens_per_s = 0.0
 
-    def open_session(self, key: Hashable, *, max_length: int) -> None:
+    def open_session(self, key: Hashable, *, max_length: int, scope: PrefixScope | None = None) -> None:
         """See `KVCache.open`."""
-        self._cache.open(key, max_length)
+        self._cache.open(key, max_length, scope)
 
     def close_session(self, key: Hashable) -> None:
         """End a session and free its cache; unknown keys are ignored."""
         self._cache.close(key)
+
+    def find_prefixes(self, request: StepRequest, *, spare_last: bool) -> list[PageKeys]:
+        """For each slice, the leading full pages that are in the cache already; for the first hop.
+
+        With `spare_last` its last token is not one of them: somebody wants it computed.
+
+        Raises:
+            UnknownSessionError: no such session.
+        """
+        found, row = [], 0
+        for piece in request.slices:
+            rows = request.hidden[row : row + piece.length - spare_last]
+            row += piece.length
+            keys = self._cache.lookup(request.session, piece, rows)
+            found.append(PageKeys(piece.sequence, piece.position // PAGE_TOKENS, keys))
+        return found
+
+    def scoped_keys(self, session: Hashable, given: Sequence[PageKeys]) -> list[PageKeys]:
+        """This hop's own keys for those that the hop before it gave.
+
+        Raises:
+            UnknownSessionError: no such session.
+        """
+        return [pages._replace(keys=self._cache.scoped(session, pages.keys)) for pages in given]
+
+    def attach(self, session: Hashable, known: Sequence[PageKeys]) -> list[PageKeys]:
+        """Let sequences go on with pages that are in the cache already; returns as many keys as there are.
+
+        Raises:
+            UnknownSessionError: no such session.
+        """
+        return [pages._replace(keys=pages.keys[: self._cache.attach(session, pages)]) for pages in known]
 
     def stats(self) -> EngineStats:
         return EngineStats(
@@ -107,18 +151,23 @@ class Engine:
             except PetalSwarmError as error:
                 errors[index] = error
         outputs: dict[int, torch.Tensor] = {}
+        keys: dict[int, tuple[PageKeys, ...]] = {}
         if placed:
             hidden = self._forward(requests, placed)
             sizes = [requests[index].hidden.shape[0] for index, _ in placed]
             parts = (hidden,) if len(placed) == 1 else torch.split(hidden, sizes)
             for (index, _), part in zip(placed, parts, strict=True):
                 outputs[index] = _select(part, requests[index])
+                keys[index] = self._file(requests[index])
         if self.stack.device.type == "cuda":
             torch.cuda.synchronize(self.stack.device)  # or only the launching would be timed
         elapsed = time.perf_counter() - started
         if placed:
             self._learn(requests, placed, elapsed)
-        return [StepResult(outputs.get(index), errors.get(index), elapsed) for index in range(len(requests))]
+        return [
+            StepResult(outputs.get(index), errors.get(index), elapsed, keys.get(index, ()))
+            for index in range(len(requests))
+        ]
 
     @torch.inference_mode()
     def measure(self) -> None:
@@ -162,6 +211,21 @@ class Engine:
                 self._pool.copy_rows(source, target, rows)
             placements.append(placement)
         return placements
+
+    def _file(self, request: StepRequest) -> tuple[PageKeys, ...]:
+        """Make the pages that a step has completed known to later sessions."""
+        if self._cache.hashes_inputs(request.session):
+            filed, row = [], 0
+            for piece in request.slices:
+                whole = len(request.slices) == 1
+                rows = request.hidden if whole else request.hidden[row : row + piece.length]
+                row += piece.length
+                filed.append(self._cache.file_inputs(request.session, piece, rows))
+        elif request.keys:
+            filed = [self._cache.file_keys(request.session, given) for given in request.keys]
+        else:
+            return ()
+        return tuple(pages for pages in filed if pages is not None)
 
     def _forward(
         self, requests: Sequence[StepRequest], placed: list[tuple[int, list[Placement]]]

@@ -2,8 +2,9 @@
 
 Memory is in proportion to the tokens in use. Positions are absolute: extending a sequence at position
 p truncates it to p first, so that rollback, re-sending and resuming are one mechanism. Forks share
-pages; a page that two sequences share is copied before one of them writes to it. This file moves page
-numbers only; the caller copies the rows that `Placement.copies` names.
+pages; a page that two sequences share is copied before one of them writes to it. Full pages whose key
+is known are filed, so that later sessions with the same prefix start behind it (`prefixes`). This file
+moves page numbers only; the caller copies the rows that `Placement.copies` names.
 """
 
 from __future__ import annotations
@@ -12,9 +13,13 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from petal_swarm.engine.pages import PAGE_TOKENS, OutOfPagesError, PageAllocator
+import torch
+
+from petal_swarm.engine.pages import OutOfPagesError, PageAllocator
+from petal_swarm.engine.prefixes import PrefixIndex, PrefixScope, SequencePrefix, input_keys, scoped_key
 from petal_swarm.errors import BadMessageError, CacheFullError, SessionTooLongError, UnknownSessionError
 from petal_swarm.span import Slice
+from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys
 
 
 class Placement(NamedTuple):
@@ -26,37 +31,61 @@ class Placement(NamedTuple):
 
 @dataclass(slots=True)
 class _Cached:
-    """One sequence: its pages in order, their rows with neighbours joined, and how many tokens are valid."""
+    """One sequence: its pages in order, their rows with neighbours joined, and how many tokens are valid.
 
+    `prefix` is None in a session that shares nothing.
+    """
+
+    prefix: SequencePrefix | None
     pages: list[int] = field(default_factory=list)
     runs: list[tuple[int, int]] = field(default_factory=list)
     length: int = 0
+
+    def fork(self) -> _Cached:
+        prefix = None if self.prefix is None else self.prefix.copy()
+        return _Cached(prefix, list(self.pages), self.runs, self.length)
 
 
 @dataclass(slots=True)
 class _Session:
     max_length: int
+    scope: PrefixScope | None
     sequences: dict[int, _Cached] = field(default_factory=dict)
+
+    def new_sequence(self) -> _Cached:
+        return _Cached(None if self.scope is None else SequencePrefix(self.scope))
 
 
 class KVCache:
-    """Page tables of all sessions over a pool of `tokens` rows. Not thread-safe."""
+    """Page tables of all sessions over a pool of `tokens` rows. Not thread-safe.
 
-    def __init__(self, tokens: int) -> None:
+    At most `prefix_tokens` are kept of prefixes that no session uses; with 0, nothing is shared.
+    """
+
+    def __init__(self, tokens: int, prefix_tokens: int = 0) -> None:
         self.tokens = tokens // PAGE_TOKENS * PAGE_TOKENS
         self._pages = PageAllocator(self.tokens // PAGE_TOKENS)
+        self._prefixes = PrefixIndex(self._pages, prefix_tokens // PAGE_TOKENS)
         self._sessions: dict[Hashable, _Session] = {}
 
     @property
     def tokens_free(self) -> int:
-        return self._pages.free * PAGE_TOKENS
+        """Room for new tokens, that which idle prefixes would make included."""
+        return self._pages.available * PAGE_TOKENS
+
+    @property
+    def tokens_idle(self) -> int:
+        """Tokens of finished prefixes that are kept for later sessions."""
+        return self._pages.idle * PAGE_TOKENS
 
     @property
     def num_sessions(self) -> int:
         return len(self._sessions)
 
-    def open(self, key: Hashable, max_length: int) -> None:
+    def open(self, key: Hashable, max_length: int, scope: PrefixScope | None = None) -> None:
         """Begin a session whose sequences may each grow to `max_length` tokens. Takes no memory yet.
+
+        With a `scope` it shares prefixes with the sessions of the same scope.
 
         Raises:
             CacheFullError: `max_length` tokens could not be held even now.
@@ -67,7 +96,7 @@ class KVCache:
                 f" {max_length}; ask for a smaller max_length or raise --kv-tokens on the server"
             )
         assert key not in self._sessions, "a session is opened once"
-        self._sessions[key] = _Session(max_length)
+        self._sessions[key] = _Session(max_length, scope if self._prefixes.enabled else None)
 
     def close(self, key: Hashable) -> None:
         """End a session and free its pages; unknown keys are ignored."""
@@ -75,6 +104,7 @@ class KVCache:
         if session is not None:
             for sequence in session.sequences.values():
                 self._pages.release(sequence.pages)
+            self._prefixes.trim()
 
     def fork(self, key: Hashable, sources: Sequence[int]) -> None:
         """Sequence i becomes a copy of sequence `sources[i]`; all others end.
@@ -91,9 +121,10 @@ class KVCache:
         for index, source in enumerate(sources):
             original = session.sequences[source]
             self._pages.share(original.pages)
-            forked[index] = _Cached(list(original.pages), original.runs, original.length)
+            forked[index] = original.fork()
         for sequence in session.sequences.values():
             self._pages.release(sequence.pages)
+        self._prefixes.trim()
         session.sequences = forked
 
     def extend(self, key: Hashable, piece: Slice) -> Placement:
@@ -117,8 +148,10 @@ class KVCache:
                 f" a step cannot start at position {piece.position}"
             )
         if sequence is None:
-            sequence = _Cached()
+            sequence = session.new_sequence()
         copies = self._grow(sequence, piece)
+        if sequence.prefix is not None and piece.position < sequence.prefix.length:
+            sequence.prefix.truncate(piece.position)
         sequence.length = piece.end
         session.sequences[piece.sequence] = sequence
         return Placement(_trim(sequence.runs, piece.end), copies)
@@ -127,6 +160,108 @@ class KVCache:
         """Valid tokens of a sequence; zero if it does not exist."""
         cached = self._session(key).sequences.get(sequence)
         return cached.length if cached else 0
+
+    def hashes_inputs(self, key: Hashable) -> bool:
+        """Whether a session's keys are made here, of what it receives."""
+        session = self._sessions.get(key)
+        return session is not None and session.scope is not None and session.scope.hashes
+
+    def lookup(self, key: Hashable, piece: Slice, hidden: torch.Tensor) -> tuple[bytes, ...]:
+        """Keys of the full pages of `hidden [piece.length, hidden_size]`, as far as their prefix is filed.
+
+        Raises:
+            UnknownSessionError: no such session.
+        """
+        session = self._session(key)
+        sequence = session.sequences.get(piece.sequence)
+        if session.scope is None or piece.position % PAGE_TOKENS:
+            return ()
+        before, first_page = session.scope.scope, piece.position // PAGE_TOKENS
+        if first_page:
+            if sequence is None or sequence.prefix is None or len(sequence.prefix.keys) < first_page:
+                return ()
+            before = sequence.prefix.keys[first_page - 1]
+        keys = input_keys(before, hidden)
+        return tuple(keys[: len(self._prefixes.match(keys))])
+
+    def scoped(self, key: Hashable, keys: Sequence[bytes]) -> tuple[bytes, ...]:
+        """This hop's own keys for those that the hop before it gave.
+
+        Raises:
+            UnknownSessionError: no such session.
+        """
+        scope = self._session(key).scope
+        return () if scope is None else tuple(scoped_key(scope.scope, given) for given in keys)
+
+    def attach(self, key: Hashable, known: PageKeys) -> int:
+        """Let a sequence, truncated to the first of these pages, go on with them; returns how many there are.
+
+        Raises:
+            UnknownSessionError: no such session.
+        """
+        session = self._session(key)
+        sequence = session.sequences.get(known.sequence) or session.new_sequence()
+        first = known.first_page
+        if sequence.prefix is None or len(sequence.prefix.keys) < first:
+            return 0
+        pages = self._prefixes.match(known.keys)[: session.max_length // PAGE_TOKENS - first]
+        if not pages:
+            return 0
+        self._pages.share(pages)
+        self._pages.release(sequence.pages[first:])
+        self._prefixes.trim()
+        sequence.pages[first:] = pages
+        sequence.runs = _runs(sequence.pages)
+        sequence.length = len(sequence.pages) * PAGE_TOKENS
+        sequence.prefix.truncate(first * PAGE_TOKENS)
+        sequence.prefix.extend(known.keys[: len(pages)])
+        session.sequences[known.sequence] = sequence
+        return len(pages)
+
+    def file_inputs(self, key: Hashable, piece: Slice, hidden: torch.Tensor) -> PageKeys | None:
+        """File the pages that a slice has completed, after its keys and values were computed.
+
+        `hidden [piece.length, hidden_size]` is what was received. Returns the new keys, if there are any.
+        """
+        sequence = self._sharing(key, piece.sequence)
+        if sequence is None or sequence.prefix is None:
+            return None
+        before = len(sequence.prefix.keys)
+        sequence.prefix.append(piece.position, hidden)
+        return self._file(sequence, piece.sequence, before)
+
+    def file_keys(self, key: Hashable, given: PageKeys) -> PageKeys | None:
+        """As `file_inputs`, by the keys that the hop before this one gave."""
+        sequence = self._sharing(key, given.sequence)
+        if sequence is None or sequence.prefix is None:
+            return None
+        before = len(sequence.prefix.keys)
+        if (given.first_page + len(given.keys)) * PAGE_TOKENS <= sequence.length:
+            sequence.prefix.accept(given.first_page, given.keys)
+        return self._file(sequence, given.sequence, before)
+
+    def _sharing(self, key: Hashable, index: int) -> _Cached | None:
+        session = self._sessions.get(key)
+        return None if session is None else session.sequences.get(index)
+
+    def _file(self, sequence: _Cached, index: int, before: int) -> PageKeys | None:
+        assert sequence.prefix is not None
+        keys = tuple(sequence.prefix.keys[before:])
+        if not keys:
+            return None
+        replaced = False
+        for number, page_key in enumerate(keys, start=before):
+            own = sequence.pages[number]
+            page = self._prefixes.file(page_key, own)
+            if page != own:
+                # Somebody else computed the same at the same time: one copy is enough.
+                self._pages.share([page])
+                self._pages.release([own])
+                sequence.pages[number] = page
+                replaced = True
+        if replaced:
+            sequence.runs = _runs(sequence.pages)
+        return PageKeys(index, before, keys)
 
     def _grow(self, sequence: _Cached, piece: Slice) -> tuple[tuple[int, int, int], ...]:
         kept = -(-piece.position // PAGE_TOKENS)
@@ -140,14 +275,16 @@ class KVCache:
             return ()
         owned = kept - 1 if copy_last else kept
         # Pages past the truncation are given back first, unless allocating still might fail.
-        freed = [page for page in pages[kept:] if not self._pages.shared(page)]
-        if needed - owned > self._pages.free + len(freed):
+        freed = [page for page in pages[kept:] if self._pages.last_user(page)]
+        if needed - owned > self._pages.available + len(freed):
             raise CacheFullError(
                 f"the KV cache has {self.tokens_free} of {self.tokens} tokens free,"
                 f" the step needs {(needed - owned) * PAGE_TOKENS}"
             )
         self._pages.release(pages[kept:])
         del pages[kept:]
+        self._prefixes.trim()
+        self._prefixes.make_room(needed - owned)
         try:
             fresh = self._pages.allocate(needed - owned, after=pages[owned - 1] if owned else None)
         except OutOfPagesError:  # pragma: no cover - checked above

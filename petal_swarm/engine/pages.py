@@ -3,11 +3,14 @@
 A page is `PAGE_TOKENS` consecutive rows of the pool. Attention reads a sequence without copying where
 its pages are consecutive, so the allocator's aim is long runs: a sequence grows into the page behind
 its last one, and a new one starts in the middle of the largest gap, which leaves its neighbour room.
+
+A page may be kept for later sessions (`keep`). While nobody else uses it, it is idle: not free, and
+given up, the longest idle first, by `drop_oldest_idle`.
 """
 
 from __future__ import annotations
 
-PAGE_TOKENS = 16
+from collections.abc import Sequence
 
 
 class OutOfPagesError(Exception):
@@ -19,7 +22,19 @@ class PageAllocator:
 
     def __init__(self, num_pages: int) -> None:
         self._counts = [0] * num_pages
+        self._kept: set[int] = set()
+        self._idle: dict[int, None] = {}  # ordered by when they became idle
         self.free = num_pages
+
+    @property
+    def idle(self) -> int:
+        """Kept pages that nobody uses."""
+        return len(self._idle)
+
+    @property
+    def available(self) -> int:
+        """Pages that are free or could be freed."""
+        return self.free + len(self._idle)
 
     def allocate(self, count: int, *, after: int | None = None) -> list[int]:
         """`count` pages, behind page `after` if that is possible, in as few runs as it finds.
@@ -40,18 +55,41 @@ class PageAllocator:
         self.free -= count
         return pages
 
-    def share(self, pages: list[int]) -> None:
+    def share(self, pages: Sequence[int]) -> None:
         for page in pages:
             self._counts[page] += 1
+            self._idle.pop(page, None)
 
-    def release(self, pages: list[int]) -> None:
-        for page in pages:
+    def release(self, pages: Sequence[int]) -> None:
+        """Give up pages of a sequence, which are in order: the last one becomes idle first."""
+        for page in reversed(pages):
             self._counts[page] -= 1
             if self._counts[page] == 0:
                 self.free += 1
+            elif self._counts[page] == 1 and page in self._kept:
+                self._idle[page] = None
+
+    def keep(self, page: int) -> None:
+        """Keep a page that is in use when its users have gone."""
+        self._kept.add(page)
+        self._counts[page] += 1
+
+    def drop_oldest_idle(self) -> int:
+        """Free the page that has been idle for longest, and return its number; there must be one."""
+        page = next(iter(self._idle))
+        del self._idle[page]
+        self._kept.remove(page)
+        self._counts[page] = 0
+        self.free += 1
+        return page
 
     def shared(self, page: int) -> bool:
+        """Whether writing to the page would change what somebody else reads."""
         return self._counts[page] > 1
+
+    def last_user(self, page: int) -> bool:
+        """Whether the page is free or idle once one more user has gone."""
+        return self._counts[page] - (page in self._kept) == 1
 
     def _place(self, count: int) -> int:
         """Where to start in the largest gap."""

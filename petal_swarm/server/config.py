@@ -33,6 +33,7 @@ class ServerConfig:
     dtype: str = "auto"
     quant: str = "none"
     kv_tokens: int | None = None
+    prefix_tokens: int | None = None
     max_batch_tokens: int = 2048
     name: str = ""
     drain_timeout_s: float = 60.0
@@ -51,6 +52,8 @@ class ServerConfig:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {value}")
+        if self.prefix_tokens is not None and self.prefix_tokens < 0:
+            raise ConfigError(f"--prefix-tokens must be at least 0, got {self.prefix_tokens}")
         if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
             raise ConfigError(f"--kv-tokens must be at least {MIN_KV_TOKENS}, got {self.kv_tokens}")
 

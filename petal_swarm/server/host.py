@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from petal_swarm.engine.compute import Compute
+from petal_swarm.engine.prefixes import PrefixScope
 from petal_swarm.errors import (
     BadMessageError,
     BusyError,
@@ -88,8 +89,9 @@ class SessionHost:
         self._sessions[opening.session] = session
         try:
             engine = self._compute.engine
+            scope = _prefix_scope(opening) if opening.share_prefixes else None
             admitted = self._compute.call(
-                lambda: engine.open_session(opening.session, max_length=opening.max_length)
+                lambda: engine.open_session(opening.session, max_length=opening.max_length, scope=scope)
             )
             async with asyncio.timeout(self._limits.open_timeout_s):
                 await asyncio.wrap_future(admitted)
@@ -180,6 +182,12 @@ class SessionHost:
         arrival = self._arrivals.pop(session, None)
         if arrival is not None:
             arrival.set()
+
+
+def _prefix_scope(opening: Open) -> PrefixScope:
+    """With whom a session shares prefixes: the first hop trusts what it computed, others one peer each."""
+    upstream = opening.upstream or ""
+    return PrefixScope(f"{opening.span} {upstream}".encode(), hashes=opening.upstream is None)
 
 
 @contextlib.asynccontextmanager

@@ -24,8 +24,18 @@ from petal_swarm.errors import (
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.server.config import SessionLimits
+from petal_swarm.server.prefix_steps import PrefixSteps
 from petal_swarm.wire.frames import Buffer
-from petal_swarm.wire.messages import Error, Message, Open, Output, Step, TensorMeta
+from petal_swarm.wire.messages import (
+    Error,
+    FindPrefix,
+    Message,
+    Open,
+    Output,
+    PrefixFound,
+    Step,
+    TensorMeta,
+)
 from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
 
 logger = logging.getLogger(__name__)
@@ -69,6 +79,9 @@ class HostedSession:
         self._last_active = self._loop.time()
         self._in_flight = 0
         self._bytes_in_flight = 0
+        self._computing = 0
+        self._prefixes = PrefixSteps(self, compute) if opening.share_prefixes else None
+        self._settled = asyncio.Event()
         self._room = asyncio.Event()
         self._ended = asyncio.Event()
 
@@ -79,6 +92,8 @@ class HostedSession:
     def attach_next(self, channel: Channel) -> None:
         """Results of this hop go to `channel`, a push stream to the next hop."""
         self._next = channel
+        if self._prefixes is not None:
+            self._prefixes.attach_next(channel)
 
     async def take_steps(self, source: Channel) -> None:
         """Take steps from `source` until it ends; reads no faster than results leave.
@@ -154,7 +169,9 @@ class HostedSession:
         """Wait for the next hop to fail, and tell the client so."""
         assert self._next is not None
         try:
-            message = await self._next.receive()
+            while isinstance(message := await self._next.receive(), PrefixFound):
+                if self._prefixes is not None:
+                    self._prefixes.answered(message)
             reason = message.message if isinstance(message, Error) else "it ended the stream"
         except PetalSwarmError as error:
             reason = str(error)
@@ -179,6 +196,8 @@ class HostedSession:
         self._end()
         if self._throttled is not None:
             self._throttled.cancel()
+        if self._prefixes is not None:
+            self._prefixes.close()
         if self._next is not None:
             await self._next.close()
 
@@ -193,6 +212,9 @@ class HostedSession:
 
     def _submit(self, message: Message) -> None:
         """Check what can be checked here and hand the step to the engine."""
+        if isinstance(message, FindPrefix) and self._prefixes is not None and self._source is not None:
+            self._prefixes.ask(message, self._source)
+            return
         if not isinstance(message, Step):
             raise BadMessageError(f"expected a step, got {message.type!r}")
         if message.epoch < self.opening.epoch:
@@ -212,32 +234,68 @@ class HostedSession:
         self._last_step = message.step
         self._in_flight += 1
         self._bytes_in_flight += message.tensor.nbytes
-        request = StepRequest(
+        if self._prefixes is not None and self._prefixes.takes(message):
+            self._prefixes.hold(message, arrived)
+        else:
+            self.hand_over(message, arrived)
+
+    def request_of(self, step: Step) -> StepRequest:
+        """What the engine is asked for a step of this session."""
+        return StepRequest(
             session=self.opening.session,
             blocks=self.opening.span,
-            slices=message.slices,
-            hidden=decode_tensor(message.tensor, message.payload),
-            forks=message.forks,
-            rows=message.rows if self.opening.next is None else "all",
+            slices=step.slices,
+            hidden=decode_tensor(step.tensor, step.payload),
+            forks=step.forks,
+            rows=step.rows if self.opening.next is None else "all",
+            keys=step.keys,
         )
-        # Behind a step that waits in the other thread this one would overtake it.
-        result = self._compute.run_now(request) if self._in_flight == 1 else None
-        if result is not None:
-            self._deliver(message, arrived, *_encode(message, result))
-        else:
-            self._compute.submit(request, lambda result: self._computed(message, arrived, result))
 
-    def _computed(self, step: Step, arrived: float, result: StepResult) -> None:
+    def hand_over(self, step: Step, arrived: float, held_s: float = 0.0) -> None:
+        """Give a step to the engine; `arrived` is when it came, `held_s` how long it was held back since."""
+        request = self.request_of(step)
+        self._computing += 1
+        # Behind a step that waits in the other thread this one would overtake it.
+        result = self._compute.run_now(request) if self._computing == 1 else None
+        if result is not None:
+            self._deliver(step, arrived, held_s, *_encode(step, result))
+        else:
+            self._compute.submit(request, lambda result: self._computed(step, arrived, held_s, result))
+
+    def nothing_left(self, step: Step) -> None:
+        """A step all of whose rows are known already, and of which nobody wants an answer."""
+        self._in_flight -= 1
+        self.shrunk(step.tensor.nbytes)
+
+    def shrunk(self, nbytes: int) -> None:
+        """So many bytes in flight need not be computed."""
+        self._bytes_in_flight -= nbytes
+        self._room.set()
+
+    async def settled(self) -> None:
+        """Wait until the engine has computed every step that it was given."""
+        while self._computing:
+            self._settled.clear()
+            await self._settled.wait()
+
+    def _computed(self, step: Step, arrived: float, held_s: float, result: StepResult) -> None:
         """In the compute thread: encode there, so that the event loop only writes."""
         outcome = _encode(step, result)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self._loop.call_soon_threadsafe(self._deliver, step, arrived, *outcome)
+            self._loop.call_soon_threadsafe(self._deliver, step, arrived, held_s, *outcome)
 
     def _deliver(
-        self, step: Step, arrived: float, result: StepResult, encoded: tuple[TensorMeta, Buffer] | None
+        self,
+        step: Step,
+        arrived: float,
+        held_s: float,
+        result: StepResult,
+        encoded: tuple[TensorMeta, Buffer] | None,
     ) -> None:
+        self._computing -= 1
         self._in_flight -= 1
         self._bytes_in_flight -= step.tensor.nbytes
+        self._settled.set()
         self._room.set()
         if self.ended:
             return
@@ -246,11 +304,11 @@ class HostedSession:
             return
         meta, payload = encoded
         elapsed = time.perf_counter() - arrived
-        self._overhead.add(elapsed - result.compute_s)
+        self._overhead.add(elapsed - result.compute_s - held_s)
         trace = (*step.trace, elapsed)
         try:
             if self._next is not None:
-                step.tensor, step.payload, step.trace = meta, payload, trace
+                step.tensor, step.payload, step.trace, step.keys = meta, payload, trace, result.keys
                 self._next.send(step)
             elif step.rows != "none":
                 self._client.send(

@@ -196,7 +196,13 @@ class Server:
         kv_tokens = self.config.kv_tokens or default_kv_tokens(
             self.checkpoint.config, len(self.span), self._dtype, self._device
         )
-        engine = Engine(stack, kv_tokens=kv_tokens, max_batch_tokens=self.config.max_batch_tokens)
+        prefix_tokens = self.config.prefix_tokens
+        engine = Engine(
+            stack,
+            kv_tokens=kv_tokens,
+            max_batch_tokens=self.config.max_batch_tokens,
+            prefix_tokens=kv_tokens // 2 if prefix_tokens is None else prefix_tokens,
+        )
         engine.measure()
         return engine
 

@@ -16,6 +16,7 @@ from petal_swarm.errors import LocalProtocolError, RemoteProtocolError
 from petal_swarm.wire.frames import Buffer, FrameDecoder
 from petal_swarm.wire.messages import (
     Error,
+    FindPrefix,
     Listing,
     ListRequest,
     Message,
@@ -24,6 +25,7 @@ from petal_swarm.wire.messages import (
     Output,
     Ping,
     Pong,
+    PrefixFound,
     PushOpen,
     Step,
     decode,
@@ -67,6 +69,8 @@ PUSH_TABLE: Final[Table] = {
     (State.OPENING, Role.LISTENER, Opened): State.OPEN,
     (State.OPENING, Role.LISTENER, Error): State.ENDED,
     (State.OPEN, Role.DIALER, Step): State.OPEN,
+    (State.OPEN, Role.DIALER, FindPrefix): State.OPEN,
+    (State.OPEN, Role.LISTENER, PrefixFound): State.OPEN,
     (State.OPEN, Role.LISTENER, Error): State.ENDED,
 }
 

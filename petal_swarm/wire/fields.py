@@ -50,6 +50,14 @@ def text(header: Header, name: str, default: str | None = None, *, limit: int = 
     return value
 
 
+def flag(header: Header, name: str, default: bool) -> bool:
+    """A truth value."""
+    value = header.get(name, default)
+    if type(value) is not bool:
+        raise _bad(name, "true or false", value)
+    return value
+
+
 def choice(header: Header, name: str, allowed: tuple[str, ...], default: str | None = None) -> str:
     """One of `allowed`."""
     value = header.get(name, default)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
 
 from petal_swarm.errors import LocalProtocolError, RemoteProtocolError, UnknownVersionError
 from petal_swarm.span import Slice, Span
@@ -26,6 +26,10 @@ MAX_STEP = 1 << 53
 MAX_HOPS = 1024
 MAX_ANNOUNCEMENTS = 512
 MAX_RECORD_BYTES = 8 << 10
+#: Prefixes are shared in pages of so many tokens; a key stands for everything up to a page's end.
+PAGE_TOKENS = 16
+PAGE_KEY_BYTES = 32
+MAX_PAGES = 4096
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 CODECS = ("raw",)
@@ -71,6 +75,33 @@ class TensorMeta(NamedTuple):
         return meta
 
 
+class PageKeys(NamedTuple):
+    """Keys of consecutive full pages of a sequence, from page `first_page` on, each `PAGE_KEY_BYTES` long."""
+
+    sequence: int
+    first_page: int
+    keys: tuple[bytes, ...]
+
+    def to_header(self) -> list[Any]:
+        return [self.sequence, self.first_page, b"".join(self.keys)]
+
+    @classmethod
+    def from_header(cls, value: Any) -> PageKeys:
+        if type(value) is not list or len(value) != 3:
+            raise RemoteProtocolError(
+                f"field 'keys': expected [sequence, first page, keys], got {fields.shown(value)}"
+            )
+        entry = {"sequence": value[0], "first_page": value[1], "keys": value[2]}
+        joined = fields.raw(entry, "keys", 0, MAX_PAGES * PAGE_KEY_BYTES)
+        if len(joined) % PAGE_KEY_BYTES:
+            raise RemoteProtocolError(f"field 'keys': {len(joined)} bytes are no whole number of keys")
+        return cls(
+            _sequence(entry["sequence"]),
+            fields.integer(entry, "first_page", 0, MAX_POSITION // PAGE_TOKENS),
+            tuple(joined[i : i + PAGE_KEY_BYTES] for i in range(0, len(joined), PAGE_KEY_BYTES)),
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Neighbour:
     """A peer on a route and where to dial it."""
@@ -93,7 +124,8 @@ class Neighbour:
 class Open:
     """Client to each hop: begin a session on `span`.
 
-    `upstream` is None at the first hop, `next` at the last.
+    `upstream` is None at the first hop, `next` at the last. With `share_prefixes` the session may start
+    behind a prefix that another session has left, and leaves its own.
     """
 
     type: ClassVar[str] = "open"
@@ -104,6 +136,7 @@ class Open:
     max_length: int
     upstream: str | None = None
     next: Neighbour | None = None
+    share_prefixes: bool = False
     version: int = VERSION
 
     def to_header(self) -> dict[str, Any]:
@@ -112,6 +145,7 @@ class Open:
             "version": self.version,
             "session": self.session,
             "epoch": self.epoch,
+            "share_prefixes": self.share_prefixes,
             "model": self.model,
             "span": [self.span.start, self.span.end],
             "max_length": self.max_length,
@@ -135,6 +169,7 @@ class Open:
             next=Neighbour.from_header(fields.mapping(header, "next"))
             if header.get("next") is not None
             else None,
+            share_prefixes=fields.flag(header, "share_prefixes", False),
         )
 
 
@@ -194,7 +229,8 @@ class Step:
     Before anything else, if `forks` is not None, sequence i becomes a copy of sequence `forks[i]`
     and all others end. Then each slice truncates its sequence to its position, and appends.
     `rows` says which rows the last hop answers with. `trace` holds, for each hop so far, the seconds
-    from a step's arrival to its departure.
+    from a step's arrival to its departure. `keys`, between hops, are those of the pages that the step
+    completes.
     """
 
     type: ClassVar[str] = "step"
@@ -206,6 +242,7 @@ class Step:
     rows: Rows = "last"
     forks: tuple[int, ...] | None = None
     trace: tuple[float, ...] = ()
+    keys: tuple[PageKeys, ...] = ()
 
     def to_header(self) -> dict[str, Any]:
         header: dict[str, Any] = {
@@ -220,6 +257,8 @@ class Step:
             header["forks"] = self.forks
         if self.trace:
             header["trace"] = self.trace
+        if self.keys:
+            header["keys"] = [pages.to_header() for pages in self.keys]
         return header
 
     @classmethod
@@ -241,6 +280,56 @@ class Step:
             fields.choice(header, "rows", ROWS),  # type: ignore[arg-type]
             None if forks is None else fields.items(header, "forks", _sequence, limit=MAX_SEQUENCES, low=1),
             fields.items(header, "trace", _seconds, limit=MAX_HOPS),
+            fields.items(header, "keys", PageKeys.from_header, limit=MAX_SEQUENCES),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FindPrefix:
+    """Hop k-1 to hop k: what do you hold of these prefixes? Comes before the step `step` that needs it.
+
+    Every hop that finds pages lets the sequence start behind them, and asks the next one for as many.
+    """
+
+    type: ClassVar[str] = "find-prefix"
+    step: int
+    epoch: int
+    keys: tuple[PageKeys, ...]
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "step": self.step,
+            "epoch": self.epoch,
+            "keys": [pages.to_header() for pages in self.keys],
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> FindPrefix:
+        header = frame.header
+        return cls(
+            fields.integer(header, "step", 0, MAX_STEP),
+            fields.integer(header, "epoch", 0, MAX_STEP),
+            fields.items(header, "keys", PageKeys.from_header, limit=MAX_SEQUENCES, low=1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixFound:
+    """Answer to `FindPrefix`: how many pages this hop and all behind it hold, for each of its entries."""
+
+    type: ClassVar[str] = "prefix-found"
+    step: int
+    pages: tuple[int, ...]
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "step": self.step, "pages": self.pages}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> PrefixFound:
+        return cls(
+            fields.integer(frame.header, "step", 0, MAX_STEP),
+            fields.items(frame.header, "pages", _pages, limit=MAX_SEQUENCES, low=1),
         )
 
 
@@ -354,11 +443,22 @@ class Listing:
         return cls(_split_records(fields.integer(frame.header, "count", 0, MAX_ANNOUNCEMENTS), frame.payload))
 
 
-Message: TypeAlias = Open | PushOpen | Opened | Step | Output | Error | Ping | Pong | ListRequest | Listing
+Message: TypeAlias = (
+    Open
+    | PushOpen
+    | Opened
+    | Step
+    | FindPrefix
+    | PrefixFound
+    | Output
+    | Error
+    | Ping
+    | Pong
+    | ListRequest
+    | Listing
+)
 
-_TYPES: dict[str, type[Message]] = {
-    cls.type: cls for cls in (Open, PushOpen, Opened, Step, Output, Error, Ping, Pong, ListRequest, Listing)
-}
+_TYPES: dict[str, type[Message]] = {cls.type: cls for cls in get_args(Message)}
 
 
 def encode(message: Message) -> list[Buffer]:
@@ -420,6 +520,10 @@ def _is_extent(value: Any) -> bool:
 
 def _sequence(value: Any) -> int:
     return fields.integer({"sequence": value}, "sequence", 0, MAX_SEQUENCES - 1)
+
+
+def _pages(value: Any) -> int:
+    return fields.integer({"pages": value}, "pages", 0, MAX_PAGES)
 
 
 def _seconds(value: Any) -> float:

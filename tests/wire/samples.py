@@ -13,13 +13,17 @@ from petal_swarm.wire.fields import MAX_TEXT
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import (
     DTYPE_BYTES,
+    MAX_PAGES,
     MAX_POSITION,
     MAX_RECORD_BYTES,
     MAX_SEQUENCES,
     MAX_STEP,
+    PAGE_KEY_BYTES,
+    PAGE_TOKENS,
     ROWS,
     SESSION_ID_BYTES,
     Error,
+    FindPrefix,
     Listing,
     ListRequest,
     Message,
@@ -27,8 +31,10 @@ from petal_swarm.wire.messages import (
     Open,
     Opened,
     Output,
+    PageKeys,
     Ping,
     Pong,
+    PrefixFound,
     PushOpen,
     Step,
     TensorMeta,
@@ -71,6 +77,15 @@ def tensors(draw: st.DrawFn, rows: int | None = None) -> tuple[TensorMeta, bytes
     return meta, draw(st.binary(min_size=meta.nbytes, max_size=meta.nbytes))
 
 
+page_keys = st.builds(
+    PageKeys,
+    sequence=integers(0, MAX_SEQUENCES - 1),
+    first_page=integers(0, MAX_POSITION // PAGE_TOKENS),
+    keys=st.lists(st.binary(min_size=PAGE_KEY_BYTES, max_size=PAGE_KEY_BYTES), max_size=3).map(tuple),
+)
+page_key_lists = st.lists(page_keys, min_size=1, max_size=3).map(tuple)
+
+
 @st.composite
 def step_messages(draw: st.DrawFn) -> Step:
     sequences = draw(st.lists(integers(0, MAX_SEQUENCES - 1), min_size=1, max_size=4, unique=True))
@@ -87,6 +102,7 @@ def step_messages(draw: st.DrawFn) -> Step:
         rows=draw(st.sampled_from(ROWS)),
         forks=draw(st.none() | st.lists(integers(0, MAX_SEQUENCES - 1), min_size=1, max_size=4).map(tuple)),
         trace=draw(traces),
+        keys=draw(st.just(()) | page_key_lists),
     )
 
 
@@ -100,6 +116,7 @@ opens = st.builds(
     max_length=integers(1, MAX_POSITION),
     upstream=st.none() | texts(128),
     next=st.none() | neighbours,
+    share_prefixes=st.booleans(),
 )
 push_opens = st.builds(PushOpen, session=sessions, epoch=steps)
 openeds = st.builds(
@@ -111,6 +128,10 @@ openeds = st.builds(
 outputs = st.builds(
     lambda step, epoch, tensor, trace: Output(step, epoch, *tensor, trace), steps, steps, tensors(), traces
 )
+questions = st.builds(FindPrefix, step=steps, epoch=steps, keys=page_key_lists)
+answers = st.builds(
+    PrefixFound, step=steps, pages=st.lists(integers(0, MAX_PAGES), min_size=1, max_size=3).map(tuple)
+)
 errors = st.builds(Error, code=texts(64), message=texts(MAX_TEXT), step=st.none() | steps)
 records = st.binary(min_size=1, max_size=20) | st.just(bytes(MAX_RECORD_BYTES))
 listings = st.builds(Listing, st.lists(records, max_size=4).map(tuple))
@@ -118,6 +139,8 @@ listings = st.builds(Listing, st.lists(records, max_size=4).map(tuple))
 BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
     Open: opens,
     PushOpen: push_opens,
+    FindPrefix: questions,
+    PrefixFound: answers,
     Opened: openeds,
     Step: step_messages(),
     Output: outputs,
@@ -161,6 +184,7 @@ EXAMPLES: dict[type[Message], Message] = {
         max_length=99,
         upstream="peer-1",
         next=Neighbour("peer-3", ("/ip4/127.0.0.1/tcp/4",)),
+        share_prefixes=True,
     ),
     PushOpen: PushOpen(session=bytes(16), epoch=1),
     Opened: Opened("float16", 512, 4096),
@@ -173,7 +197,10 @@ EXAMPLES: dict[type[Message], Message] = {
         rows="all",
         forks=(1, 1),
         trace=(0.25,),
+        keys=(PageKeys(1, 0, (bytes(32),)),),
     ),
+    FindPrefix: FindPrefix(6, 1, (PageKeys(1, 2, (bytes(range(32)), bytes(32))),)),
+    PrefixFound: PrefixFound(6, (1, 0)),
     Output: Output(5, 1, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
     Error: Error("busy", "try again later", 5),
     Ping: Ping(),

@@ -23,6 +23,7 @@ from petal_swarm.wire.connection import (
 )
 from petal_swarm.wire.messages import (
     Error,
+    FindPrefix,
     Listing,
     ListRequest,
     Message,
@@ -31,6 +32,7 @@ from petal_swarm.wire.messages import (
     Output,
     Ping,
     Pong,
+    PrefixFound,
     PushOpen,
     Step,
     encode,
@@ -51,6 +53,7 @@ FLOWS: list[tuple[str, Flow]] = [
     ("session", [(D, Open), (L, Error)]),
     ("session", [(L, Error)]),
     ("push", [(D, PushOpen), (L, Opened), (D, Step), (D, Step), (L, Error)]),
+    ("push", [(D, PushOpen), (L, Opened), (D, FindPrefix), (L, PrefixFound), (D, Step), (L, Error)]),
     ("push", [(D, PushOpen), (L, Error)]),
     ("push", [(L, Error)]),
     ("directory", [(D, Ping), (L, Pong), (D, ListRequest), (L, Listing), (D, Ping), (L, Pong), (L, Error)]),

@@ -21,11 +21,13 @@ from petal_swarm.wire.messages import (
     MAX_ANNOUNCEMENTS,
     MAX_EXTENT,
     MAX_HOPS,
+    MAX_PAGES,
     MAX_POSITION,
     MAX_RECORD_BYTES,
     MAX_SEQUENCES,
     MAX_STEP,
     Error,
+    FindPrefix,
     Listing,
     ListRequest,
     Message,
@@ -34,6 +36,7 @@ from petal_swarm.wire.messages import (
     Output,
     Ping,
     Pong,
+    PrefixFound,
     PushOpen,
     Step,
     TensorMeta,
@@ -122,6 +125,7 @@ BAD: dict[type[Message], dict[str, list[Any]]] = {
         "next": [5, "peer", []],
         "next__peer_id": [*TEXTS, "x" * 129, ...],
         "next__addresses": [*LISTS, [""] * (MAX_ADDRESSES + 1)],
+        "share_prefixes": [None, 0, 1, "true", []],
     },
     PushOpen: {"session": [*SESSIONS, ...], "epoch": [*STEP_NUMBERS, ...]},
     Opened: {
@@ -151,6 +155,16 @@ BAD: dict[type[Message], dict[str, list[Any]]] = {
         ],
         "forks": [*LISTS, [], [0] * (MAX_SEQUENCES + 1)],
         "trace": [*LISTS, None, [0.0] * (MAX_HOPS + 1)],
+        "keys": [*LISTS, None, [None], [[0, 0]], [[0, 0, bytes(31)]], [[0, 0, "x" * 32]]],
+    },
+    FindPrefix: {
+        "step": [*STEP_NUMBERS, ...],
+        "epoch": [*STEP_NUMBERS, ...],
+        "keys": [*LISTS, None, [], [[0, 0, bytes(32 * (MAX_PAGES + 1))]], ...],
+    },
+    PrefixFound: {
+        "step": [*STEP_NUMBERS, ...],
+        "pages": [*LISTS, None, [], [-1], [MAX_PAGES + 1], [1.0], [True], ...],
     },
     Output: {
         "step": [*STEP_NUMBERS, ...],
@@ -288,6 +302,15 @@ def test_tensors_that_lie_about_their_size(kind: type[Message], shape: list[int]
 def test_forks_that_are_none(forks: list[Any]) -> None:
     with pytest.raises(RemoteProtocolError, match="'sequence'"):
         decode(altered(Step, forks=forks))
+
+
+@pytest.mark.parametrize("kind", [Step, FindPrefix])
+@pytest.mark.parametrize(
+    "entry", [[-1, 0], [MAX_SEQUENCES, 0], [0, -1], [0, MAX_POSITION], [True, 0]], ids=repr
+)
+def test_page_keys_that_are_none(kind: type[Message], entry: list[Any]) -> None:
+    with pytest.raises(RemoteProtocolError, match=r"'sequence'|'first_page'"):
+        decode(altered(kind, keys=[[*entry, bytes(32)]]))
 
 
 @pytest.mark.parametrize(
