@@ -24,6 +24,7 @@ MAX_EXTENT = 1 << 31
 MAX_SEQUENCES = 1024
 MAX_STEP = 1 << 53
 MAX_HOPS = 1024
+MAX_WAIT_S = 600
 MAX_ANNOUNCEMENTS = 512
 MAX_RECORD_BYTES = 8 << 10
 
@@ -93,7 +94,8 @@ class Neighbour:
 class Open:
     """Client to each hop: begin a session on `span`.
 
-    `upstream` is None at the first hop, `next` at the last.
+    `upstream` is None at the first hop, `next` at the last. `wait_s` is how long the client will wait
+    for room, in seconds.
     """
 
     type: ClassVar[str] = "open"
@@ -104,6 +106,7 @@ class Open:
     max_length: int
     upstream: str | None = None
     next: Neighbour | None = None
+    wait_s: float = 0.0
     version: int = VERSION
 
     def to_header(self) -> dict[str, Any]:
@@ -117,6 +120,7 @@ class Open:
             "max_length": self.max_length,
             "upstream": self.upstream,
             "next": self.next.to_header() if self.next else None,
+            "wait_s": self.wait_s,
         }
 
     @classmethod
@@ -135,6 +139,7 @@ class Open:
             next=Neighbour.from_header(fields.mapping(header, "next"))
             if header.get("next") is not None
             else None,
+            wait_s=fields.number(header, "wait_s", 0, MAX_WAIT_S, 0.0),
         )
 
 

@@ -17,6 +17,7 @@ from petal_swarm.wire.messages import (
     MAX_RECORD_BYTES,
     MAX_SEQUENCES,
     MAX_STEP,
+    MAX_WAIT_S,
     ROWS,
     SESSION_ID_BYTES,
     Error,
@@ -100,6 +101,7 @@ opens = st.builds(
     max_length=integers(1, MAX_POSITION),
     upstream=st.none() | texts(128),
     next=st.none() | neighbours,
+    wait_s=st.floats(0, MAX_WAIT_S),
 )
 push_opens = st.builds(PushOpen, session=sessions, epoch=steps)
 openeds = st.builds(

@@ -25,6 +25,7 @@ from petal_swarm.wire.messages import (
     MAX_RECORD_BYTES,
     MAX_SEQUENCES,
     MAX_STEP,
+    MAX_WAIT_S,
     Error,
     Listing,
     ListRequest,
@@ -122,6 +123,7 @@ BAD: dict[type[Message], dict[str, list[Any]]] = {
         "next": [5, "peer", []],
         "next__peer_id": [*TEXTS, "x" * 129, ...],
         "next__addresses": [*LISTS, [""] * (MAX_ADDRESSES + 1)],
+        "wait_s": [-1.0, MAX_WAIT_S + 1, True, "1", None, [], float("nan")],
     },
     PushOpen: {"session": [*SESSIONS, ...], "epoch": [*STEP_NUMBERS, ...]},
     Opened: {
