@@ -77,9 +77,8 @@ def main() -> None:
             print(f"chosen after the last prompt: {chosen_chunk(model, arguments.tokens)} tokens")
     for name, values in results.items():
         ratio = median_ratio(values, results["whole"])
-        print(
-            f"{name}: {statistics.median(values):.2f} s ({min(values):.2f} to {max(values):.2f}), x{ratio:.3f}"
-        )
+        spread = f"({min(values):.2f} to {max(values):.2f})"
+        print(f"{name}: {statistics.median(values):.2f} s {spread}, {ratio:.3f} of whole")
 
 
 if __name__ == "__main__":

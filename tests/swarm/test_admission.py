@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
 import torch
 
+from petal_swarm.engine.compute import InlineCompute
 from petal_swarm.errors import BadMessageError, BusyError, CacheFullError, IdleError
 from petal_swarm.net.channel import Channel
 from petal_swarm.server.host import SessionHost
@@ -51,30 +53,50 @@ class Visitor(Intruder):
         await self.step(channel, torch.zeros(tokens, HIDDEN), (Slice(0, 0, tokens),), step=step)
 
 
+def hand_over_slowly(swarm: LocalSwarm, seconds: float) -> None:
+    """Make the first server's compute thread busy: sessions open and are freed so much later."""
+    compute = swarm.servers[0]._compute
+    assert isinstance(compute, InlineCompute)
+    call = compute.call
+
+    def call_later(function: Callable[[], object]) -> Future[object]:
+        future: Future[object] = Future()
+        swarm.loop.call_later(seconds, lambda: future.set_result(call(function).result()))
+        return future
+
+    compute.call = call_later  # type: ignore[method-assign, assignment]
+    compute.close_session = lambda key: call_later(  # type: ignore[method-assign]
+        lambda: compute.engine.close_session(key)
+    )
+
+
 @pytest.fixture
 def swarm(bloom: Path) -> Iterator[LocalSwarm]:
     """One server with room for 64 tokens."""
     with LocalSwarm(bloom, ["0:4"], kv_tokens=64) as swarm:
         yield swarm
         swarm.kill_strangers()
-        swarm.run(asyncio.sleep(1))
+        swarm.run(asyncio.sleep(3))
         host = host_of(swarm)
         assert host.num_sessions == 0
         assert host.tokens_available == 64
 
 
-def test_a_session_waits_until_another_ends(swarm: LocalSwarm) -> None:
+@pytest.mark.parametrize("slowly_s", [0, 2])
+def test_a_session_waits_until_another_ends(swarm: LocalSwarm, slowly_s: float) -> None:
+    hand_over_slowly(swarm, slowly_s)
+
     async def work() -> None:
         visitor = Visitor(swarm)
         first = await visitor.open(64)
         await visitor.fill(first, 40)
         waiting = asyncio.create_task(visitor.open(32, wait_s=60))
-        await asyncio.sleep(20)
+        await asyncio.sleep(20.2)
         assert not waiting.done()
         await first.close()
         started = swarm.loop.time()
         second = await waiting
-        assert swarm.loop.time() - started < 0.1, "woken, not found out later"
+        assert swarm.loop.time() - started < 2 * slowly_s + 0.1, "woken, not found out later"
         await visitor.fill(second, 32)
 
     swarm.run(work())
@@ -189,7 +211,11 @@ def test_a_session_that_idles_makes_room_for_one_that_waits(swarm: LocalSwarm) -
     swarm.run(work())
 
 
-def test_as_few_idle_sessions_end_as_are_needed(swarm: LocalSwarm) -> None:
+@pytest.mark.parametrize("slowly_s", [0, 2])
+def test_as_few_idle_sessions_end_as_are_needed(swarm: LocalSwarm, slowly_s: float) -> None:
+    """Nor more of them while what one held is still being freed."""
+    hand_over_slowly(swarm, slowly_s)
+
     async def work() -> None:
         visitor, other = Visitor(swarm), Visitor(swarm)
         idle = [await visitor.open(32) for _ in range(4)]
@@ -310,6 +336,25 @@ def test_a_client_waits_where_every_server_is_full(bloom: Path, caplog: pytest.L
         swarm.kill_strangers()
 
 
+def test_the_reason_counts_and_not_the_messenger(bloom: Path) -> None:
+    """The first hop may be quicker to say that the second has refused than the second itself."""
+    with LocalSwarm(bloom, ["0:2", "2:4"], kv_tokens=64) as swarm:
+        model = swarm.model(wait_for_room_s=10)
+        visitor, last = Visitor(swarm), swarm.servers[1].announcement()
+        visitor.target = last.peer_id
+        visitor.opening = dataclasses.replace(visitor.opening, span=last.span)
+
+        async def fill() -> None:
+            await visitor.open(64)
+            await visitor.open(64)
+
+        swarm.run(fill())
+        swarm.network.link(model._swarm.transport.peer_id, last.peer_id).latency_s = 0.1
+        with pytest.raises(CacheFullError, match="0 of 64 tokens free"):
+            model.generate(torch.full((1, 8), 7), max_new_tokens=2)
+        swarm.kill_strangers()
+
+
 def _opening(swarm: LocalSwarm, session: bytes, hop: int, wait_s: float) -> Open:
     first, second = (server.announcement() for server in swarm.servers)
     return Open(
@@ -350,12 +395,16 @@ def test_a_hop_that_waits_for_room_holds_the_others(bloom: Path, full: int) -> N
             blocker.target = server.peer_id
             blocker.opening = dataclasses.replace(blocker.opening, span=server.span)
             blocking = [await blocker.open(64), await blocker.open(64)]
-            opening = asyncio.create_task(_open_both(swarm, b"n" * 16, 45))
+            first, second = [await _ask(swarm, b"n" * 16, hop, 45) for hop in (0, 1)]
+            opened = [
+                asyncio.create_task(channel.expect(Opened, timeout_s=100)) for channel in (first, second)
+            ]
             await asyncio.sleep(30)
-            assert not opening.done()
+            assert not opened[0].done(), "it answers for the hop behind it too"
+            assert opened[1].done() == (full == 0)
             for channel in blocking:
                 await channel.close()
-            first, second = await asyncio.wait_for(opening, 1)
+            await asyncio.wait_for(asyncio.gather(*opened), 1)
             meta, payload = encode_tensor(torch.zeros(5, HIDDEN))
             first.send(Step(0, 0, (Slice(0, 0, 5),), meta, payload))
             await second.expect(Output, timeout_s=1)

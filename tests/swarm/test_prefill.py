@@ -90,6 +90,17 @@ def test_all_rows_of_a_prompt_in_chunks(bloom: Path) -> None:
         assert (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
+def test_chunks_do_not_count_as_a_hops_overhead(bloom: Path) -> None:
+    """They wait for one another, which says nothing about what a step costs."""
+    with LocalSwarm(bloom, ["0:4"]) as swarm:
+        host = swarm.servers[0]._host
+        assert host is not None
+        added: list[float] = []
+        host.overhead.add = added.append  # type: ignore[method-assign]
+        swarm.model(prefill_chunk_tokens=16).generate(prompt(1, 64), max_new_tokens=3, min_new_tokens=3)
+        assert len(added) == 2
+
+
 def test_a_long_prompt_waits_with_the_client_and_not_in_buffers(
     bloom: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
