@@ -170,11 +170,14 @@ class HostedSession:
     @property
     def _idle_limit_s(self) -> float:
         """Short before the first step, and where no step can come any more; the client may still wait
-        for room elsewhere. Behind another hop the first step takes as long as it takes there.
+        for room elsewhere. Behind another hop the first step takes as long as it takes there, and over
+        a slow link as long as it takes to arrive.
         """
         limits = self._limits
-        if self._source is not None and (self._last_step >= 0 or self.opening.upstream is not None):
-            return limits.idle_timeout_s
+        if self._source is not None:
+            may_take_long = self.opening.upstream is not None or self._source.receiving
+            if self._last_step >= 0 or may_take_long:
+                return limits.idle_timeout_s
         waiting_s = min(self.opening.wait_s, limits.max_wait_s)
         return min(limits.idle_timeout_s, limits.first_step_timeout_s + waiting_s)
 

@@ -129,6 +129,29 @@ def test_a_thousand_sessions_opened_and_cut(swarm: LocalSwarm) -> None:
     assert swarm.servers[0].num_sessions == 0
 
 
+def test_who_waits_for_room_elsewhere_does_not_idle_meanwhile(swarm: LocalSwarm) -> None:
+    swarm.run(Intruder(swarm).opened(wait_s=30.0))
+    swarm.run(asyncio.sleep(89))
+    assert swarm.servers[0].num_sessions == 1
+    swarm.run(asyncio.sleep(2))
+    assert swarm.servers[0].num_sessions == 0
+
+
+def test_a_first_step_may_take_long_to_arrive(swarm: LocalSwarm) -> None:
+    async def trickle() -> None:
+        intruder = Intruder(swarm)
+        channel = await intruder.opened()
+        meta, payload = encode_tensor(torch.zeros(2, HIDDEN))
+        frame = b"".join(map(bytes, channel._connection.send(Step(0, 0, (Slice(0, 0, 2),), meta, payload))))
+        for start in range(0, len(frame), 64):
+            channel._stream.write(frame[start : start + 64])
+            await asyncio.sleep(20)
+        await channel.expect(Output, timeout_s=5)
+        await channel.close()
+
+    swarm.run(trickle())
+
+
 def test_a_session_abandoned_behind_another_hop(swarm: LocalSwarm) -> None:
     """Nobody pushes into it; or whoever did has gone."""
 
