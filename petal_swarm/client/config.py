@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 
 from petal_swarm.errors import ConfigError
+from petal_swarm.wire.messages import MAX_WAIT_S
 
 TRANSPORTS = ("auto", "p2pd", "libp2p")
 
@@ -18,9 +19,11 @@ class ClientConfig:
 
     With `share_prefixes`, sessions may start behind what earlier sessions with the same beginning left in
     the servers' KV caches, and leave their own; see `docs/threat-model.md` for what that reveals.
+    `prefill_chunk_tokens` cuts long prompts into steps of so many tokens; None chooses for each route.
+    `wait_for_room_s` is how long to wait in the queue of a full server when no other serves its blocks.
 
     Raises:
-        ConfigError: no initial peers, or an unknown transport.
+        ConfigError: no initial peers, an unknown transport, or a number out of range.
     """
 
     initial_peers: tuple[str, ...]
@@ -32,6 +35,8 @@ class ClientConfig:
     open_attempts: int = 4
     max_step_bytes: int = 16 << 20
     share_prefixes: bool = True
+    prefill_chunk_tokens: int | None = None
+    wait_for_room_s: float = 30.0
 
     def __post_init__(self) -> None:
         if not self.initial_peers:
@@ -41,6 +46,10 @@ class ClientConfig:
             )
         if self.transport not in TRANSPORTS:
             raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
+        if self.prefill_chunk_tokens is not None and self.prefill_chunk_tokens < 1:
+            raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {self.prefill_chunk_tokens}")
+        if not 0 <= self.wait_for_room_s <= MAX_WAIT_S:
+            raise ConfigError(f"wait_for_room_s must be 0 to {MAX_WAIT_S}, got {self.wait_for_room_s}")
 
     def choose_transport(self) -> str:
         """`auto`: the Go daemon where hivemind ships it, py-libp2p elsewhere.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from petal_swarm.errors import (
+    BusyError,
+    CacheFullError,
     HopLostError,
     NetworkError,
     PetalSwarmError,
@@ -18,6 +20,7 @@ from petal_swarm.errors import (
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.route import Hop, Route
+from petal_swarm.span import Span
 from petal_swarm.wire.connection import SESSION_TABLE, Role
 from petal_swarm.wire.messages import SESSION_ID_BYTES, Error, Message, Neighbour, Open, Opened, Output, Step
 from petal_swarm.wire.protocols import SESSION
@@ -26,12 +29,18 @@ HOP_LOST_GRACE_S = 0.2
 
 
 class OpenFailedError(PetalSwarmError):
-    """A hop could not be opened: `peer_id` is to be avoided. Handled by `Swarm.open_ring`."""
+    """A hop of `span` could not be opened: `peer_id` is to be avoided. Handled by `Swarm.open_ring`."""
 
-    def __init__(self, peer_id: str, error: PetalSwarmError) -> None:
+    def __init__(self, peer_id: str, span: Span, error: PetalSwarmError) -> None:
         super().__init__(str(error))
         self.peer_id = peer_id
+        self.span = span
         self.error = error
+
+    @property
+    def is_full(self) -> bool:
+        """Whether waiting may help."""
+        return isinstance(self.error, (CacheFullError, BusyError))
 
 
 class Ring:
@@ -57,30 +66,37 @@ class Ring:
         model: str,
         max_length: int,
         timeout_s: float,
+        wait_s: float = 0.0,
         share_prefixes: bool = False,
     ) -> Ring:
         """Open the session at every hop at once; returns when each is connected to the next.
+
+        A hop without room may let the session wait for `wait_s`, which comes on top of `timeout_s`.
 
         Raises:
             OpenFailedError: a hop is unreachable or refuses; none stays open.
         """
         session = secrets.token_bytes(SESSION_ID_BYTES)
+        hops: list[Hop | None] = [None, *route.hops, None]
         attempts = []
-        for hop, upstream, following in _neighbours(route):
+        for before, hop, after in zip(hops, route.hops, hops[2:], strict=False):
             opening = Open(
                 session=session,
                 epoch=0,
                 model=model,
                 span=hop.span,
                 max_length=max_length,
-                upstream=upstream.peer_id if upstream else None,
-                next=Neighbour(following.peer_id, following.addresses) if following else None,
+                upstream=before.peer_id if before else None,
+                next=Neighbour(after.peer_id, after.addresses) if after else None,
+                wait_s=wait_s,
                 share_prefixes=share_prefixes,
             )
             attempts.append(asyncio.create_task(_open_hop(transport, hop, opening, timeout_s)))
         try:
             answers = await asyncio.gather(*attempts)
         except BaseException as error:
+            if isinstance(error, OpenFailedError) and isinstance(error.error, HopLostError):
+                await asyncio.wait(attempts, timeout=HOP_LOST_GRACE_S)  # it may be telling why itself
             for attempt in attempts:
                 attempt.cancel()
             for outcome in await asyncio.gather(*attempts, return_exceptions=True):
@@ -105,8 +121,10 @@ class Ring:
         self._channels[0].send(step)
         return answer
 
-    async def exchange(self, steps: Sequence[Step]) -> list[Output | None]:
+    async def exchange(self, steps: Iterable[Step]) -> list[Output | None]:
         """Send steps, all before the first answer is waited for; the output of each that wants rows.
+
+        Steps are taken from the iterable as the network takes them.
 
         Raises:
             PetalSwarmError: why the session has ended.
@@ -160,12 +178,6 @@ class Ring:
         self._pending.clear()
 
 
-def _neighbours(route: Route) -> Iterator[tuple[Hop, Hop | None, Hop | None]]:
-    """Each hop, the one before it and the one behind it."""
-    hops: list[Hop | None] = [None, *route.hops, None]
-    return zip(route.hops, hops, hops[2:], strict=False)
-
-
 async def _open_hop(
     transport: Transport, hop: Hop, opening: Open, timeout_s: float
 ) -> tuple[Channel, Opened]:
@@ -176,20 +188,15 @@ async def _open_hop(
         )
         channel = Channel(stream, SESSION_TABLE, Role.DIALER)
         channel.send(opening)
-        return channel, await channel.expect(Opened, timeout_s=timeout_s)
+        return channel, await channel.expect(Opened, timeout_s=timeout_s + opening.wait_s)
     except BaseException as error:
         if channel is not None:
             channel.abort()
         if not isinstance(error, PetalSwarmError):
             raise
-        raise OpenFailedError(_to_blame(opening, hop, error), error) from error
-
-
-def _to_blame(opening: Open, hop: Hop, error: PetalSwarmError) -> str:
-    """A hop that reports the loss of its next one is not the one to avoid."""
-    if isinstance(error, HopLostError) and opening.next is not None:
-        return opening.next.peer_id
-    return hop.peer_id
+        # A hop that reports the loss of its next one is not the one to avoid.
+        lost = opening.next if isinstance(error, HopLostError) else None
+        raise OpenFailedError(lost.peer_id if lost else hop.peer_id, hop.span, error) from error
 
 
 def _more_telling(first: OpenFailedError, second: OpenFailedError) -> OpenFailedError:

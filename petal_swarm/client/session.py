@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import NamedTuple
 
@@ -15,9 +15,10 @@ from petal_swarm.client.packing import Chunk, chunk_slices
 from petal_swarm.client.ring import Ring
 from petal_swarm.client.swarm import ModelRef, Swarm
 from petal_swarm.errors import ConfigError, PetalSwarmError, RemoteProtocolError, SessionTooLongError
+from petal_swarm.routing.prefill import MIN_CHUNK_TOKENS, choose_chunk, stages_of
 from petal_swarm.routing.route import Route
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import MAX_SEQUENCES, Output, Rows, Step
+from petal_swarm.wire.messages import MAX_POSITION, MAX_SEQUENCES, Output, Rows, Step
 from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
 
 CLOSE_TIMEOUT_S = 10.0
@@ -43,8 +44,8 @@ class InferenceSession:
     """
 
     def __init__(self, loop: LoopThread, swarm: Swarm, model: ModelRef, *, max_length: int) -> None:
-        if max_length < 1:
-            raise ConfigError(f"max_length must be at least 1, got {max_length}")
+        if not 1 <= max_length <= MAX_POSITION:
+            raise ConfigError(f"max_length must be at least 1 and at most {MAX_POSITION}, got {max_length}")
         self.max_length = max_length
         self.output_ids: torch.Tensor | None = None
         self.attention_mask: torch.Tensor | None = None
@@ -184,7 +185,8 @@ class InferenceSession:
             raise ConfigError("the session is closed; open a new one")
         if self._ring is None:
             config = self._swarm.config
-            limit = config.wait_for_blocks_s + config.open_attempts * (2 * config.open_timeout_s)
+            limit = config.wait_for_blocks_s + (config.open_attempts + 1) * (2 * config.open_timeout_s)
+            limit += config.wait_for_room_s
             self._ring = self._loop.run(
                 self._swarm.open_ring(self._model, max_length=self.max_length), timeout_s=limit
             )
@@ -195,26 +197,42 @@ class InferenceSession:
 
     def _exchange(self, hidden: torch.Tensor, slices: Sequence[Slice], rows: Rows) -> torch.Tensor:
         ring = self._connected()
-        dtype, device = hidden.dtype, hidden.device
-        outgoing = hidden.to(self._wire_dtype)
-        row_bytes = outgoing.shape[1] * outgoing.element_size()
-        max_tokens = min(ring.max_batch_tokens, self._swarm.config.max_step_bytes // row_bytes)
-        chunks = chunk_slices(slices, max(1, max_tokens))
-        steps = [self._step(chunk, outgoing[chunk.start : chunk.stop], rows) for chunk in chunks]
-        limit = self._swarm.config.step_timeout_s * len(steps)
-        if len(steps) == 1:
+        row_bytes = hidden.shape[1] * self._wire_dtype.itemsize
+        max_tokens = max(1, min(ring.max_batch_tokens, self._swarm.config.max_step_bytes // row_bytes))
+        tokens = hidden.shape[0]
+        short = tokens <= MIN_CHUNK_TOKENS
+        chunks = chunk_slices(slices, max_tokens if short else self._chunk(ring, hidden, rows, max_tokens))
+        # Not for each chunk: inner ones answer nothing, and a lost prompt would be noticed too late.
+        limit = self._swarm.config.step_timeout_s * -(-tokens // max_tokens)
+        outputs: list[Output | None]
+        if len(chunks) == 1:
             # As the general case, without a task for it: this is what decoding does for every token.
-            answer = self._loop.call(lambda: ring.send(steps[0]))
+            step = self._step(chunks[0], hidden.to(self._wire_dtype), rows)
+            answer = self._loop.call(lambda: ring.send(step))
             outputs = [None if answer is None else self._loop.wait(answer, timeout_s=limit)]
         else:
-            outputs = self._loop.run(ring.exchange(steps), timeout_s=limit)
+            outputs = self._loop.run(ring.exchange(self._steps(chunks, hidden, rows)), timeout_s=limit)
         parts = []
         for chunk, output in zip(chunks, outputs, strict=True):
             if output is not None:
                 self.last_trace = output.trace
                 parts.append(self._rows_of(chunk, output, rows))
         result = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return result.to(device=device, dtype=dtype)
+        return result.to(device=hidden.device, dtype=hidden.dtype)
+
+    def _chunk(self, ring: Ring, hidden: torch.Tensor, rows: Rows, max_tokens: int) -> int:
+        """How many tokens of a long prompt go in one step."""
+        fixed = self._swarm.config.prefill_chunk_tokens
+        if fixed is not None:
+            return min(fixed, max_tokens)
+        row_bytes = hidden.shape[1] * self._wire_dtype.itemsize
+        stages = stages_of(ring.route.hops, row_bytes, answers_rows=rows == "all")
+        return choose_chunk(hidden.shape[0], stages, limit=max_tokens)
+
+    def _steps(self, chunks: Sequence[Chunk], hidden: torch.Tensor, rows: Rows) -> Iterator[Step]:
+        """The chunks as steps, each made when its turn has come: a long prompt is not held twice."""
+        for chunk in chunks:
+            yield self._step(chunk, hidden[chunk.start : chunk.stop].to(self._wire_dtype), rows)
 
     def _step(self, chunk: Chunk, hidden: torch.Tensor, rows: Rows) -> Step:
         meta, payload = encode_tensor(hidden)

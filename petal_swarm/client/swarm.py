@@ -10,8 +10,13 @@ from petal_swarm.client.config import ClientConfig
 from petal_swarm.client.ring import OpenFailedError, Ring
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import Pinger, RemoteDirectory
-from petal_swarm.errors import MissingBlocksError, NetworkError, PeerUnreachableError
+from petal_swarm.errors import (
+    MissingBlocksError,
+    NetworkError,
+    PeerUnreachableError,
+)
 from petal_swarm.net.transport import Transport
+from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.routing.links import Measurements
 from petal_swarm.routing.route import Route, find_route
 from petal_swarm.wire.announcement import Announcement
@@ -19,6 +24,8 @@ from petal_swarm.wire.announcement import Announcement
 logger = logging.getLogger(__name__)
 
 RETRY_LOOKUP_S = 0.5
+#: A session that can never fit is refused at once: who waits for less than this is not told of it.
+SAY_WAITING_AFTER_S = 0.5
 #: Nobody measures bandwidth yet. At 100 Mbit/s a token of BLOOM-176B takes 5 ms, less than most round trips.
 ASSUMED_BANDWIDTH_BYTES_PER_S = 12.5e6
 
@@ -125,34 +132,67 @@ class Swarm:
     async def open_ring(self, model: ModelRef, *, max_length: int) -> Ring:
         """Open a session along the fastest route, around servers that fail or refuse; finite attempts.
 
+        If all that could serve some blocks are full, it waits once, `wait_for_room_s` at most.
+
         Raises:
             MissingBlocksError: nobody serves some blocks.
+            CacheFullError, BusyError: still full.
             PetalSwarmError: what the last attempt failed with.
         """
-        avoid: frozenset[str] = frozenset()
+        failed: set[str] = set()
+        full: set[str] = set()
         last: OpenFailedError | None = None
         for attempt in range(self.config.open_attempts):
             try:
-                route = await self.find_route(model, kv_tokens=max_length, avoid=avoid)
+                route = await self.find_route(model, kv_tokens=max_length, avoid=frozenset(failed | full))
             except MissingBlocksError:
                 if last is None:
                     raise
                 break
             try:
-                return await Ring.open(
-                    self.transport,
-                    route,
-                    model=model.key,
-                    max_length=max_length,
-                    timeout_s=self.config.open_timeout_s,
-                    share_prefixes=self.config.share_prefixes,
-                )
+                return await self._open_along(route, model, max_length)
             except OpenFailedError as error:
                 logger.info("attempt %d: avoiding %s: %s", attempt + 1, error.peer_id, error)
                 last = error
-                avoid |= {error.peer_id}
+                (full if error.is_full else failed).add(error.peer_id)
         assert last is not None
+        if last.is_full and self.config.wait_for_room_s:
+            return await self._open_when_free(model, max_length, last, failed)
         raise last.error from None
+
+    async def _open_when_free(
+        self, model: ModelRef, max_length: int, last: OpenFailedError, failed: set[str]
+    ) -> Ring:
+        """Wait in the queues of the fastest route, since every route has a full server."""
+        wait_s = self.config.wait_for_room_s
+        blocks = format_blocks(last.span.blocks())
+        try:
+            route = await self.find_route(model, kv_tokens=max_length, avoid=frozenset(failed))
+        except MissingBlocksError:
+            raise last.error from None
+        said = asyncio.get_running_loop().call_later(
+            SAY_WAITING_AFTER_S,
+            lambda: logger.warning("every server of %s is full; waiting up to %g s", blocks, wait_s),
+        )
+        try:
+            return await self._open_along(route, model, max_length, wait_s=wait_s)
+        except OpenFailedError as error:
+            raise error.error from None
+        finally:
+            said.cancel()
+
+    async def _open_along(
+        self, route: Route, model: ModelRef, max_length: int, *, wait_s: float = 0.0
+    ) -> Ring:
+        return await Ring.open(
+            self.transport,
+            route,
+            model=model.key,
+            max_length=max_length,
+            timeout_s=self.config.open_timeout_s,
+            wait_s=wait_s,
+            share_prefixes=self.config.share_prefixes,
+        )
 
     async def close(self) -> None:
         """Leave the swarm. Idempotent."""

@@ -25,6 +25,11 @@ class Channel:
     def peer_id(self) -> str:
         return self._stream.peer_id
 
+    @property
+    def receiving(self) -> bool:
+        """Whether a part of a message has arrived, and its rest has not."""
+        return self._connection.mid_frame
+
     async def receive(self) -> Message | None:
         """The next message; None once the peer has ended its side. Cancelling loses nothing.
 

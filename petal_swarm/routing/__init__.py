@@ -1,4 +1,4 @@
-"""Which servers a session goes through, and which blocks a joining server should host.
+"""Which servers a session goes through, how a long prompt is cut for them, and which blocks to host.
 
 Pure functions of announcements and measurements: no I/O, no clock, no global random numbers. So
 the same code runs in a client, in a server and in a simulator. The reasons are in `docs/routing.md`.
@@ -7,17 +7,21 @@ the same code runs in a client, in a server and in a simulator. The reasons are 
 from petal_swarm.routing.blocks import coverage, format_blocks, latest, missing_blocks
 from petal_swarm.routing.links import Measurements
 from petal_swarm.routing.placement import block_throughputs, choose_span
+from petal_swarm.routing.prefill import Stage, choose_chunk, stages_of
 from petal_swarm.routing.route import Hop, Route, find_route
 
 __all__ = [
     "Hop",
     "Measurements",
     "Route",
+    "Stage",
     "block_throughputs",
+    "choose_chunk",
     "choose_span",
     "coverage",
     "find_route",
     "format_blocks",
     "latest",
     "missing_blocks",
+    "stages_of",
 ]

@@ -66,6 +66,13 @@ def link_costs_s(peers: Sequence[Announcement | None], measurements: Measurement
     return costs
 
 
+def link_rate_bytes_per_s(
+    sender: Announcement | None, receiver: Announcement | None, measurements: Measurements
+) -> float:
+    """The bandwidth of one link: the lower one of its two ends. `None` stands for the client."""
+    return float(_rates([sender, receiver], measurements)[0, 1])
+
+
 def _rtt_to_client_s(peer: Announcement | None, measurements: Measurements) -> float:
     if peer is None:
         return 0.0

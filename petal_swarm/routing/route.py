@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from petal_swarm.errors import ConfigError, MissingBlocksError
 from petal_swarm.routing.blocks import as_span, format_blocks, latest, missing_blocks
-from petal_swarm.routing.links import Measurements, link_costs_s
+from petal_swarm.routing.links import Measurements, link_costs_s, link_rate_bytes_per_s
 from petal_swarm.routing.path import Graph, cheapest_path
 from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
@@ -18,15 +18,29 @@ from petal_swarm.wire.announcement import Announcement
 FULL_PENALTY_S = 1e6
 """More than any usable route costs: a server without room is a last resort, not an alternative."""
 
+MIN_TOKENS_PER_S = 1e-4
+"""Lower claims count as this: their inverse must stay a number that can be calculated with."""
+
+ASSUMED_TOKENS_OF_A_STEP = 16
+"""Of a prompt; so many are taken to cost as much as a whole step does, where a server does not say."""
+
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """One server's part of a route: all of the server's span, or some of it."""
+    """One server's part of a route: all of the server's span, or some of it.
+
+    Its figures are what the server announced: `step_s` is what a step costs here whatever its tokens,
+    `token_s` what each token of a prompt adds. `link_bytes_per_s` is the bandwidth of the link into
+    this hop. Zero is unknown.
+    """
 
     peer_id: str
     span: Span
     addresses: tuple[str, ...] = ()
     name: str = ""
+    step_s: float = field(default=0.0, compare=False)
+    token_s: float = field(default=0.0, compare=False)
+    link_bytes_per_s: float = field(default=0.0, compare=False)
 
     def __str__(self) -> str:
         # Peer ids share their first characters, so the last ones tell them apart.
@@ -91,13 +105,17 @@ def find_route(
         raise MissingBlocksError(_explain(missing, known, usable), missing)
     servers = [a for a in usable if a.span.start < wanted.end and wanted.start < a.span.end]
     ends = [_endpoint(peer_id, known) for peer_id in (before, after)]
-    graph = _graph(servers, ends, wanted, measurements or Measurements(), step_bytes)
+    known_links = measurements or Measurements()
+    graph = _graph(servers, ends, wanted, known_links, step_bytes)
     full = np.array([a.kv_tokens_free < kv_tokens for a in servers])
     visits = cheapest_path(_penalised(graph, np.where(full, FULL_PENALTY_S, 0.0)))
-    hops = []
+    hops, previous = [], ends[0]
     for server, start, end in visits:
-        chosen, span = servers[server], Span(wanted.start + start, wanted.start + end)
-        hops.append(Hop(chosen.peer_id, span, chosen.addresses, chosen.name))
+        span = Span(wanted.start + start, wanted.start + end)
+        hops.append(
+            _hop(servers[server], span, link_rate_bytes_per_s(previous, servers[server], known_links))
+        )
+        previous = servers[server]
     return Route(tuple(hops), graph.cost_s(visits))  # without penalties and their rounding
 
 
@@ -106,6 +124,23 @@ def _endpoint(peer_id: str | None, known: Sequence[Announcement]) -> Announcemen
         return None
     nobody = Announcement(peer_id=peer_id, model="", span=Span(0, 1))
     return next((a for a in known if a.peer_id == peer_id), nobody)
+
+
+def _hop(server: Announcement, span: Span, link_bytes_per_s: float) -> Hop:
+    step_s = server.step_time_s + len(span) * server.block_time_s
+    if server.prefill_tokens_per_s > 0:  # through the server's whole span
+        token_s = len(span) / len(server.span) / max(server.prefill_tokens_per_s, MIN_TOKENS_PER_S)
+    else:
+        token_s = step_s / ASSUMED_TOKENS_OF_A_STEP
+    return Hop(
+        server.peer_id,
+        span,
+        server.addresses,
+        server.name,
+        step_s=step_s,
+        token_s=token_s,
+        link_bytes_per_s=link_bytes_per_s,
+    )
 
 
 def _graph(

@@ -66,12 +66,24 @@ class ServerConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionLimits:
-    """Bounds on what peers may ask of a server. Times in seconds."""
+    """Bounds on what peers may ask of a server. Times in seconds.
+
+    `overcommit`: all open sessions together may have asked for so many times the KV cache. `max_wait_s`:
+    in the queue for room. `max_opening`: streams that have not said yet what they are, or push into
+    a session that is not there yet. `idle_when_full_s`: while somebody waits for room.
+    """
 
     max_sessions: int = 512
+    max_opening: int = 1024
     max_steps_in_flight: int = 32
     max_bytes_in_flight: int = 128 << 20
+    overcommit: float = 2.0
+    max_waiting: int = 64
+    max_waiting_of_peer: int = 8
+    max_wait_s: float = 60.0
     open_timeout_s: float = 15.0
     dial_timeout_s: float = 5.0
+    first_step_timeout_s: float = 60.0
     idle_timeout_s: float = 1800.0
+    idle_when_full_s: float = 60.0
     write_timeout_s: float = 30.0

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from typing import Any, TypeVar
 
 from petal_swarm.engine.compute import Compute
 from petal_swarm.engine.prefixes import PrefixScope
@@ -13,22 +14,29 @@ from petal_swarm.errors import (
     BadMessageError,
     BusyError,
     HopLostError,
+    IdleError,
     NetworkError,
     PetalSwarmError,
+    StreamClosedError,
     UnknownSessionError,
     WrongModelError,
     WrongSpanError,
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, Transport
+from petal_swarm.server.admission import Request
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.hosted import HostedSession, Overhead, error_message
+from petal_swarm.server.waiting_room import WaitingRoom
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
 from petal_swarm.wire.messages import Neighbour, Open, Opened, PushOpen
 from petal_swarm.wire.protocols import PUSH
 from petal_swarm.wire.tensors import dtype_name
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_LEAVING = "this server is leaving the swarm"
 
 
 class SessionHost:
@@ -44,6 +52,9 @@ class SessionHost:
         self._sessions: dict[bytes, HostedSession] = {}
         self._arrivals: dict[bytes, asyncio.Event] = {}
         self._changed = asyncio.Event()
+        self._room = WaitingRoom(compute, limits, self._end_longest_idle)
+        self._opening = 0
+        self._freeing = 0
         self.overhead = Overhead()
         self.draining = False
 
@@ -51,8 +62,14 @@ class SessionHost:
     def num_sessions(self) -> int:
         return len(self._sessions)
 
+    @property
+    def tokens_available(self) -> int:
+        """The largest `max_length` that a new session would get now without waiting."""
+        return self._room.tokens_available
+
     async def drained(self) -> None:
         """Wait until no session is left. Set `draining` first, or new ones will keep coming."""
+        self._room.refuse_all(BusyError(_LEAVING))
         while self._sessions:
             self._changed.clear()
             await self._changed.wait()
@@ -61,7 +78,8 @@ class SessionHost:
         """One client's session, from its `open` to the end of the stream."""
         channel = Channel(stream, SESSION_TABLE, Role.LISTENER)
         async with _answering_errors(channel):
-            opening = await channel.expect(Open, timeout_s=self._limits.open_timeout_s)
+            with self._being_opened():
+                opening = await channel.expect(Open, timeout_s=self._limits.open_timeout_s)
             async with self._open(opening, channel) as session:
                 channel.send(self._opened())
                 await self._run(session, channel)
@@ -70,8 +88,9 @@ class SessionHost:
         """The steps that a previous hop pushes into one session."""
         channel = Channel(stream, PUSH_TABLE, Role.LISTENER)
         async with _answering_errors(channel):
-            opening = await channel.expect(PushOpen, timeout_s=self._limits.open_timeout_s)
-            session = await self._find(opening, channel.peer_id)
+            with self._being_opened():
+                opening = await channel.expect(PushOpen, timeout_s=self._limits.open_timeout_s)
+                session = await self._find(opening, channel.peer_id)
             channel.send(self._opened())
             try:
                 await session.take_steps(channel)
@@ -79,30 +98,74 @@ class SessionHost:
                 session.fail(error)
                 raise
 
+    @contextlib.contextmanager
+    def _being_opened(self) -> Iterator[None]:
+        """A stream that costs something and has not shown yet what for."""
+        if self._opening >= self._limits.max_opening:
+            raise BusyError("too many streams are being opened here; try again later")
+        self._opening += 1
+        try:
+            yield
+        finally:
+            self._opening -= 1
+
     @contextlib.asynccontextmanager
     async def _open(self, opening: Open, channel: Channel) -> AsyncIterator[HostedSession]:
         """A session from admission to release, connected to its next hop."""
-        self._admit(opening)
+        self._check(opening)
         session = HostedSession(
             opening, channel, compute=self._compute, limits=self._limits, overhead=self.overhead
         )
+        request = Request(opening.session, channel.peer_id, opening.max_length)
         self._sessions[opening.session] = session
+        self._announce_arrival(opening.session)
         try:
-            engine = self._compute.engine
-            scope = _prefix_scope(opening) if opening.share_prefixes else None
-            admitted = self._compute.call(
-                lambda: engine.open_session(opening.session, max_length=opening.max_length, scope=scope)
-            )
-            async with asyncio.timeout(self._limits.open_timeout_s):
-                await asyncio.wrap_future(admitted)
-            self._announce_arrival(opening.session)
-            if opening.next is not None:
-                session.attach_next(await self._dial_next(opening, opening.next))
+            await _while_there(channel, self._prepare(session, request))
             yield session
         finally:
             await session.close()
+            session.admitted.set()
             del self._sessions[opening.session]
             self._changed.set()
+            self._room.leave(request)
+            self._wake_when_freed()
+
+    async def _prepare(self, session: HostedSession, request: Request) -> None:
+        """Wait for room, open the session in the engine and connect it to its next hop."""
+        opening = session.opening
+        wait_s = min(opening.wait_s, self._limits.max_wait_s)
+        await self._room.enter(request, wait_s=wait_s)
+        engine = self._compute.engine
+        scope = _prefix_scope(opening) if opening.share_prefixes else None
+        opened = self._compute.call(
+            lambda: engine.open_session(opening.session, max_length=opening.max_length, scope=scope)
+        )
+        async with asyncio.timeout(self._limits.open_timeout_s):
+            await asyncio.wrap_future(opened)
+        session.admitted.set()
+        if opening.next is not None:
+            session.attach_next(await self._dial_next(opening, opening.next, wait_s))
+
+    def _wake_when_freed(self) -> None:
+        """Look again who fits once the compute thread has freed the cache of the session that has ended."""
+        self._freeing += 1
+
+        def freed(_: asyncio.Future[None]) -> None:
+            self._freeing -= 1
+            self._room.wake()
+
+        asyncio.wrap_future(self._compute.call(lambda: None)).add_done_callback(freed)
+
+    def _end_longest_idle(self) -> None:
+        """Others wait for room: end the session that was idle longest, if that is long. One at a time:
+        what it frees may be enough.
+        """
+        if self._freeing or any(session.ended for session in self._sessions.values()):
+            return
+        longest = max(self._sessions.values(), key=lambda session: session.idle_s)
+        limit_s = self._limits.idle_when_full_s
+        if longest.idle_s >= limit_s:
+            longest.fail(IdleError(f"the session was idle for {limit_s:g} s, and others wait for its room"))
 
     async def _run(self, session: HostedSession, channel: Channel) -> None:
         """Serve the session until the client leaves or something fails."""
@@ -123,11 +186,9 @@ class SessionHost:
         for task in done:
             task.result()
 
-    def _admit(self, opening: Open) -> None:
+    def _check(self, opening: Open) -> None:
         if self.draining:
-            raise BusyError("this server is leaving the swarm")
-        if len(self._sessions) >= self._limits.max_sessions:
-            raise BusyError(f"this server already has {self._limits.max_sessions} sessions")
+            raise BusyError(_LEAVING)
         if opening.model != self._model_key:
             raise WrongModelError(f"this server hosts {self._model_key}, not {opening.model}")
         span = self._compute.engine.stack.span
@@ -144,7 +205,8 @@ class SessionHost:
             kv_tokens_free=engine.stats().kv_tokens_free,
         )
 
-    async def _dial_next(self, opening: Open, following: Neighbour) -> Channel:
+    async def _dial_next(self, opening: Open, following: Neighbour, wait_s: float) -> Channel:
+        """A push stream to the next hop, which answers when it has room too: at most `wait_s` later."""
         try:
             stream = await self._transport.open_stream(
                 following.peer_id, PUSH, addresses=following.addresses, timeout_s=self._limits.dial_timeout_s
@@ -156,14 +218,18 @@ class SessionHost:
         channel = Channel(stream, PUSH_TABLE, Role.DIALER)
         try:
             channel.send(PushOpen(opening.session, opening.epoch))
-            await channel.expect(Opened, timeout_s=self._limits.open_timeout_s)
-        except PetalSwarmError as error:
+            await channel.expect(Opened, timeout_s=self._limits.open_timeout_s + wait_s)
+        except BaseException as error:
             channel.abort()
+            if not isinstance(error, PetalSwarmError):
+                raise
             raise HopLostError(f"the next hop {following.peer_id} refused: {error}") from error
         return channel
 
     async def _find(self, opening: PushOpen, peer_id: str) -> HostedSession:
-        """The session of a push stream, which may arrive before the client's `open` does."""
+        """The session of a push stream, which may arrive before the client's `open`, and before there is
+        room for the session.
+        """
         if opening.session not in self._sessions:
             arrival = self._arrivals.setdefault(opening.session, asyncio.Event())
             try:
@@ -173,7 +239,14 @@ class SessionHost:
                 if self._arrivals.get(opening.session) is arrival:
                     del self._arrivals[opening.session]
         session = self._sessions.get(opening.session)
-        if session is None or session.opening.upstream != peer_id or session.opening.epoch != opening.epoch:
+        if session is not None:
+            await session.admitted.wait()
+        if (
+            session is None
+            or session.ended
+            or session.opening.upstream != peer_id
+            or session.opening.epoch != opening.epoch
+        ):
             # One answer for all three, so that nobody learns of others' sessions.
             raise UnknownSessionError("no session of this id expects steps from you")
         return session
@@ -204,3 +277,24 @@ async def _answering_errors(channel: Channel) -> AsyncIterator[None]:
         logger.exception("stream from %s failed", channel.peer_id)
         with contextlib.suppress(PetalSwarmError):
             channel.send(error_message(RuntimeError()))
+
+
+async def _while_there(channel: Channel, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled if the peer ends its stream before: nobody waits for it.
+
+    Raises:
+        StreamClosedError: the peer has ended the stream.
+        RemoteProtocolError: it sent something instead of waiting.
+    """
+    working = asyncio.ensure_future(work)
+    leaving = asyncio.create_task(channel.receive())
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if leaving.done():
+            leaving.result()
+            raise StreamClosedError(f"peer {channel.peer_id} left while its session was being opened")
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import time
 
 from petal_swarm.engine.compute import Compute
@@ -40,6 +41,8 @@ from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
 
 logger = logging.getLogger(__name__)
 
+#: A step of more tokens is part of a prompt.
+DECODE_TOKENS = 4
 #: How much one new measurement moves the running mean of a hop's own overhead.
 _SMOOTHING = 0.1
 
@@ -76,7 +79,7 @@ class HostedSession:
         self._source: Channel | None = None
         self._throttled: asyncio.Task[None] | None = None
         self._last_step = -1
-        self._last_active = self._loop.time()
+        self._last_active = math.inf  # to wait for room, or for the next hop, is not to be idle
         self._in_flight = 0
         self._bytes_in_flight = 0
         self._computing = 0
@@ -84,6 +87,13 @@ class HostedSession:
         self._settled = asyncio.Event()
         self._room = asyncio.Event()
         self._ended = asyncio.Event()
+        #: Set once there is room for the session, or it has ended without.
+        self.admitted = asyncio.Event()
+
+    @property
+    def idle_s(self) -> float:
+        """Seconds since the last step was done; none while one is being computed."""
+        return 0.0 if self._in_flight else self._loop.time() - self._last_active
 
     @property
     def ended(self) -> bool:
@@ -119,12 +129,16 @@ class HostedSession:
                 ended.set_exception(error)
 
         source.subscribe(on_message, on_end)
-        await ended
+        try:
+            await ended
+        finally:
+            self._source = None
 
     def _throttle(self) -> None:
         """Let the sender wait when too much is being computed, or results do not get away."""
+        if self._source is None:
+            return
         if self._throttled is None and (self._full or self._output.congested):
-            assert self._source is not None
             self._source.pause()
             self._throttled = self._loop.create_task(self._resume_when_free(self._source))
 
@@ -154,16 +168,33 @@ class HostedSession:
         return self._next or self._client
 
     async def watch_idle(self) -> None:
-        """Wait until no step has come for `idle_timeout_s`, then end the session.
+        """Wait until no step has come for too long, then end the session.
 
         One timer for each session, not one for each step, which would cost as much as a small block.
         """
-        limit_s = self._limits.idle_timeout_s
-        idle_s = 0.0
-        while idle_s < limit_s:
-            await asyncio.sleep(limit_s - idle_s)
-            idle_s = self._loop.time() - self._last_active
+        self._last_active = self._loop.time()
+        while True:
+            limit_s = self._idle_limit_s
+            left_s = limit_s - self.idle_s
+            if left_s <= 0:
+                break
+            # Looks this often at least: the limit becomes shorter if the source of steps goes.
+            await asyncio.sleep(min(left_s, self._limits.first_step_timeout_s))
         self.fail(IdleError(f"the session was idle for {limit_s:g} s"))
+
+    @property
+    def _idle_limit_s(self) -> float:
+        """Short before the first step, and where no step can come any more; the client may still wait
+        for room elsewhere. Behind another hop the first step takes as long as it takes there, and over
+        a slow link as long as it takes to arrive.
+        """
+        limits = self._limits
+        if self._source is not None:
+            may_take_long = self.opening.upstream is not None or self._source.receiving
+            if self._last_step >= 0 or may_take_long:
+                return limits.idle_timeout_s
+        waiting_s = min(self.opening.wait_s, limits.max_wait_s)
+        return min(limits.idle_timeout_s, limits.first_step_timeout_s + waiting_s)
 
     async def watch_next(self) -> None:
         """Wait for the next hop to fail, and tell the client so."""
@@ -230,7 +261,6 @@ class HostedSession:
                 f" {self._compute.engine.max_batch_tokens}"
             )
         arrived = time.perf_counter()
-        self._last_active = self._loop.time()
         self._last_step = message.step
         self._in_flight += 1
         self._bytes_in_flight += message.tensor.nbytes
@@ -294,6 +324,7 @@ class HostedSession:
     ) -> None:
         self._computing -= 1
         self._in_flight -= 1
+        self._last_active = self._loop.time()
         self._bytes_in_flight -= step.tensor.nbytes
         self._settled.set()
         self._room.set()
@@ -304,7 +335,8 @@ class HostedSession:
             return
         meta, payload = encoded
         elapsed = time.perf_counter() - arrived
-        self._overhead.add(elapsed - result.compute_s - held_s)
+        if step.tensor.shape[0] <= DECODE_TOKENS:  # chunks of a prompt wait here for one another
+            self._overhead.add(elapsed - result.compute_s - held_s)
         trace = (*step.trace, elapsed)
         try:
             if self._next is not None:

@@ -126,7 +126,7 @@ class Server:
             prefill_tokens_per_s=stats.prefill_tokens_per_s,
             queue_s=self._compute.queue_s(),
             kv_tokens=stats.kv_tokens,
-            kv_tokens_free=stats.kv_tokens_free,
+            kv_tokens_free=self._host.tokens_available,
         )
 
     async def drain(self, timeout_s: float) -> None:
@@ -207,10 +207,15 @@ class Server:
         return engine
 
     async def _update_figures(self, announcer: Announcer) -> None:
-        """Keep what the next refresh will announce true."""
+        """Keep what the next refresh will announce true; announce at once when much else is free."""
+        announced = announcer.announcement.kv_tokens_free
         while True:
             await asyncio.sleep(UPDATE_FIGURES_S)
-            announcer.update(self.announcement())
+            announcement = self.announcement()
+            announcer.update(announcement)
+            if not announced / 2 <= announcement.kv_tokens_free <= announced * 2:
+                await announcer.refresh_now()
+                announced = announcement.kv_tokens_free
 
     async def _ping_neighbours(self) -> None:
         """Measure round trips to servers that may follow this one on a route."""

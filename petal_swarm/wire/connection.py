@@ -102,6 +102,11 @@ class Connection:
         self._events: deque[Event] = deque()
         self.state = State.IDLE
 
+    @property
+    def mid_frame(self) -> bool:
+        """Whether a part of a message has arrived, and its rest has not."""
+        return self._decoder.mid_frame
+
     def receive_data(self, data: Buffer) -> None:
         """Take bytes from the peer, or `b""` for the end of its side.
 

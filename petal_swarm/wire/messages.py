@@ -24,6 +24,7 @@ MAX_EXTENT = 1 << 31
 MAX_SEQUENCES = 1024
 MAX_STEP = 1 << 53
 MAX_HOPS = 1024
+MAX_WAIT_S = 600
 MAX_ANNOUNCEMENTS = 512
 MAX_RECORD_BYTES = 8 << 10
 #: Prefixes are shared in pages of so many tokens; a key stands for everything up to a page's end.
@@ -124,8 +125,9 @@ class Neighbour:
 class Open:
     """Client to each hop: begin a session on `span`.
 
-    `upstream` is None at the first hop, `next` at the last. With `share_prefixes` the session may start
-    behind a prefix that another session has left, and leaves its own.
+    `upstream` is None at the first hop, `next` at the last. `wait_s` is how long the client will wait
+    for room, in seconds. With `share_prefixes` the session may start behind a prefix that another session
+    has left, and leaves its own.
     """
 
     type: ClassVar[str] = "open"
@@ -137,6 +139,7 @@ class Open:
     upstream: str | None = None
     next: Neighbour | None = None
     share_prefixes: bool = False
+    wait_s: float = 0.0
     version: int = VERSION
 
     def to_header(self) -> dict[str, Any]:
@@ -151,6 +154,7 @@ class Open:
             "max_length": self.max_length,
             "upstream": self.upstream,
             "next": self.next.to_header() if self.next else None,
+            "wait_s": self.wait_s,
         }
 
     @classmethod
@@ -170,6 +174,7 @@ class Open:
             if header.get("next") is not None
             else None,
             share_prefixes=fields.flag(header, "share_prefixes", False),
+            wait_s=fields.number(header, "wait_s", 0, MAX_WAIT_S, 0.0),
         )
 
 

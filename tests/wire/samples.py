@@ -18,6 +18,7 @@ from petal_swarm.wire.messages import (
     MAX_RECORD_BYTES,
     MAX_SEQUENCES,
     MAX_STEP,
+    MAX_WAIT_S,
     PAGE_KEY_BYTES,
     PAGE_TOKENS,
     ROWS,
@@ -117,6 +118,7 @@ opens = st.builds(
     upstream=st.none() | texts(128),
     next=st.none() | neighbours,
     share_prefixes=st.booleans(),
+    wait_s=st.floats(0, MAX_WAIT_S),
 )
 push_opens = st.builds(PushOpen, session=sessions, epoch=steps)
 openeds = st.builds(

@@ -26,6 +26,7 @@ from petal_swarm.wire.messages import (
     MAX_RECORD_BYTES,
     MAX_SEQUENCES,
     MAX_STEP,
+    MAX_WAIT_S,
     Error,
     FindPrefix,
     Listing,
@@ -126,6 +127,7 @@ BAD: dict[type[Message], dict[str, list[Any]]] = {
         "next__peer_id": [*TEXTS, "x" * 129, ...],
         "next__addresses": [*LISTS, [""] * (MAX_ADDRESSES + 1)],
         "share_prefixes": [None, 0, 1, "true", []],
+        "wait_s": [-1.0, MAX_WAIT_S + 1, True, "1", None, [], float("nan")],
     },
     PushOpen: {"session": [*SESSIONS, ...], "epoch": [*STEP_NUMBERS, ...]},
     Opened: {

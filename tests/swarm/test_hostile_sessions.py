@@ -1,0 +1,250 @@
+"""Peers that ask for too much, or take and do not use: bounds hold, and others get what they came for."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from petal_swarm.errors import BadMessageError, BusyError, CacheFullError, ConfigError, PetalSwarmError
+from petal_swarm.net.channel import Channel
+from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES
+from petal_swarm.span import Slice
+from petal_swarm.wire.frames import encode_frame
+from petal_swarm.wire.messages import Opened, Output, PushOpen, Step
+from petal_swarm.wire.protocols import PUSH
+from petal_swarm.wire.tensors import encode_tensor
+from tests.checkpoints import VOCABULARY, reference
+from tests.swarm.local import LocalSwarm
+from tests.swarm.test_bad_input import HIDDEN, Intruder
+
+THOUSAND = 1000
+
+
+def prompt(seed: int = 3) -> torch.Tensor:
+    return torch.randint(5, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def swarm(bloom: Path) -> Iterator[LocalSwarm]:
+    """Two servers; afterwards nothing is left of the strangers, and a client gets the right tokens."""
+    with LocalSwarm(bloom, ["0:2", "2:4"], max_batch_tokens=64) as swarm:
+        tasks = len(asyncio.all_tasks(swarm.loop))
+        yield swarm
+        tokens = swarm.model().generate(prompt(), max_new_tokens=10, do_sample=False)
+        assert torch.equal(tokens, reference(bloom).generate(prompt(), max_new_tokens=10, do_sample=False))
+        swarm.run(asyncio.sleep(1))
+        for server in swarm.servers:
+            host, compute = server._host, server._compute
+            assert host is not None
+            assert compute is not None
+            left = (host._sessions, host._arrivals, host._opening, host._room._waiting)
+            assert left == ({}, {}, 0, {})
+            assert compute.engine.stats().sessions == 0
+            assert host.tokens_available == compute.engine.stats().kv_tokens
+        assert len(asyncio.all_tasks(swarm.loop)) == tasks
+
+
+def session_id(number: int) -> bytes:
+    return number.to_bytes(16, "big")
+
+
+async def open_thousand(swarm: LocalSwarm) -> tuple[list[Channel], int]:
+    """Sessions that are opened and then left alone, and how many were refused."""
+    intruder = Intruder(swarm)
+
+    async def attempt(number: int) -> Channel | PetalSwarmError:
+        try:
+            return await intruder.opened(session=session_id(number), max_length=8)
+        except PetalSwarmError as error:
+            return error
+
+    found = await asyncio.gather(*(attempt(number) for number in range(THOUSAND)))
+    refused = [error for error in found if not isinstance(error, Channel)]
+    assert all(isinstance(error, BusyError) for error in refused)
+    return [channel for channel in found if isinstance(channel, Channel)], len(refused)
+
+
+def test_a_session_of_no_tokens(swarm: LocalSwarm) -> None:
+    with pytest.raises(ConfigError, match="max_length must be at least 1 and at most 1073741824, got 0"):
+        swarm.model().open_session(max_length=0)
+
+    async def attempt() -> None:
+        intruder = Intruder(swarm)
+        channel = await intruder.dial()
+        channel._connection.send(intruder.opening)
+        channel._stream.write(*encode_frame(intruder.opening.to_header() | {"max_length": 0}))
+        await channel.expect(Opened, timeout_s=5)
+
+    with pytest.raises(BadMessageError, match="max_length"):
+        swarm.run(attempt())
+
+
+def test_a_session_of_a_billion_tokens(swarm: LocalSwarm) -> None:
+    started = swarm.loop.time()
+    session = swarm.model().open_session(max_length=1_000_000_000)
+    with pytest.raises(CacheFullError, match="4096 of 4096 tokens free, the session wants 1000000000"):
+        session.step(torch.zeros(1, HIDDEN), [1])
+    assert swarm.loop.time() - started < 2
+    with pytest.raises(ConfigError, match="at most"):
+        swarm.model().open_session(max_length=2_000_000_000)
+
+
+def test_more_sequences_than_there_is_room_for(swarm: LocalSwarm) -> None:
+    """`max_length` is of each sequence, so the cache may still become full in the middle."""
+
+    async def attempt() -> None:
+        intruder = Intruder(swarm)
+        channel = await intruder.opened()
+        for first in range(0, 1024, 2):
+            meta, payload = encode_tensor(torch.zeros(64, HIDDEN))
+            slices = (Slice(first, 0, 32), Slice(first + 1, 0, 32))
+            channel.send(Step(first, 0, slices, meta, payload))
+            await channel.expect(Output, timeout_s=300)
+
+    with pytest.raises(CacheFullError):
+        swarm.run(attempt())
+
+
+def test_a_thousand_sessions_opened_and_abandoned(swarm: LocalSwarm) -> None:
+    channels, refused = swarm.run(open_thousand(swarm))
+    assert (len(channels), refused) == (512, 488)
+    with pytest.raises(BusyError, match="512 sessions"):
+        swarm.model(wait_for_room_s=0).generate(prompt(), max_new_tokens=2)
+    swarm.run(asyncio.sleep(59))
+    assert swarm.servers[0].num_sessions == 512
+    swarm.run(asyncio.sleep(2))  # first_step_timeout_s
+    assert swarm.servers[0].num_sessions == 0
+
+
+def test_a_thousand_sessions_opened_and_cut(swarm: LocalSwarm) -> None:
+    swarm.run(open_thousand(swarm))
+    assert swarm.servers[0].num_sessions == 512
+    swarm.kill_strangers()
+    swarm.run(asyncio.sleep(0.5))
+    assert swarm.servers[0].num_sessions == 0
+
+
+def test_who_waits_for_room_elsewhere_does_not_idle_meanwhile(swarm: LocalSwarm) -> None:
+    swarm.run(Intruder(swarm).opened(wait_s=30.0))
+    swarm.run(asyncio.sleep(89))
+    assert swarm.servers[0].num_sessions == 1
+    swarm.run(asyncio.sleep(2))
+    assert swarm.servers[0].num_sessions == 0
+
+
+def test_a_first_step_may_take_long_to_arrive(swarm: LocalSwarm) -> None:
+    async def trickle() -> None:
+        intruder = Intruder(swarm)
+        channel = await intruder.opened()
+        meta, payload = encode_tensor(torch.zeros(2, HIDDEN))
+        frame = b"".join(map(bytes, channel._connection.send(Step(0, 0, (Slice(0, 0, 2),), meta, payload))))
+        for start in range(0, len(frame), 64):
+            channel._stream.write(frame[start : start + 64])
+            await asyncio.sleep(20)
+        await channel.expect(Output, timeout_s=5)
+        await channel.close()
+
+    swarm.run(trickle())
+
+
+def test_a_session_abandoned_behind_another_hop(swarm: LocalSwarm) -> None:
+    """Nobody pushes into it; or whoever did has gone."""
+
+    async def abandon() -> None:
+        last = swarm.servers[1].announcement()
+        for number in range(2):
+            client, upstream = Intruder(swarm), Intruder(swarm)
+            client.target = upstream.target = last.peer_id
+            await client.opened(
+                session=session_id(number), span=last.span, upstream=upstream.transport.peer_id
+            )
+            if number:
+                push = await upstream.dial(PUSH)
+                push.send(PushOpen(session_id(number), 0))
+                await push.expect(Opened, timeout_s=5)
+                await asyncio.sleep(100)  # the first step may take its time at the hop before
+                await push.close()
+
+    swarm.run(abandon())
+    assert swarm.servers[1].num_sessions == 1, "the other"
+    swarm.run(asyncio.sleep(121))
+    assert swarm.servers[1].num_sessions == 0
+
+
+def test_streams_that_never_say_what_they_want(swarm: LocalSwarm) -> None:
+    async def attempt() -> None:
+        intruder = Intruder(swarm)
+        silent = await asyncio.gather(*(intruder.dial() for _ in range(600)))
+        pushing = await asyncio.gather(*(intruder.dial(PUSH) for _ in range(600)))
+        for number, channel in enumerate(pushing):
+            channel.send(PushOpen(session_id(number), 0))
+        await asyncio.sleep(1)
+        host = swarm.servers[0]._host
+        assert host is not None
+        assert host._opening == host._limits.max_opening == 1024
+        assert len(host._arrivals) == 1024 - 600
+        with pytest.raises(BusyError, match="being opened"):
+            await pushing[-1].expect(Opened, timeout_s=1)
+        await asyncio.sleep(15)
+        assert not host._opening
+        for channel in [*silent, *pushing]:
+            channel.abort()
+
+    swarm.run(attempt())
+
+
+def test_a_peer_that_stops_reading(swarm: LocalSwarm, bloom: Path) -> None:
+    """It is made to wait, then its session ends; who decodes meanwhile gets the tokens it gets alone."""
+    intruder = Intruder(swarm)
+    piece = (Slice(0, 0, 32),)
+
+    async def ask_on() -> Channel:
+        channel = await intruder.opened()
+        meta, payload = encode_tensor(torch.zeros(32, HIDDEN))
+        for number in range(3000):  # 4 KiB each, and as much in answer
+            channel.send(Step(number, 0, piece, meta, payload, rows="all"))
+        return channel
+
+    def waiting_bytes() -> int:
+        """What the server has for the intruder, and the intruder does not take."""
+        return sum(session._client._stream.unsent_bytes for session in host._sessions.values())
+
+    host = swarm.servers[0]._host
+    assert host is not None
+    model = swarm.model()
+    expected = reference(bloom).generate(prompt(), max_new_tokens=20, do_sample=False)
+    with model.open_session(max_length=64) as session:
+        got = [model.generate(prompt(), max_new_tokens=5, do_sample=False, session=session)]
+        channel = swarm.run(ask_on())
+        for pause_s in (5, 20, 10):
+            assert waiting_bytes() < WRITE_HIGH_WATER_BYTES + (64 << 10)
+            got.append(model.generate(None, max_new_tokens=5, do_sample=False, session=session))
+            assert host.num_sessions == 2
+            swarm.run(asyncio.sleep(pause_s))
+        assert host.num_sessions == 1, "the intruder's has ended after `write_timeout_s`"
+    assert channel._stream._other._unread > WRITE_HIGH_WATER_BYTES, (
+        "the rest was never taken from the network"
+    )
+    assert torch.equal(torch.cat(got, dim=1), expected)
+
+
+def test_a_bad_wait(swarm: LocalSwarm) -> None:
+    with pytest.raises(ConfigError, match="wait_for_room_s"):
+        swarm.model(wait_for_room_s=-1)
+    with pytest.raises(ConfigError, match="prefill_chunk_tokens"):
+        swarm.model(prefill_chunk_tokens=0)
+
+    async def attempt() -> None:
+        intruder = Intruder(swarm)
+        opening = dataclasses.replace(intruder.opening, wait_s=601.0)
+        channel = await intruder.dial()
+        channel.send(opening)
+        await channel.expect(Opened, timeout_s=5)
+
+    with pytest.raises(BadMessageError, match="wait_s"):
+        swarm.run(attempt())
