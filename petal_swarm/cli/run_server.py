@@ -87,13 +87,19 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of weights and KV cache (default: float32 on a CPU, else 16 bits as in the checkpoint)",
+        help="of weights and arithmetic (default: float32 on a CPU, else 16 bits as in the checkpoint)",
     )
     blocks.add_argument(
         "--quant", default="none", choices=("none",), help="quantization of the weights (default: none)"
     )
     blocks.add_argument(
         "--kv-tokens", type=int, metavar="N", help="room of the KV cache (default: from the free memory)"
+    )
+    blocks.add_argument(
+        "--kv-dtype",
+        default="auto",
+        choices=("auto", "int8"),
+        help="of the KV cache; int8 holds twice as many tokens as 16 bits, rounded (default: auto, as --dtype)",
     )
     blocks.add_argument(
         "--max-batch-tokens",
@@ -131,6 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         dtype=arguments.dtype,
         quant=arguments.quant,
+        kv_dtype=arguments.kv_dtype,
         kv_tokens=arguments.kv_tokens,
         max_batch_tokens=arguments.max_batch_tokens,
         name=arguments.name[:64],

@@ -61,14 +61,16 @@ _MEASURED_STEPS = 7
 
 
 class Engine:
-    """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens."""
+    """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens (`kv_dtype`: see `KVPool`)."""
 
-    def __init__(self, stack: BlockStack, *, kv_tokens: int, max_batch_tokens: int) -> None:
+    def __init__(
+        self, stack: BlockStack, *, kv_tokens: int, max_batch_tokens: int, kv_dtype: str = "auto"
+    ) -> None:
         self.stack = stack
         self.max_batch_tokens = max_batch_tokens
         self._cache = KVCache(kv_tokens)
         self._pool = KVPool.allocate(
-            stack.config, stack.span, self._cache.tokens, dtype=stack.dtype, device=stack.device
+            stack.config, stack.span, self._cache.tokens, stack.dtype, stack.device, kv_dtype
         )
         #: Running mean of what one block takes in a decode step, in seconds; 0 before the first.
         self.block_time_s = 0.0

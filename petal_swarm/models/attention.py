@@ -9,10 +9,13 @@ how far back a token sees.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from petal_swarm.models.int8_kv import Int8Rows, Ranges
 from petal_swarm.models.packing import PackedBatch, PackedSlice
 
 _QUERY_CHUNK = 256
@@ -84,12 +87,13 @@ class MaskTable:
 class _Piece:
     """One slice of the batch: which pool rows it reads, and how."""
 
-    __slots__ = ("bias", "keys", "length", "ranges", "row", "start")
+    __slots__ = ("bias", "keys", "length", "ranges", "row", "start", "strips")
 
     def __init__(self, piece: PackedSlice, window: int | None) -> None:
         self.row = piece.row
         self.length = piece.length
         self.bias: Tensor | None = None
+        self.strips: Sequence[Ranges] = ()
         self.ranges = piece.extents
         self.keys = piece.position + piece.length
         if window is not None and piece.position >= window:
@@ -121,33 +125,52 @@ def _drop_first(extents: tuple[tuple[int, int], ...], count: int) -> tuple[tuple
     return tuple(kept)
 
 
+def _unpacked(int8: Int8Rows, piece: _Piece, pair: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_Piece.read`, of a pool in int8."""
+    keys, values = int8.unpack(pair, piece.ranges)
+    return keys.mT, values
+
+
 class AttentionPlan:
     """Stores a block's new keys and values, and attends; made once for all blocks of a step.
 
     `rotation` is what rotary families turn queries and keys by: complex64 `[tokens, 1, head_dim / 2]`.
+    `int8` packs and reads the rows of a pool in int8. New tokens, too, are attended to as they were rounded:
+    what a token sees must not depend on how its prompt was cut up.
     """
 
-    __slots__ = ("_alibi", "_batch", "_heads", "_masks", "_pieces", "_window", "rotation")
+    __slots__ = ("_alibi", "_batch", "_heads", "_int8", "_masks", "_pieces", "_window", "rotation")
 
     def __init__(
-        self, batch: PackedBatch, heads: Heads, masks: MaskTable, window: int | None, alibi: bool
+        self,
+        batch: PackedBatch,
+        heads: Heads,
+        masks: MaskTable,
+        window: int | None,
+        alibi: bool,
+        int8: Int8Rows | None = None,
     ) -> None:
         self._batch = batch
         self._heads = heads
         self._masks = masks
         self._window = window
         self._alibi = alibi
+        self._int8 = int8
         self.rotation: Tensor | None = None
         self._pieces = [_Piece(s, window) for s in batch.slices]
         if alibi:
             for piece in self._pieces:
                 if piece.length == 1:
                     piece.bias = masks.decode(heads, piece.keys)
+        if int8 is not None:
+            for piece in self._pieces:
+                if piece.length == 1:
+                    piece.strips = int8.strips(piece.ranges)
 
     def attend(self, qkv: Tensor, pair: Tensor) -> Tensor:
         """`qkv [tokens, (query + 2 kv) * size]`, contiguous, ordered query heads, key heads, value heads.
 
-        Writes keys and values into `pair [2, kv, pool_tokens, size]`; returns `[tokens, query * size]`.
+        Writes keys and values into `pair`, as in `KVPool.pairs`; returns `[tokens, query * size]`.
         """
         self._store(qkv, pair)
         pieces = self._pieces
@@ -162,29 +185,45 @@ class AttentionPlan:
             (heads.kv * heads.size, heads.size, heads.width, 1),
             qkv.storage_offset() + heads.query * heads.size,
         )
+        if self._int8 is not None:
+            new = self._int8.pack(new)
         if batch.run is not None:
             pair.narrow(2, batch.run, batch.tokens).copy_(new)
         else:
             pair.index_copy_(2, batch.slots, new)
 
     def _one(self, piece: _Piece, qkv: Tensor, pair: Tensor) -> Tensor:
-        keys, values = piece.read(pair)
-        if piece.length == 1:
-            return self._decode(piece, qkv, keys, values)
-        return self._prefill(piece, qkv, keys, values)
-
-    def _decode(self, piece: _Piece, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        heads = self._heads
+        heads, int8 = self._heads, self._int8
+        if piece.length > 1:
+            keys, values = piece.read(pair) if int8 is None else _unpacked(int8, piece, pair)
+            return self._prefill(piece, qkv, keys, values)
         query = qkv.as_strided(
             (heads.kv, heads.group, heads.size),
             (heads.group * heads.size, heads.size, 1),
             qkv.storage_offset() + piece.row * heads.width,
         )
+        if int8 is not None:
+            return self._decode_int8(piece, query, pair, int8)
+        keys, values = piece.read(pair)
+        return self._decode(piece, query, keys, values)
+
+    def _decode(self, piece: _Piece, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if piece.bias is None:
-            scores = torch.bmm(query, keys).mul_(heads.scale)
+            scores = torch.bmm(query, keys).mul_(self._heads.scale)
         else:
-            scores = torch.baddbmm(piece.bias, query, keys, alpha=heads.scale)
+            scores = torch.baddbmm(piece.bias, query, keys, alpha=self._heads.scale)
         return torch.bmm(scores.softmax(-1), values).view(1, -1)
+
+    def _decode_int8(self, piece: _Piece, query: Tensor, pair: Tensor, int8: Int8Rows) -> Tensor:
+        key_scales, value_scales = int8.scales(pair, piece.ranges)
+        scores = int8.times_keys(query, pair[0], piece.strips)
+        # Scores and weights are float32 from here on: the scales are.
+        if piece.bias is None:
+            scores = (scores * key_scales).mul_(self._heads.scale)
+        else:
+            scores = torch.addcmul(piece.bias, scores, key_scales, value=self._heads.scale)
+        weights = scores.softmax(-1).mul_(value_scales).to(query.dtype)
+        return int8.times_values(weights, pair[1], piece.strips).view(1, -1)
 
     def _prefill(self, piece: _Piece, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         heads, length = self._heads, piece.length

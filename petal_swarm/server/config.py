@@ -10,6 +10,7 @@ from petal_swarm.span import Span
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 MIN_KV_TOKENS = 64
+KV_DTYPES = ("auto", "int8")
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 
 
@@ -32,6 +33,7 @@ class ServerConfig:
     device: str = "auto"
     dtype: str = "auto"
     quant: str = "none"
+    kv_dtype: str = "auto"
     kv_tokens: int | None = None
     max_batch_tokens: int = 2048
     name: str = ""
@@ -51,6 +53,8 @@ class ServerConfig:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {value}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
             raise ConfigError(f"--kv-tokens must be at least {MIN_KV_TOKENS}, got {self.kv_tokens}")
 

@@ -7,6 +7,7 @@ import torch
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.int8_kv import row_bytes
 from petal_swarm.wire.tensors import DTYPES
 
 #: Of the memory that is free at start, this part may go to blocks and KV cache together.
@@ -53,9 +54,10 @@ def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return (attention + matrices * config.hidden_size * config.intermediate_size) * dtype.itemsize
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in one block, in bytes."""
-    return 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
+    """Keys and values of one token in one block, in bytes; `kv_dtype` as in `KVPool.allocate`."""
+    row = row_bytes(config.head_dim) if kv_dtype == "int8" else config.head_dim * dtype.itemsize
+    return 2 * config.num_kv_heads * row
 
 
 def block_capacity(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
@@ -74,8 +76,10 @@ def block_capacity(config: ModelConfig, dtype: torch.dtype, device: torch.device
     return min(capacity, config.num_blocks)
 
 
-def default_kv_tokens(config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> int:
+def default_kv_tokens(
+    config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device, kv_dtype: str = "auto"
+) -> int:
     """Tokens of KV cache for a span of `num_blocks`: a share of the free memory, within bounds."""
-    per_token = kv_bytes_per_token(config, dtype) * num_blocks
+    per_token = kv_bytes_per_token(config, dtype, kv_dtype) * num_blocks
     fits = int(free_bytes(device) * _USABLE * _KV_SHARE // per_token)
     return max(_MIN_DEFAULT_KV_TOKENS, min(fits, _MAX_DEFAULT_KV_TOKENS))

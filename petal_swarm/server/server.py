@@ -194,9 +194,14 @@ class Server:
 
     def _make_engine(self, stack: BlockStack) -> Engine:
         kv_tokens = self.config.kv_tokens or default_kv_tokens(
-            self.checkpoint.config, len(self.span), self._dtype, self._device
+            self.checkpoint.config, len(self.span), self._dtype, self._device, self.config.kv_dtype
         )
-        engine = Engine(stack, kv_tokens=kv_tokens, max_batch_tokens=self.config.max_batch_tokens)
+        engine = Engine(
+            stack,
+            kv_tokens=kv_tokens,
+            max_batch_tokens=self.config.max_batch_tokens,
+            kv_dtype=self.config.kv_dtype,
+        )
         engine.measure()
         return engine
 
