@@ -7,7 +7,6 @@ calls must come from one thread (`compute.ComputeThread` in a server).
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -57,11 +56,10 @@ class EngineStats:
 
 #: How much one new measurement moves a running mean.
 _SMOOTHING = 0.1
-_MEASURED_STEPS = 7
 
 
 class Engine:
-    """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens (`kv_dtype`: see `KVPool`)."""
+    """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens, as `kv_dtype`."""
 
     def __init__(
         self, stack: BlockStack, *, kv_tokens: int, max_batch_tokens: int, kv_dtype: str = "auto"
@@ -122,28 +120,10 @@ class Engine:
             self._learn(requests, placed, elapsed)
         return [StepResult(outputs.get(index), errors.get(index), elapsed) for index in range(len(requests))]
 
-    @torch.inference_mode()
-    def measure(self) -> None:
-        """Time some prefill and decode steps, so that the first announcement tells measured figures.
-
-        The medians count: the first steps of a process are slow in a way that no later one is.
-        """
-        key = object()
-        hidden = torch.zeros(64, self.stack.config.hidden_size, dtype=self.stack.dtype)
-        length = min(64, self.max_batch_tokens, self._cache.tokens_free - 1)
-        if length < 1:
-            return
-        self._cache.open(key, length + 1)
-
-        def median_s(piece: Slice) -> float:
-            step = StepRequest(key, self.stack.span, (piece,), hidden[: piece.length])
-            return statistics.median(self.run([step])[0].compute_s for _ in range(_MEASURED_STEPS))
-
-        try:
-            self._prefill_tokens_per_s = length / median_s(Slice(0, 0, length))
-            self.block_time_s = median_s(Slice(0, length, 1)) / len(self.stack.span)
-        finally:
-            self._cache.close(key)
+    def seed(self, block_time_s: float, prefill_tokens_per_s: float) -> None:
+        """Set the running means to figures that were measured; real steps move them from there."""
+        self.block_time_s = block_time_s
+        self._prefill_tokens_per_s = prefill_tokens_per_s
 
     def _place(self, request: StepRequest) -> list[Placement]:
         """Check a request and give its tokens their places in the cache."""

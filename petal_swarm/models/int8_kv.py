@@ -83,7 +83,7 @@ class Int8Rows:
         return list(_strips(ranges, self._strip_rows))
 
     def _strip(self, half: Tensor, strip: Ranges) -> Tensor:
-        """Bytes of the rows `strip` of `half [kv, pool_tokens, width]` as unscaled numbers, until the next."""
+        """The rows `strip` of `half [kv, pool_tokens, width]` as unscaled numbers; lasts until the next."""
         count = sum(stop - start for start, stop in strip)
         needed = half.shape[0] * count * self._size
         if needed > self._buffer.numel():

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.net.addresses import is_loopback
@@ -17,6 +20,8 @@ EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """Settings of one server; the names are those of `run_server --help`.
+
+    Without a `cache_dir` nothing is kept for the next start.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -38,6 +43,7 @@ class ServerConfig:
     max_batch_tokens: int = 2048
     name: str = ""
     drain_timeout_s: float = 60.0
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.new_swarm == bool(self.initial_peers):
@@ -63,6 +69,13 @@ class ServerConfig:
         if self.listen:
             return self.listen
         return (LOOPBACK,) if all(map(is_loopback, self.initial_peers)) else (EVERYWHERE,)
+
+
+def default_cache_dir(environment: Mapping[str, str], home: Path) -> Path:
+    """Where a user's programs keep what they can do without: `$XDG_CACHE_HOME`, or `.cache` at home."""
+    base = environment.get("XDG_CACHE_HOME", "")
+    # The XDG specification: paths that are not absolute are to be ignored.
+    return (Path(base) if os.path.isabs(base) else home / ".cache") / "petal_swarm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
