@@ -7,6 +7,7 @@ calls must come from one thread (`compute.ComputeThread` in a server).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,13 @@ from typing import Literal
 import torch
 
 from petal_swarm.engine.kv_cache import KVCache, Placement
-from petal_swarm.errors import BadTensorError, PetalSwarmError
+from petal_swarm.errors import BadTensorError, PetalSwarmError, RemoteError
+from petal_swarm.models.devices import release_cached, to_device, wait_for
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Slice, Span
+
+logger = logging.getLogger(__name__)
 
 
 # Not frozen, though nobody changes them: that would cost a microsecond for every field of every step.
@@ -106,17 +110,11 @@ class Engine:
                 placed.append((index, self._place(request)))
             except PetalSwarmError as error:
                 errors[index] = error
-        outputs: dict[int, torch.Tensor] = {}
-        if placed:
-            hidden = self._forward(requests, placed)
-            sizes = [requests[index].hidden.shape[0] for index, _ in placed]
-            parts = (hidden,) if len(placed) == 1 else torch.split(hidden, sizes)
-            for (index, _), part in zip(placed, parts, strict=True):
-                outputs[index] = _select(part, requests[index])
-        if self.stack.device.type == "cuda":
-            torch.cuda.synchronize(self.stack.device)  # or only the launching would be timed
+        outputs = self._compute(requests, placed, errors) if placed else {}
+        if self.stack.device.type != "cpu":
+            wait_for(self.stack.device)  # or only the launching would be timed
         elapsed = time.perf_counter() - started
-        if placed:
+        if outputs and len(outputs) == len(placed):
             self._learn(requests, placed, elapsed)
         return [StepResult(outputs.get(index), errors.get(index), elapsed) for index in range(len(requests))]
 
@@ -145,6 +143,36 @@ class Engine:
             placements.append(placement)
         return placements
 
+    def _compute(
+        self,
+        requests: Sequence[StepRequest],
+        placed: list[tuple[int, list[Placement]]],
+        errors: dict[int, PetalSwarmError],
+    ) -> dict[int, torch.Tensor]:
+        """What each request wants back. Where memory runs out, each is tried alone; then it has an error."""
+        try:
+            hidden = self._forward(requests, placed)
+            sizes = [requests[index].hidden.shape[0] for index, _ in placed]
+            parts = (hidden,) if len(placed) == 1 else torch.split(hidden, sizes)
+            return {
+                index: _select(part, requests[index]) for (index, _), part in zip(placed, parts, strict=True)
+            }
+        except torch.OutOfMemoryError:
+            logger.warning("out of memory in a batch of %d steps", len(placed))
+        # Behind the clause, since until then the traceback holds what the step had allocated.
+        release_cached(self.stack.device)
+        if len(placed) == 1:
+            index = placed[0][0]
+            errors[index] = RemoteError(
+                f"the server has no memory left for a step of {requests[index].hidden.shape[0]} tokens;"
+                " send fewer at once, or use another server"
+            )
+            return {}
+        outputs: dict[int, torch.Tensor] = {}
+        for entry in placed:  # their places in the cache are theirs already
+            outputs |= self._compute(requests, [entry], errors)
+        return outputs
+
     def _forward(
         self, requests: Sequence[StepRequest], placed: list[tuple[int, list[Placement]]]
     ) -> torch.Tensor:
@@ -156,8 +184,10 @@ class Engine:
         batch = PackedBatch.build(pieces, self.stack.device)
         inputs = [requests[index].hidden for index, _ in placed]
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        if hidden.dtype is not self.stack.dtype or hidden.device != self.stack.device:
-            hidden = hidden.to(device=self.stack.device, dtype=self.stack.dtype)
+        if hidden.dtype is not self.stack.dtype:
+            hidden = hidden.to(self.stack.dtype)
+        if self.stack.device.type != "cpu":
+            hidden = to_device(hidden, self.stack.device)
         return self.stack.forward(hidden, batch, self._pool, requests[placed[0][0]].blocks)
 
     def _learn(
@@ -186,4 +216,5 @@ def _select(hidden: torch.Tensor, request: StepRequest) -> torch.Tensor:
     for piece in request.slices:
         row += piece.length
         ends.append(row - 1)
-    return hidden[ends]
+    # Slices, not a list of numbers, which a GPU would have to be told and waited for.
+    return torch.cat([hidden[end : end + 1] for end in ends])

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from petal_swarm.models import devices
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.int8_kv import Int8Rows
 from petal_swarm.span import Span
@@ -60,13 +61,25 @@ class PackedBatch:
     @cached_property
     def slots(self) -> Tensor:
         """The pool row of every new token: int64 `[tokens]`."""
-        return torch.cat([torch.arange(start, stop) for start, stop in self._ranges]).to(self.device)
+        return self._host_slots if devices.on_host(self.device) else self._on_device[0]
 
     @cached_property
     def positions(self) -> Tensor:
         """The absolute position of every new token: int64 `[tokens]`."""
-        ranges = [torch.arange(s.position, s.position + s.length) for s in self.slices]
-        return torch.cat(ranges).to(self.device)
+        return self._host_positions if devices.on_host(self.device) else self._on_device[1]
+
+    @property
+    def _host_slots(self) -> Tensor:
+        return torch.cat([torch.arange(start, stop) for start, stop in self._ranges])
+
+    @property
+    def _host_positions(self) -> Tensor:
+        return torch.cat([torch.arange(s.position, s.position + s.length) for s in self.slices])
+
+    @cached_property
+    def _on_device(self) -> Tensor:
+        """Slots and positions `[2, tokens]`: one copy, for which nobody waits."""
+        return devices.to_device(torch.stack([self._host_slots, self._host_positions]), self.device)
 
 
 def _append_new_rows(ranges: list[tuple[int, int]], piece: PackedSlice) -> None:

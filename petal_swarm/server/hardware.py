@@ -28,16 +28,25 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise ConfigError(f"--device {name}: this machine has no usable {name} device; try --device cpu")
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto`: float32 on the CPU, else the checkpoint's own 16-bit type (bfloat16 if it has none)."""
+    """`auto`: float32 on the CPU, else the checkpoint's own 16-bit type (bfloat16 if it has none).
+
+    GPUs older than NVIDIA's Ampere emulate bfloat16, slowly: there `auto` is float16.
+
+    Raises:
+        ConfigError: bfloat16 was asked for by name, and this GPU does not have it.
+    """
+    no_bfloat16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bfloat16" and no_bfloat16:
+        raise ConfigError("--dtype bfloat16: this GPU cannot compute in it; try --dtype float16")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32
-    return torch.float16 if config.torch_dtype == "float16" else torch.bfloat16
+    return torch.float16 if config.torch_dtype == "float16" or no_bfloat16 else torch.bfloat16
 
 
 def free_bytes(device: torch.device) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,3 +48,45 @@ def test_int8_makes_room_for_more_tokens(monkeypatch):
 def test_a_kv_dtype_that_is_not_known():
     with pytest.raises(ConfigError, match="--kv-dtype must be one of auto, int8, got 'int4'"):
         ServerConfig(model="m", new_swarm=True, kv_dtype="int4")
+
+
+class Gpu:
+    """What torch would say of a GPU."""
+
+    def __init__(self, monkeypatch, *, bfloat16):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+        monkeypatch.setattr(
+            torch.cuda, "is_bf16_supported", lambda including_emulation=True: bfloat16 or including_emulation
+        )
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_is_taken_by_its_number(monkeypatch, name):
+    Gpu(monkeypatch, bfloat16=True)
+    assert hardware.resolve_device(name) == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "bfloat16", "expected"),
+    [
+        ("float32", True, torch.bfloat16),
+        ("bfloat16", True, torch.bfloat16),
+        ("float16", True, torch.float16),
+        ("float32", False, torch.float16),
+        ("bfloat16", False, torch.float16),
+    ],
+)
+def test_16_bits_that_the_gpu_can_compute_in(monkeypatch, own, bfloat16, expected):
+    Gpu(monkeypatch, bfloat16=bfloat16)
+    config = replace(CONFIG, torch_dtype=own)
+    assert hardware.resolve_dtype("auto", config, torch.device("cuda", 0)) == expected
+    assert hardware.resolve_dtype("float16", config, torch.device("cuda", 0)) == torch.float16
+
+
+def test_bfloat16_on_a_gpu_without_it(monkeypatch):
+    Gpu(monkeypatch, bfloat16=False)
+    with pytest.raises(ConfigError, match="--dtype bfloat16: this GPU cannot"):
+        hardware.resolve_dtype("bfloat16", CONFIG, torch.device("cuda", 0))
+    assert hardware.resolve_dtype("bfloat16", CONFIG, CPU) == torch.bfloat16
+    assert hardware.resolve_dtype("auto", CONFIG, CPU) == torch.float32
