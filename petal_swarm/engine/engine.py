@@ -70,6 +70,7 @@ class Engine:
     ) -> None:
         self.stack = stack
         self.max_batch_tokens = max_batch_tokens
+        self._on_host = stack.device.type == "cpu"
         self._cache = KVCache(kv_tokens)
         self._pool = KVPool.allocate(
             stack.config, stack.span, self._cache.tokens, stack.dtype, stack.device, kv_dtype
@@ -110,11 +111,20 @@ class Engine:
                 placed.append((index, self._place(request)))
             except PetalSwarmError as error:
                 errors[index] = error
-        outputs = self._compute(requests, placed, errors) if placed else {}
-        if self.stack.device.type != "cpu":
+        outputs: dict[int, torch.Tensor] = {}
+        fits = True
+        if placed:
+            try:
+                self._compute(requests, placed, outputs)
+            except torch.OutOfMemoryError:
+                logger.warning("out of memory in a batch of %d steps", len(placed))
+                fits = False
+        if not fits:  # behind the clause: until then the traceback holds what the batch had allocated
+            errors |= self._compute_alone(requests, placed, outputs)
+        if not self._on_host:
             wait_for(self.stack.device)  # or only the launching would be timed
         elapsed = time.perf_counter() - started
-        if outputs and len(outputs) == len(placed):
+        if placed and fits:
             self._learn(requests, placed, elapsed)
         return [StepResult(outputs.get(index), errors.get(index), elapsed) for index in range(len(requests))]
 
@@ -147,31 +157,37 @@ class Engine:
         self,
         requests: Sequence[StepRequest],
         placed: list[tuple[int, list[Placement]]],
-        errors: dict[int, PetalSwarmError],
-    ) -> dict[int, torch.Tensor]:
-        """What each request wants back. Where memory runs out, each is tried alone; then it has an error."""
-        try:
-            hidden = self._forward(requests, placed)
-            sizes = [requests[index].hidden.shape[0] for index, _ in placed]
-            parts = (hidden,) if len(placed) == 1 else torch.split(hidden, sizes)
-            return {
-                index: _select(part, requests[index]) for (index, _), part in zip(placed, parts, strict=True)
-            }
-        except torch.OutOfMemoryError:
-            logger.warning("out of memory in a batch of %d steps", len(placed))
-        # Behind the clause, since until then the traceback holds what the step had allocated.
-        release_cached(self.stack.device)
+        outputs: dict[int, torch.Tensor],
+    ) -> None:
+        hidden = self._forward(requests, placed)
         if len(placed) == 1:
             index = placed[0][0]
-            errors[index] = RemoteError(
-                f"the server has no memory left for a step of {requests[index].hidden.shape[0]} tokens;"
-                " send fewer at once, or use another server"
-            )
-            return {}
-        outputs: dict[int, torch.Tensor] = {}
+            outputs[index] = _select(hidden, requests[index])
+            return
+        sizes = [requests[index].hidden.shape[0] for index, _ in placed]
+        for (index, _), part in zip(placed, torch.split(hidden, sizes), strict=True):
+            outputs[index] = _select(part, requests[index])
+
+    def _compute_alone(
+        self,
+        requests: Sequence[StepRequest],
+        placed: list[tuple[int, list[Placement]]],
+        outputs: dict[int, torch.Tensor],
+    ) -> dict[int, PetalSwarmError]:
+        """Each step alone, after memory ran out for all at once: errors of those that do not fit even so."""
+        errors: dict[int, PetalSwarmError] = {}
         for entry in placed:  # their places in the cache are theirs already
-            outputs |= self._compute(requests, [entry], errors)
-        return outputs
+            release_cached(self.stack.device)
+            try:
+                self._compute(requests, [entry], outputs)
+            except torch.OutOfMemoryError:
+                tokens = requests[entry[0]].hidden.shape[0]
+                errors[entry[0]] = RemoteError(
+                    f"the server has no memory left for a step of {tokens} tokens;"
+                    " send fewer at once, or use another server"
+                )
+        release_cached(self.stack.device)
+        return errors
 
     def _forward(
         self, requests: Sequence[StepRequest], placed: list[tuple[int, list[Placement]]]
@@ -186,7 +202,7 @@ class Engine:
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         if hidden.dtype is not self.stack.dtype:
             hidden = hidden.to(self.stack.dtype)
-        if self.stack.device.type != "cpu":
+        if not self._on_host:
             hidden = to_device(hidden, self.stack.device)
         return self.stack.forward(hidden, batch, self._pool, requests[placed[0][0]].blocks)
 

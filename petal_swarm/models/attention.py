@@ -147,12 +147,6 @@ def _drop_first(extents: tuple[tuple[int, int], ...], count: int) -> tuple[tuple
     return tuple(kept)
 
 
-def _unpacked(int8: Int8Rows, piece: _Piece, pair: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_Piece.read`, of a pool in int8."""
-    keys, values = int8.unpack(pair, piece.ranges)
-    return keys.mT, values
-
-
 class AttentionPlan:
     """Stores a block's new keys and values, and attends; made once for all blocks of a step.
 
@@ -180,7 +174,7 @@ class AttentionPlan:
         self._int8 = int8
         self.rotation: Tensor | None = None
         self._pieces = [_Piece(s, window) for s in batch.slices]
-        self._groups: list[Group] = []
+        self._groups: Sequence[Group] = ()
         if len(self._pieces) > 1 and not devices.on_host(batch.device):
             self._groups = self._grouped()
         if alibi:
@@ -247,36 +241,40 @@ class AttentionPlan:
             pair.index_copy_(2, batch.slots, new)
 
     def _one(self, piece: _Piece, qkv: Tensor, pair: Tensor) -> Tensor:
-        heads, int8 = self._heads, self._int8
-        if piece.length > 1:
-            keys, values = piece.read(pair) if int8 is None else _unpacked(int8, piece, pair)
-            return self._prefill(piece, qkv, keys, values)
+        if self._int8 is not None:
+            return self._one_int8(piece, qkv, pair, self._int8)
+        keys, values = piece.read(pair)
+        if piece.length == 1:
+            return self._decode(piece, qkv, keys, values)
+        return self._prefill(piece, qkv, keys, values)
+
+    def _decode(self, piece: _Piece, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        heads = self._heads
         query = qkv.as_strided(
             (heads.kv, heads.group, heads.size),
             (heads.group * heads.size, heads.size, 1),
             qkv.storage_offset() + piece.row * heads.width,
         )
-        if int8 is not None:
-            return self._decode_int8(piece, query, pair, int8)
-        keys, values = piece.read(pair)
-        return self._decode(piece, query, keys, values)
-
-    def _decode(self, piece: _Piece, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         if piece.bias is None:
-            scores = torch.bmm(query, keys).mul_(self._heads.scale)
+            scores = torch.bmm(query, keys).mul_(heads.scale)
         else:
-            scores = torch.baddbmm(piece.bias, query, keys, alpha=self._heads.scale)
+            scores = torch.baddbmm(piece.bias, query, keys, alpha=heads.scale)
         return torch.bmm(scores.softmax(-1), values).view(1, -1)
 
-    def _decode_int8(self, piece: _Piece, query: Tensor, pair: Tensor, int8: Int8Rows) -> Tensor:
+    def _one_int8(self, piece: _Piece, qkv: Tensor, pair: Tensor, int8: Int8Rows) -> Tensor:
+        heads = self._heads
+        if piece.length > 1:
+            numbers = int8.unpack(pair, piece.ranges)
+            return self._prefill(piece, qkv, numbers[0].mT, numbers[1])
+        query = qkv[piece.row, : heads.query * heads.size].view(heads.kv, heads.group, heads.size)
         key_scales, value_scales = int8.scales(pair, piece.ranges)
         scores = int8.times_keys(query, pair[0], piece.strips)
         # Scores and weights are float32 from here on: the scales are.
         if piece.bias is None:
-            scores = (scores * key_scales).mul_(self._heads.scale)
+            scores = (scores * key_scales).mul_(heads.scale)
         else:
-            scores = torch.addcmul(piece.bias, scores, key_scales, value=self._heads.scale)
-        weights = scores.softmax(-1).mul_(value_scales).to(query.dtype)
+            scores = torch.addcmul(piece.bias, scores, key_scales, value=heads.scale)
+        weights = scores.softmax(-1).mul_(value_scales).to(qkv.dtype)
         return int8.times_values(weights, pair[1], piece.strips).view(1, -1)
 
     def _prefill(self, piece: _Piece, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
