@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import os
 import sys
+from pathlib import Path
 
 from petal_swarm.cli.common import new_parser, not_negative, peer_address, positive, run_program
 
@@ -37,6 +39,12 @@ def build_parser(prog: str = "run_server") -> argparse.ArgumentParser:
         default=60.0,
         metavar="SECONDS",
         help="how long to let sessions end after Ctrl-C or SIGTERM (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--cache-dir",
+        metavar="FOLDER",
+        help="keep what was measured of this machine in FOLDER, for a faster start next time"
+        " (default: petal_swarm in your cache folder, such as ~/.cache)",
     )
     return parser
 
@@ -87,7 +95,7 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
-        help="of weights and KV cache (default: float32 on a CPU, else 16 bits as in the checkpoint)",
+        help="of weights and arithmetic (default: float32 on a CPU, else 16 bits as in the checkpoint)",
     )
     blocks.add_argument(
         "--quant", default="none", choices=("none",), help="quantization of the weights (default: none)"
@@ -101,6 +109,12 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="keep up to N tokens of finished prompts in the KV cache, for later ones that start alike"
         " (default: half of --kv-tokens; 0: share nothing)",
+    )
+    blocks.add_argument(
+        "--kv-dtype",
+        default="auto",
+        choices=("auto", "int8"),
+        help="of the KV cache; int8, rounded, holds twice the tokens of 16 bits (default: auto, as --dtype)",
     )
     blocks.add_argument(
         "--max-batch-tokens",
@@ -123,7 +137,7 @@ def main(argv: list[str] | None = None, prog: str = "run_server") -> int:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until told to leave."""
-    from petal_swarm.server.config import ServerConfig
+    from petal_swarm.server.config import ServerConfig, default_cache_dir
     from petal_swarm.span import Span
 
     config = ServerConfig(
@@ -138,11 +152,13 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         dtype=arguments.dtype,
         quant=arguments.quant,
+        kv_dtype=arguments.kv_dtype,
         kv_tokens=arguments.kv_tokens,
         prefix_tokens=arguments.prefix_tokens,
         max_batch_tokens=arguments.max_batch_tokens,
         name=arguments.name[:64],
         drain_timeout_s=arguments.drain_timeout,
+        cache_dir=arguments.cache_dir or str(default_cache_dir(os.environ, Path.home())),
     )
     if arguments.threads is not None:
         import torch

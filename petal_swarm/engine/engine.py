@@ -7,7 +7,7 @@ calls must come from one thread (`compute.ComputeThread` in a server).
 
 from __future__ import annotations
 
-import statistics
+import logging
 import time
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -17,11 +17,14 @@ import torch
 
 from petal_swarm.engine.kv_cache import KVCache, Placement
 from petal_swarm.engine.prefixes import PrefixScope
-from petal_swarm.errors import BadTensorError, PetalSwarmError
+from petal_swarm.errors import BadTensorError, PetalSwarmError, RemoteError
+from petal_swarm.models.devices import release_cached, to_device, wait_for
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Slice, Span
 from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys
+
+logger = logging.getLogger(__name__)
 
 
 # Not frozen, though nobody changes them: that would cost a microsecond for every field of every step.
@@ -67,20 +70,26 @@ class EngineStats:
 
 #: How much one new measurement moves a running mean.
 _SMOOTHING = 0.1
-_MEASURED_STEPS = 7
 
 
 class Engine:
-    """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens."""
+    """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens, as `kv_dtype`."""
 
     def __init__(
-        self, stack: BlockStack, *, kv_tokens: int, max_batch_tokens: int, prefix_tokens: int = 0
+        self,
+        stack: BlockStack,
+        *,
+        kv_tokens: int,
+        max_batch_tokens: int,
+        prefix_tokens: int = 0,
+        kv_dtype: str = "auto",
     ) -> None:
         self.stack = stack
         self.max_batch_tokens = max_batch_tokens
+        self._on_host = stack.device.type == "cpu"
         self._cache = KVCache(kv_tokens, prefix_tokens)
         self._pool = KVPool.allocate(
-            stack.config, stack.span, self._cache.tokens, dtype=stack.dtype, device=stack.device
+            stack.config, stack.span, self._cache.tokens, stack.dtype, stack.device, kv_dtype
         )
         #: Running mean of what one block takes in a decode step, in seconds; 0 before the first.
         self.block_time_s = 0.0
@@ -151,46 +160,30 @@ class Engine:
             except PetalSwarmError as error:
                 errors[index] = error
         outputs: dict[int, torch.Tensor] = {}
-        keys: dict[int, tuple[PageKeys, ...]] = {}
+        fits = True
         if placed:
-            hidden = self._forward(requests, placed)
-            sizes = [requests[index].hidden.shape[0] for index, _ in placed]
-            parts = (hidden,) if len(placed) == 1 else torch.split(hidden, sizes)
-            for (index, _), part in zip(placed, parts, strict=True):
-                outputs[index] = _select(part, requests[index])
-                keys[index] = self._file(requests[index])
-        if self.stack.device.type == "cuda":
-            torch.cuda.synchronize(self.stack.device)  # or only the launching would be timed
+            try:
+                self._compute(requests, placed, outputs)
+            except torch.OutOfMemoryError:
+                logger.warning("out of memory in a batch of %d steps", len(placed))
+                fits = False
+        if not fits:  # behind the clause: until then the traceback holds what the batch had allocated
+            errors |= self._compute_alone(requests, placed, outputs)
+        if not self._on_host:
+            wait_for(self.stack.device)  # or only the launching would be timed
+        keys = {index: self._file(requests[index]) for index in outputs}
         elapsed = time.perf_counter() - started
-        if placed:
+        if placed and fits:
             self._learn(requests, placed, elapsed)
         return [
             StepResult(outputs.get(index), errors.get(index), elapsed, keys.get(index, ()))
             for index in range(len(requests))
         ]
 
-    @torch.inference_mode()
-    def measure(self) -> None:
-        """Time some prefill and decode steps, so that the first announcement tells measured figures.
-
-        The medians count: the first steps of a process are slow in a way that no later one is.
-        """
-        key = object()
-        hidden = torch.zeros(64, self.stack.config.hidden_size, dtype=self.stack.dtype)
-        length = min(64, self.max_batch_tokens, self._cache.tokens_free - 1)
-        if length < 1:
-            return
-        self._cache.open(key, length + 1)
-
-        def median_s(piece: Slice) -> float:
-            step = StepRequest(key, self.stack.span, (piece,), hidden[: piece.length])
-            return statistics.median(self.run([step])[0].compute_s for _ in range(_MEASURED_STEPS))
-
-        try:
-            self._prefill_tokens_per_s = length / median_s(Slice(0, 0, length))
-            self.block_time_s = median_s(Slice(0, length, 1)) / len(self.stack.span)
-        finally:
-            self._cache.close(key)
+    def seed(self, block_time_s: float, prefill_tokens_per_s: float) -> None:
+        """Set the running means to figures that were measured; real steps move them from there."""
+        self.block_time_s = block_time_s
+        self._prefill_tokens_per_s = prefill_tokens_per_s
 
     def _place(self, request: StepRequest) -> list[Placement]:
         """Check a request and give its tokens their places in the cache."""
@@ -227,6 +220,42 @@ class Engine:
             return ()
         return tuple(pages for pages in filed if pages is not None)
 
+    def _compute(
+        self,
+        requests: Sequence[StepRequest],
+        placed: list[tuple[int, list[Placement]]],
+        outputs: dict[int, torch.Tensor],
+    ) -> None:
+        hidden = self._forward(requests, placed)
+        if len(placed) == 1:
+            index = placed[0][0]
+            outputs[index] = _select(hidden, requests[index])
+            return
+        sizes = [requests[index].hidden.shape[0] for index, _ in placed]
+        for (index, _), part in zip(placed, torch.split(hidden, sizes), strict=True):
+            outputs[index] = _select(part, requests[index])
+
+    def _compute_alone(
+        self,
+        requests: Sequence[StepRequest],
+        placed: list[tuple[int, list[Placement]]],
+        outputs: dict[int, torch.Tensor],
+    ) -> dict[int, PetalSwarmError]:
+        """Each step alone, after memory ran out for all at once: errors of those that do not fit even so."""
+        errors: dict[int, PetalSwarmError] = {}
+        for entry in placed:  # their places in the cache are theirs already
+            release_cached(self.stack.device)
+            try:
+                self._compute(requests, [entry], outputs)
+            except torch.OutOfMemoryError:
+                tokens = requests[entry[0]].hidden.shape[0]
+                errors[entry[0]] = RemoteError(
+                    f"the server has no memory left for a step of {tokens} tokens;"
+                    " send fewer at once, or use another server"
+                )
+        release_cached(self.stack.device)
+        return errors
+
     def _forward(
         self, requests: Sequence[StepRequest], placed: list[tuple[int, list[Placement]]]
     ) -> torch.Tensor:
@@ -238,8 +267,10 @@ class Engine:
         batch = PackedBatch.build(pieces, self.stack.device)
         inputs = [requests[index].hidden for index, _ in placed]
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
-        if hidden.dtype is not self.stack.dtype or hidden.device != self.stack.device:
-            hidden = hidden.to(device=self.stack.device, dtype=self.stack.dtype)
+        if hidden.dtype is not self.stack.dtype:
+            hidden = hidden.to(self.stack.dtype)
+        if not self._on_host:
+            hidden = to_device(hidden, self.stack.device)
         return self.stack.forward(hidden, batch, self._pool, requests[placed[0][0]].blocks)
 
     def _learn(
@@ -268,4 +299,5 @@ def _select(hidden: torch.Tensor, request: StepRequest) -> torch.Tensor:
     for piece in request.slices:
         row += piece.length
         ends.append(row - 1)
-    return hidden[ends]
+    # Slices, not a list of numbers, which a GPU would have to be told and waited for.
+    return torch.cat([hidden[end : end + 1] for end in ends])

@@ -9,15 +9,23 @@ how far back a token sees.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from petal_swarm.models import devices
+from petal_swarm.models.int8_kv import Int8Rows, Ranges
 from petal_swarm.models.packing import PackedBatch, PackedSlice
+from petal_swarm.models.ragged import Decoding, Group, in_groups
 
 _QUERY_CHUNK = 256
-# Off the CPU a mask is materialized: at most this many elements at a time.
-_MASK_ELEMENTS = 1 << 25
+# On a device a mask is written out: at most this many numbers at a time, and so many kept for other blocks.
+_MASK_NUMBERS = 1 << 25
+_KEPT_MASK_NUMBERS = 1 << 26
+# Rows of a mask begin at multiples of this, or the kernels of a GPU would copy it for each block.
+_MASK_ALIGNMENT = 16
 
 
 class Heads:
@@ -77,19 +85,37 @@ class MaskTable:
         table = self._reach(keys)
         row = table.stride(0) if table.shape[0] > 1 else 0
         shape = (heads.kv, heads.group, queries, keys)
-        mask = table.as_strided(shape, (heads.group * row, row, 1, 1), self._capacity + 1 - keys)
-        return mask if mask.device.type == "cpu" else mask.contiguous()
+        return table.as_strided(shape, (heads.group * row, row, 1, 1), self._capacity + 1 - keys)
+
+    def written_out(self, heads: Heads, queries: int, keys: int) -> Tensor:
+        """The same for queries first to last, as numbers of its own: other devices' kernels want that.
+
+        Without ALiBi it is the same for all heads, and written once.
+        """
+        view = self.reversed_queries(heads, queries, keys)
+        if self._table.shape[0] == 1:
+            view = view[:1, :1]
+        width = -(-keys // _MASK_ALIGNMENT) * _MASK_ALIGNMENT
+        mask = view.new_empty((*view.shape[:3], width))[..., :keys]
+        return mask.copy_(view.flip(2)).expand(heads.kv, heads.group, -1, -1)
+
+    @property
+    def heads(self) -> int:
+        """How many heads a mask is written out for."""
+        return self._table.shape[0]
 
 
 class _Piece:
     """One slice of the batch: which pool rows it reads, and how."""
 
-    __slots__ = ("bias", "keys", "length", "ranges", "row", "start")
+    __slots__ = ("bias", "keys", "length", "masks", "ranges", "row", "start", "strips")
 
     def __init__(self, piece: PackedSlice, window: int | None) -> None:
         self.row = piece.row
         self.length = piece.length
         self.bias: Tensor | None = None
+        self.masks: dict[int, Tensor] | None = None
+        self.strips: Sequence[Ranges] = ()
         self.ranges = piece.extents
         self.keys = piece.position + piece.length
         if window is not None and piece.position >= window:
@@ -125,35 +151,80 @@ class AttentionPlan:
     """Stores a block's new keys and values, and attends; made once for all blocks of a step.
 
     `rotation` is what rotary families turn queries and keys by: complex64 `[tokens, 1, head_dim / 2]`.
+    `int8` packs and reads the rows of a pool in int8. New tokens, too, are attended to as they were rounded:
+    what a token sees must not depend on how its prompt was cut up.
     """
 
-    __slots__ = ("_alibi", "_batch", "_heads", "_masks", "_pieces", "_window", "rotation")
+    __slots__ = ("_alibi", "_batch", "_groups", "_heads", "_int8", "_masks", "_pieces", "_window", "rotation")
 
     def __init__(
-        self, batch: PackedBatch, heads: Heads, masks: MaskTable, window: int | None, alibi: bool
+        self,
+        batch: PackedBatch,
+        heads: Heads,
+        masks: MaskTable,
+        window: int | None,
+        alibi: bool,
+        int8: Int8Rows | None = None,
     ) -> None:
         self._batch = batch
         self._heads = heads
         self._masks = masks
         self._window = window
         self._alibi = alibi
+        self._int8 = int8
         self.rotation: Tensor | None = None
         self._pieces = [_Piece(s, window) for s in batch.slices]
+        self._groups: Sequence[Group] = ()
+        if len(self._pieces) > 1 and not devices.on_host(batch.device):
+            self._groups = self._grouped()
         if alibi:
             for piece in self._pieces:
                 if piece.length == 1:
                     piece.bias = masks.decode(heads, piece.keys)
+        if int8 is not None:
+            for piece in self._pieces:
+                if piece.length == 1:
+                    piece.strips = int8.strips(piece.ranges)
+
+    def _grouped(self) -> list[Group]:
+        """The sequences that decode, but for those so long that they are better read in place."""
+        heads = self._heads
+        decoding = [
+            Decoding(place, piece.row, piece.ranges, piece.keys)
+            for place, piece in enumerate(self._pieces)
+            if piece.length == 1
+        ]
+        return [
+            Group(members, self._masks.decode(heads, members[0].keys), self._batch.device)
+            for members in in_groups(decoding, 2 * heads.kv * heads.size)
+        ]
 
     def attend(self, qkv: Tensor, pair: Tensor) -> Tensor:
         """`qkv [tokens, (query + 2 kv) * size]`, contiguous, ordered query heads, key heads, value heads.
 
-        Writes keys and values into `pair [2, kv, pool_tokens, size]`; returns `[tokens, query * size]`.
+        Writes keys and values into `pair`, as in `KVPool.pairs`; returns `[tokens, query * size]`.
         """
         self._store(qkv, pair)
         pieces = self._pieces
         if len(pieces) == 1:
             return self._one(pieces[0], qkv, pair)
+        if self._groups:
+            return self._by_groups(qkv, pair)
         return torch.cat([self._one(piece, qkv, pair) for piece in pieces])
+
+    def _by_groups(self, qkv: Tensor, pair: Tensor) -> Tensor:
+        heads = self._heads
+        query = qkv[:, : heads.query * heads.size].view(-1, heads.kv, heads.group, heads.size)
+        found: dict[int, Tensor] = {}
+        for group in self._groups:
+            out = group.attend(query, heads.scale, pair, self._int8)
+            if len(group.places) == len(self._pieces):
+                return out
+            found.update({place: out[line : line + 1] for line, place in enumerate(group.places)})
+        for place, piece in enumerate(self._pieces):
+            if place not in found:
+                found[place] = self._one(piece, qkv, pair)
+        return torch.cat([found[place] for place in range(len(self._pieces))])
 
     def _store(self, qkv: Tensor, pair: Tensor) -> None:
         heads, batch = self._heads, self._batch
@@ -162,12 +233,16 @@ class AttentionPlan:
             (heads.kv * heads.size, heads.size, heads.width, 1),
             qkv.storage_offset() + heads.query * heads.size,
         )
+        if self._int8 is not None:
+            new = self._int8.pack(new)
         if batch.run is not None:
             pair.narrow(2, batch.run, batch.tokens).copy_(new)
         else:
             pair.index_copy_(2, batch.slots, new)
 
     def _one(self, piece: _Piece, qkv: Tensor, pair: Tensor) -> Tensor:
+        if self._int8 is not None:
+            return self._one_int8(piece, qkv, pair, self._int8)
         keys, values = piece.read(pair)
         if piece.length == 1:
             return self._decode(piece, qkv, keys, values)
@@ -186,6 +261,22 @@ class AttentionPlan:
             scores = torch.baddbmm(piece.bias, query, keys, alpha=heads.scale)
         return torch.bmm(scores.softmax(-1), values).view(1, -1)
 
+    def _one_int8(self, piece: _Piece, qkv: Tensor, pair: Tensor, int8: Int8Rows) -> Tensor:
+        heads = self._heads
+        if piece.length > 1:
+            numbers = int8.unpack(pair, piece.ranges)
+            return self._prefill(piece, qkv, numbers[0].mT, numbers[1])
+        query = qkv[piece.row, : heads.query * heads.size].view(heads.kv, heads.group, heads.size)
+        key_scales, value_scales = int8.scales(pair, piece.ranges)
+        scores = int8.times_keys(query, pair[0], piece.strips)
+        # Scores and weights are float32 from here on: the scales are.
+        if piece.bias is None:
+            scores = (scores * key_scales).mul_(heads.scale)
+        else:
+            scores = torch.addcmul(piece.bias, scores, key_scales, value=heads.scale)
+        weights = scores.softmax(-1).mul_(value_scales).to(qkv.dtype)
+        return int8.times_values(weights, pair[1], piece.strips).view(1, -1)
+
     def _prefill(self, piece: _Piece, qkv: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         heads, length = self._heads, piece.length
         query = qkv[piece.row : piece.row + length, : heads.query * heads.size]
@@ -196,27 +287,41 @@ class AttentionPlan:
         if length == piece.keys and not self._alibi and not limited:
             out = F.scaled_dot_product_attention(query, keys, values, is_causal=True, scale=heads.scale)
         else:
-            out = self._in_chunks(query, keys, values)
+            out = self._in_chunks(piece, query, keys, values)
         return out.permute(2, 0, 1, 3).reshape(length, heads.query * heads.size)
 
-    def _in_chunks(self, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    def _in_chunks(self, piece: _Piece, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """Masked attention `[kv, group, length, size]`; each chunk of queries sees no key it need not."""
         heads, length, total = self._heads, query.shape[2], keys.shape[2]
+        viewed = devices.on_host(query.device)
         chunk = _QUERY_CHUNK
-        if query.device.type != "cpu":
-            chunk = max(1, min(chunk, _MASK_ELEMENTS // (heads.query * total)))
+        if not viewed:
+            chunk = max(1, min(chunk, _MASK_NUMBERS // (self._masks.heads * total)))
         outs = []
         for first in range(0, length, chunk):
             queries = min(chunk, length - first)
             stop = total - length + first + queries
             start = 0 if self._window is None else max(0, stop - queries + 1 - self._window)
-            mask = self._masks.reversed_queries(heads, queries, stop - start)
+            part = query[:, :, first : first + queries]
+            if viewed:
+                mask = self._masks.reversed_queries(heads, queries, stop - start)
+                part = part.flip(2)
+            else:
+                mask = self._kept_mask(piece, queries, stop - start)
             out = F.scaled_dot_product_attention(
-                query[:, :, first : first + queries].flip(2),
-                keys[:, :, start:stop],
-                values[:, :, start:stop],
-                attn_mask=mask,
-                scale=heads.scale,
+                part, keys[:, :, start:stop], values[:, :, start:stop], attn_mask=mask, scale=heads.scale
             )
-            outs.append(out.flip(2))
+            outs.append(out.flip(2) if viewed else out)
         return outs[0] if len(outs) == 1 else torch.cat(outs, dim=2)
+
+    def _kept_mask(self, piece: _Piece, queries: int, keys: int) -> Tensor:
+        """A mask that is written out, once for all blocks unless that were too much to keep."""
+        if self._masks.heads * piece.length * piece.keys > _KEPT_MASK_NUMBERS:
+            return self._masks.written_out(self._heads, queries, keys)
+        if piece.masks is None:
+            piece.masks = {}
+        # Within a piece, the numbers of queries and keys name the chunk, or one whose mask is the same.
+        name = queries << 32 | keys
+        if name not in piece.masks:
+            piece.masks[name] = self._masks.written_out(self._heads, queries, keys)
+        return piece.masks[name]

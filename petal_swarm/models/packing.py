@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from petal_swarm.models import devices
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.int8_kv import Int8Rows
 from petal_swarm.span import Span
 
 
@@ -59,13 +61,25 @@ class PackedBatch:
     @cached_property
     def slots(self) -> Tensor:
         """The pool row of every new token: int64 `[tokens]`."""
-        return torch.cat([torch.arange(start, stop) for start, stop in self._ranges]).to(self.device)
+        return self._host_slots if devices.on_host(self.device) else self._on_device[0]
 
     @cached_property
     def positions(self) -> Tensor:
         """The absolute position of every new token: int64 `[tokens]`."""
-        ranges = [torch.arange(s.position, s.position + s.length) for s in self.slices]
-        return torch.cat(ranges).to(self.device)
+        return self._host_positions if devices.on_host(self.device) else self._on_device[1]
+
+    @property
+    def _host_slots(self) -> Tensor:
+        return torch.cat([torch.arange(start, stop) for start, stop in self._ranges])
+
+    @property
+    def _host_positions(self) -> Tensor:
+        return torch.cat([torch.arange(s.position, s.position + s.length) for s in self.slices])
+
+    @cached_property
+    def _on_device(self) -> Tensor:
+        """Slots and positions `[2, tokens]`: one copy, for which nobody waits."""
+        return devices.to_device(torch.stack([self._host_slots, self._host_positions]), self.device)
 
 
 def _append_new_rows(ranges: list[tuple[int, int]], piece: PackedSlice) -> None:
@@ -91,23 +105,33 @@ def _append_new_rows(ranges: list[tuple[int, int]], piece: PackedSlice) -> None:
 class KVPool:
     """Keys and values of all sequences, for each block of a span.
 
-    `pairs[i]` is `[2, kv_heads, pool_tokens, head_dim]`, so that a block writes both at once; `keys[i]` and
-    `values[i]` `[kv_heads, pool_tokens, head_dim]` are views of it. Heads come first because reading a
-    head's keys as one range is what decoding does most [measured on CPU].
+    `pairs[i]` is `[2, kv_heads, pool_tokens, head_dim]`, keys before values, so that a block writes both at
+    once. Heads come before tokens because reading a head's keys as one range is what decoding does most
+    [measured on CPU]. Where `int8` is not None, it packs rows into int8 `[..., int8.width]`.
     """
 
     pairs: list[Tensor]
-    keys: list[Tensor]
-    values: list[Tensor]
+    int8: Int8Rows | None
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, span: Span, pool_tokens: int, dtype: torch.dtype, device: torch.device | str
+        cls,
+        config: ModelConfig,
+        span: Span,
+        pool_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        kv_dtype: str = "auto",
     ) -> KVPool:
-        """Room for `pool_tokens` rows a block. On CPU the system commits memory as rows are first written."""
-        shape = (2, config.num_kv_heads, pool_tokens, config.head_dim)
-        pairs = [torch.empty(shape, dtype=dtype, device=device) for _ in span.blocks()]
-        return cls(pairs, [pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        """Room for `pool_tokens` rows a block. On CPU the system commits memory as rows are first written.
+
+        `dtype` is what the blocks compute in, and what is kept with `kv_dtype` "auto"; "int8" keeps int8.
+        """
+        assert kv_dtype in ("auto", "int8"), f"unknown kv_dtype {kv_dtype!r}"
+        int8 = Int8Rows(config.head_dim, dtype, device) if kv_dtype == "int8" else None
+        width, kept = (config.head_dim, dtype) if int8 is None else (int8.width, torch.int8)
+        shape = (2, config.num_kv_heads, pool_tokens, width)
+        return cls([torch.empty(shape, dtype=kept, device=device) for _ in span.blocks()], int8)
 
     def copy_rows(self, source: int, target: int, count: int) -> None:
         """Copies rows of every block: `count` of them, from `source` on to `target` on; no overlap."""

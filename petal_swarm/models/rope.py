@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from petal_swarm.models.devices import to_device
+
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 
@@ -125,7 +127,7 @@ class RotaryTable:
             with torch.inference_mode(False):  # the table serves training steps too
                 angle = angles(self._rope, self._head_dim, have, max(stop, 2 * have, 512))
                 new = torch.polar(torch.full_like(angle, self._rope.amplitude), angle)
-                self._rows = torch.cat([self._rows, new.to(self._device)])
+                self._rows = torch.cat([self._rows, to_device(new, self._device)])
         return self._rows
 
     def run(self, start: int, stop: int) -> Tensor:

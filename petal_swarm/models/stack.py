@@ -62,12 +62,12 @@ class BlockStack:
             window = self._windows[index]
             plan = plans.get(window)
             if plan is None:
-                plan = plans[window] = self._plan(batch, window)
+                plan = plans[window] = self._plan(batch, window, pool)
             hidden = self._blocks[index](hidden, plan, pool.pairs[index])
         return hidden
 
-    def _plan(self, batch: PackedBatch, window: int | None) -> AttentionPlan:
-        plan = AttentionPlan(batch, self._heads, self._masks[window], window, self._alibi)
+    def _plan(self, batch: PackedBatch, window: int | None, pool: KVPool) -> AttentionPlan:
+        plan = AttentionPlan(batch, self._heads, self._masks[window], window, self._alibi, pool.int8)
         if self._rotary is not None:
             if len(batch.slices) == 1:
                 piece = batch.slices[0]

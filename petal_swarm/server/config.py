@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.net.addresses import is_loopback
@@ -10,12 +13,15 @@ from petal_swarm.span import Span
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 MIN_KV_TOKENS = 64
+KV_DTYPES = ("auto", "int8")
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """Settings of one server; the names are those of `run_server --help`.
+
+    Without a `cache_dir` nothing is kept for the next start.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -32,11 +38,13 @@ class ServerConfig:
     device: str = "auto"
     dtype: str = "auto"
     quant: str = "none"
+    kv_dtype: str = "auto"
     kv_tokens: int | None = None
     prefix_tokens: int | None = None
     max_batch_tokens: int = 2048
     name: str = ""
     drain_timeout_s: float = 60.0
+    cache_dir: str | None = None
 
     def __post_init__(self) -> None:
         if self.new_swarm == bool(self.initial_peers):
@@ -54,6 +62,8 @@ class ServerConfig:
                 raise ConfigError(f"--{name} must be at least 1, got {value}")
         if self.prefix_tokens is not None and self.prefix_tokens < 0:
             raise ConfigError(f"--prefix-tokens must be at least 0, got {self.prefix_tokens}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ConfigError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
             raise ConfigError(f"--kv-tokens must be at least {MIN_KV_TOKENS}, got {self.kv_tokens}")
 
@@ -62,6 +72,13 @@ class ServerConfig:
         if self.listen:
             return self.listen
         return (LOOPBACK,) if all(map(is_loopback, self.initial_peers)) else (EVERYWHERE,)
+
+
+def default_cache_dir(environment: Mapping[str, str], home: Path) -> Path:
+    """Where a user's programs keep what they can do without: `$XDG_CACHE_HOME`, or `.cache` at home."""
+    base = environment.get("XDG_CACHE_HOME", "")
+    # The XDG specification: paths that are not absolute are to be ignored.
+    return (Path(base) if os.path.isabs(base) else home / ".cache") / "petal_swarm"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

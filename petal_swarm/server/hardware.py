@@ -7,6 +7,7 @@ import torch
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.int8_kv import row_bytes
 from petal_swarm.wire.tensors import DTYPES
 
 #: Of the memory that is free at start, this part may go to blocks and KV cache together.
@@ -27,16 +28,25 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if cuda else "mps" if mps else "cpu"
     if (name == "cuda" and not cuda) or (name == "mps" and not mps):
         raise ConfigError(f"--device {name}: this machine has no usable {name} device; try --device cpu")
-    return torch.device(name)
+    return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
-    """`auto`: float32 on the CPU, else the checkpoint's own 16-bit type (bfloat16 if it has none)."""
+    """`auto`: float32 on the CPU, else the checkpoint's own 16-bit type (bfloat16 if it has none).
+
+    GPUs older than NVIDIA's Ampere emulate bfloat16, slowly: there `auto` is float16.
+
+    Raises:
+        ConfigError: bfloat16 was asked for by name, and this GPU does not have it.
+    """
+    no_bfloat16 = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "bfloat16" and no_bfloat16:
+        raise ConfigError("--dtype bfloat16: this GPU cannot compute in it; try --dtype float16")
     if name != "auto":
         return DTYPES[name]
     if device.type == "cpu":
         return torch.float32
-    return torch.float16 if config.torch_dtype == "float16" else torch.bfloat16
+    return torch.float16 if config.torch_dtype == "float16" or no_bfloat16 else torch.bfloat16
 
 
 def free_bytes(device: torch.device) -> int:
@@ -53,9 +63,10 @@ def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
     return (attention + matrices * config.hidden_size * config.intermediate_size) * dtype.itemsize
 
 
-def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-    """Keys and values of one token in one block, in bytes."""
-    return 2 * config.num_kv_heads * config.head_dim * dtype.itemsize
+def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
+    """Keys and values of one token in one block, in bytes; `kv_dtype` as in `KVPool.allocate`."""
+    row = row_bytes(config.head_dim) if kv_dtype == "int8" else config.head_dim * dtype.itemsize
+    return 2 * config.num_kv_heads * row
 
 
 def block_capacity(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
@@ -74,8 +85,10 @@ def block_capacity(config: ModelConfig, dtype: torch.dtype, device: torch.device
     return min(capacity, config.num_blocks)
 
 
-def default_kv_tokens(config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device) -> int:
+def default_kv_tokens(
+    config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device, kv_dtype: str = "auto"
+) -> int:
     """Tokens of KV cache for a span of `num_blocks`: a share of the free memory, within bounds."""
-    per_token = kv_bytes_per_token(config, dtype) * num_blocks
+    per_token = kv_bytes_per_token(config, dtype, kv_dtype) * num_blocks
     fits = int(free_bytes(device) * _USABLE * _KV_SHARE // per_token)
     return max(_MIN_DEFAULT_KV_TOKENS, min(fits, _MAX_DEFAULT_KV_TOKENS))

@@ -20,6 +20,7 @@ from petal_swarm.models.checkpoint import Checkpoint
 from petal_swarm.models.stack import BlockStack, load_blocks
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.placement import choose_span
+from petal_swarm.server.capacity import CapacityFile, calibrate
 from petal_swarm.server.config import ServerConfig, SessionLimits
 from petal_swarm.server.hardware import block_capacity, default_kv_tokens, resolve_device, resolve_dtype
 from petal_swarm.server.host import SessionHost
@@ -194,7 +195,7 @@ class Server:
 
     def _make_engine(self, stack: BlockStack) -> Engine:
         kv_tokens = self.config.kv_tokens or default_kv_tokens(
-            self.checkpoint.config, len(self.span), self._dtype, self._device
+            self.checkpoint.config, len(self.span), self._dtype, self._device, self.config.kv_dtype
         )
         prefix_tokens = self.config.prefix_tokens
         engine = Engine(
@@ -202,8 +203,10 @@ class Server:
             kv_tokens=kv_tokens,
             max_batch_tokens=self.config.max_batch_tokens,
             prefix_tokens=kv_tokens // 2 if prefix_tokens is None else prefix_tokens,
+            kv_dtype=self.config.kv_dtype,
         )
-        engine.measure()
+        kept = CapacityFile(self.config.cache_dir) if self.config.cache_dir else None
+        calibrate(engine, quant=self.config.quant, kv_dtype=self.config.kv_dtype, kept=kept)
         return engine
 
     async def _update_figures(self, announcer: Announcer) -> None:

@@ -39,7 +39,7 @@ def encode_tensor(tensor: torch.Tensor) -> tuple[TensorMeta, Buffer]:
     meta = TensorMeta(dtype_name(tensor.dtype), (tensor.shape[0], tensor.shape[1]))
     flat = tensor if tensor.is_inference() else tensor.detach()
     if flat.device.type != "cpu" or not flat.is_contiguous():
-        flat = flat.cpu().contiguous()
+        flat = flat.contiguous().cpu()  # in this order it is one copy off the device
     if flat.dtype is torch.bfloat16:
         flat = flat.view(torch.int16)  # numpy has no bfloat16
     return meta, flat.numpy().data.cast("B") if meta.nbytes else b""

@@ -148,3 +148,26 @@ def test_ctrl_c_is_status_130():
 
     arguments = status.build_parser().parse_args(["m", "--initial-peers", PEER])
     assert run_program(work, arguments) == 130
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ("auto", "/cache/petal_swarm")),
+        (["--kv-dtype", "int8", "--cache-dir", "/elsewhere"], ("int8", "/elsewhere")),
+    ],
+)
+def test_options_of_the_kv_cache_and_of_what_is_kept(monkeypatch, options, expected):
+    from petal_swarm.cli import serve
+    from petal_swarm.server import config
+
+    seen = []
+
+    async def stub(config):
+        seen.append((config.kv_dtype, config.cache_dir))
+        return 0
+
+    monkeypatch.setattr(config, "default_cache_dir", lambda environment, home: "/cache/petal_swarm")
+    monkeypatch.setattr(serve, "serve", stub)
+    assert run_server.run(run_server.build_parser().parse_args(["m", "--new-swarm", *options])) == 0
+    assert seen == [expected]

@@ -291,32 +291,16 @@ def test_a_fork_rolled_back_to_a_page_leaves_the_other_alone(tiny: Tiny) -> None
     assert close(found, tiny.expected(torch.cat([prompt, after]))[-1:])
 
 
-def test_measuring_leaves_nothing_behind(tiny: Tiny) -> None:
-    engine = tiny.engine()
-    engine.measure()
-    stats = engine.stats()
-    assert (stats.kv_tokens_free, stats.sessions) == (stats.kv_tokens, 0)
-    assert stats.block_time_s > 0
-    assert stats.prefill_tokens_per_s > 0
+def test_seeded_figures_are_moved_on_by_real_steps(bloom: Tiny) -> None:
+    engine = opened(bloom, "a")
+    engine.seed(1000.0, 2.0)
+    assert (engine.stats().block_time_s, engine.stats().prefill_tokens_per_s) == (1000.0, 2.0)
     with pytest.raises(AttributeError):
-        stats.sessions = 1  # type: ignore[misc]
-
-
-@pytest.mark.parametrize(("kv_tokens", "max_batch_tokens"), [(0, 64), (15, 64), (16, 64), (32, 1), (80, 3)])
-def test_measuring_a_small_engine(bloom: Tiny, kv_tokens: int, max_batch_tokens: int) -> None:
-    engine = bloom.engine(kv_tokens=kv_tokens, max_batch_tokens=max_batch_tokens)
-    engine.measure()
-    assert engine.stats().sessions == 0
-    assert engine.stats().kv_tokens_free == engine.stats().kv_tokens
-    assert (engine.stats().block_time_s > 0) == (kv_tokens >= 16)
-
-
-def test_measuring_beside_a_session(bloom: Tiny) -> None:
-    engine = opened(bloom, "a", max_length=64)
-    hidden = rows(30)
-    output(engine, step("a", hidden[:20]))
-    engine.measure()
-    assert close(output(engine, step("a", hidden[20:], 20)), bloom.expected(hidden)[20:])
+        engine.stats().sessions = 1  # type: ignore[misc]
+    output(engine, step("a", rows(1)))
+    assert engine.stats().block_time_s == pytest.approx(900.0, rel=0.01)
+    output(engine, step("a", rows(40), 1))
+    assert engine.stats().prefill_tokens_per_s > 2.0
 
 
 def test_stats_follow_the_sessions(bloom: Tiny) -> None:

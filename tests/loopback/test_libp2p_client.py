@@ -64,7 +64,8 @@ def process(*command: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
 def server(model: Path, blocks: str, *arguments: str) -> Iterator[str]:
     """A server of these blocks: its address."""
     listen = ("--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", "--kv-tokens", "4096")
-    with process(*SERVER, str(model), "--blocks", blocks, *listen, *arguments) as (child, errors):
+    cache = ("--cache-dir", str(model.parent / "cache"))
+    with process(*SERVER, str(model), "--blocks", blocks, *listen, *cache, *arguments) as (child, errors):
         assert child.stdout is not None
         ready, _, _ = select.select([child.stdout], [], [], READY_S)
         line = child.stdout.readline() if ready else ""

@@ -59,17 +59,16 @@ def test_what_does_not_fit_together_is_our_own_bug(piece):
         PackedBatch.build([piece])
 
 
-def test_pool_views_share_memory():
+def test_rows_are_copied_in_every_block():
     config = ModelConfig.from_hf(
         {"architectures": ["BloomForCausalLM"], "n_layer": 9, "hidden_size": 12, "n_head": 3, "vocab_size": 5}
     )
     pool = KVPool.allocate(config, Span(2, 5), 7, torch.bfloat16, "cpu")
-    assert len(pool.pairs) == len(pool.keys) == len(pool.values) == 3
-    assert pool.keys[0].shape == pool.values[0].shape == (3, 7, 4)
+    assert [pair.shape for pair in pool.pairs] == [(2, 3, 7, 4)] * 3
     assert pool.tokens == 7
     assert pool.nbytes == 3 * 2 * 3 * 7 * 4 * 2
     pool.pairs[1].zero_()
-    pool.values[1][:, 0] = 5
+    pool.pairs[1][1, :, 0] = 5
     pool.copy_rows(0, 4, 2)
     assert pool.pairs[1][1, :, 4].eq(5).all()
     assert pool.pairs[1][0].eq(0).all()

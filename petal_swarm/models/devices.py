@@ -1,0 +1,38 @@
+"""What differs between computing in the machine's own memory and on a device beside it.
+
+A device works behind the program: launching is cheap and waiting is not. So nothing in a step may need
+a result on the host, and what the host has to tell is copied without waiting.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def on_host(device: torch.device | str) -> bool:
+    """Whether tensors on `device` lie in the machine's own memory: views and small calls are cheap there."""
+    return torch.device(device).type == "cpu"
+
+
+def to_device(host: Tensor, device: torch.device | str) -> Tensor:
+    """`host` on `device`. To CUDA through pinned memory, which is the only way that does not wait."""
+    if torch.device(device).type == "cuda":
+        return host.pin_memory().to(device, non_blocking=True)
+    return host.to(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """Return when everything that was launched on `device` by this thread is done."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+def release_cached(device: torch.device) -> None:
+    """Give back what torch keeps for later; after running out of memory that is in the wrong sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif device.type == "mps":
+        torch.mps.empty_cache()
