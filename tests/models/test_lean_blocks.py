@@ -7,6 +7,7 @@ import torch
 import transformers
 from tiny_models import BLOCKS, CONFIGS, TOLERANCE, Local, error, make, tokens
 
+from petal_swarm.models import attention
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.stack import load_blocks
 from petal_swarm.span import Span
@@ -99,9 +100,11 @@ def test_packed_sequences_match_each_alone(case):
     assert error(found[8:], reference(model, third)) < TOLERANCE
 
 
+@pytest.mark.parametrize("long_range", [1, 64])
 @pytest.mark.parametrize("page", [2, 16])
-def test_fragmented_extents_match_one_range(case, page):
+def test_fragmented_extents_match_one_range(case, page, long_range, monkeypatch):
     """Few ranges and many ranges, in falling order, so that no two can be joined."""
+    monkeypatch.setattr(attention, "_LONG_RANGE", long_range)
     model, local = case
     rows = [(start, start + page) for start in range(400 - page, 0, -2 * page)]
 
@@ -153,6 +156,32 @@ def test_half_precision_is_as_good_as_in_transformers(case, tmp_path, dtype):
     assert theirs < 0.1
     assert distance(local.step(IDS, 0)) < 1.3 * theirs
     assert distance(local.in_chunks(IDS, 1)) < 1.3 * theirs
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("alibi", [False, True])
+@pytest.mark.parametrize(
+    "extents",
+    [((0, 300),), ((500, 700), (0, 100)), tuple((start, start + 10) for start in range(590, 0, -20))],
+)
+def test_decoding_in_16_bits_is_exact_but_for_the_last_rounding(dtype, alibi, extents):
+    """Each way of reading the pool, against float64."""
+    heads = attention.Heads(4, 2, 16)
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625]) if alibi else torch.zeros(1)
+    generator = torch.Generator().manual_seed(1)
+    pair = torch.randn(2, 2, 800, 16, generator=generator).to(dtype)
+    qkv = (3 * torch.randn(1, heads.width, generator=generator)).to(dtype)
+    count = sum(stop - start for start, stop in extents)
+    batch = PackedBatch.build([PackedSlice(0, 1, count - 1, extents)])
+    plan = attention.AttentionPlan(batch, heads, attention.MaskTable(slopes, None, dtype), None, alibi)
+    found = plan.attend(qkv, pair)
+    keys, values = torch.cat([pair[:, :, a:b] for a, b in extents], dim=2).double()
+    scores = qkv[:, :64].double().view(2, 2, 16) @ keys.mT / 4
+    if alibi:
+        scores += slopes.view(2, 2, 1) * torch.arange(1 - count, 1)
+    expected = (scores.softmax(-1) @ values).view(1, -1)
+    assert found.dtype is dtype
+    assert (found - expected).norm() < torch.finfo(dtype).eps * expected.norm()
 
 
 def test_dynamic_ntk_decodes_as_transformers_and_does_not_depend_on_chunks(tmp_path):
