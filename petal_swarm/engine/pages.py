@@ -19,7 +19,7 @@ class PageAllocator:
 
     def __init__(self, num_pages: int) -> None:
         self._counts = [0] * num_pages
-        self.free = num_pages
+        self.total = self.free = num_pages
 
     def allocate(self, count: int, *, after: int | None = None) -> list[int]:
         """`count` pages, behind page `after` if that is possible, in as few runs as it finds.
@@ -49,6 +49,14 @@ class PageAllocator:
             self._counts[page] -= 1
             if self._counts[page] == 0:
                 self.free += 1
+
+    def state(self) -> tuple[list[int], int]:
+        """Everything there is to know, for `restore`."""
+        return self._counts.copy(), self.free
+
+    def restore(self, state: tuple[list[int], int]) -> None:
+        """Undo whatever happened since `state` was asked for."""
+        self._counts, self.free = state
 
     def shared(self, page: int) -> bool:
         return self._counts[page] > 1
