@@ -8,7 +8,7 @@ import logging
 import time
 
 from petal_swarm.engine.compute import Compute
-from petal_swarm.engine.engine import StepRequest, StepResult
+from petal_swarm.engine.steps import StepRequest, StepResult
 from petal_swarm.errors import (
     BadMessageError,
     BadTensorError,
@@ -219,6 +219,7 @@ class HostedSession:
             hidden=decode_tensor(message.tensor, message.payload),
             forks=message.forks,
             rows=message.rows if self.opening.next is None else "all",
+            peer=self._client.peer_id,
         )
         # Behind a step that waits in the other thread this one would overtake it.
         result = self._compute.run_now(request) if self._in_flight == 1 else None
@@ -246,7 +247,7 @@ class HostedSession:
             return
         meta, payload = encoded
         elapsed = time.perf_counter() - arrived
-        self._overhead.add(elapsed - result.compute_s)
+        self._overhead.add(elapsed - result.compute_s - result.queued_s)
         trace = (*step.trace, elapsed)
         try:
             if self._next is not None:
