@@ -167,26 +167,31 @@ class ComputeThread:
         return not self._inbox.empty()
 
     def _take_inbox(self) -> list[Callable[[], None]]:
-        """Hand waiting steps to the executor, and return the functions to call; waits while it is idle."""
+        """Hand waiting steps to the executor, and return the functions to call.
+
+        Waits while the executor has nothing to do, or a decode batch waits for more to join it.
+        """
         functions: list[Callable[[], None]] = []
         wait_s = self._executor.wait_s()
         woken_s = 0.0
-        try:
-            while True:
+        while True:
+            try:
+                item = self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
+            except Empty:
+                waited = wait_s != 0.0
+                wait_s = 0.0 if waited or functions else self._executor.linger_s()
                 if wait_s == 0.0:
-                    item = self._inbox.get_nowait()
-                else:
-                    item = self._inbox.get(timeout=wait_s)
-                    wait_s = 0.0
-                    woken_s = time.perf_counter()  # nothing was in the way of a step that came before
-                if isinstance(item, Job):
-                    self._count_inbox(item, -1)
-                    item.waiting_since_s = max(item.waiting_since_s, woken_s)
-                    self._executor.add(item)
-                else:
-                    functions.append(item)
-        except Empty:
-            return functions
+                    return functions
+                continue
+            if wait_s is None:
+                woken_s = time.perf_counter()  # nothing was in the way of a step that came before
+            wait_s = 0.0
+            if isinstance(item, Job):
+                self._count_inbox(item, -1)
+                item.waiting_since_s = max(item.waiting_since_s, woken_s)
+                self._executor.add(item)
+            else:
+                functions.append(item)
 
     def _count_inbox(self, job: Job[Done], sign: int) -> None:
         with self._counting:

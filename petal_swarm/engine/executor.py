@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from petal_swarm.engine.engine import Batch, Chunk, Engine
-from petal_swarm.engine.pace import Pace
+from petal_swarm.engine.pace import Company, Pace
 from petal_swarm.engine.scheduler import Job, Portion, Scheduler
 from petal_swarm.engine.steps import StepResult
 from petal_swarm.errors import CacheFullError, PetalSwarmError, RemoteError
@@ -60,6 +60,7 @@ class Executor(Generic[T]):
         self._scheduler: Scheduler[T] = Scheduler(engine.max_batch_tokens)
         self._paused: _Paused[T] | None = None
         self._retired: list[Hashable] = []
+        self._company = Company()
         self._free_when_parked = 0
 
     @property
@@ -73,6 +74,7 @@ class Executor(Generic[T]):
 
     def close_session(self, session: Hashable) -> None:
         """Drop a session's steps and free its cache: at once, or after the batch that reads it."""
+        self._company.left(session)
         running = self._scheduler.discard(session)
         if running is None:
             self.engine.close_session(session)
@@ -93,7 +95,7 @@ class Executor(Generic[T]):
     def wait_s(self) -> float | None:
         """How long `advance` will have nothing to do; None if nothing comes of itself."""
         scheduler = self._scheduler
-        if self._paused is not None or scheduler.decode_ready or scheduler.prefill_ready:
+        if self._paused is not None or scheduler.decodes_ready or scheduler.prefill_ready:
             return 0.0
         deadlines = [self._deadline(job) for job in scheduler.parked]
         if not deadlines:
@@ -102,6 +104,13 @@ class Executor(Generic[T]):
             return 0.0
         return max(0.0, min(deadlines) - self._clock())
 
+    def linger_s(self) -> float:
+        """How long to wait for more decode steps before `advance` runs those that are there."""
+        ready = self._scheduler.decodes_ready
+        if not ready or self._prefill_waits:
+            return 0.0
+        return self._company.linger_s(self._clock(), ready, self._pace.decode_s)
+
     def advance(self, interrupted: Callable[[], bool]) -> list[Finished[T]]:
         """Do what is most urgent, if anything: a decode batch, or prefill until `interrupted`.
 
@@ -109,7 +118,7 @@ class Executor(Generic[T]):
         """
         now = self._clock()
         self._retry_parked(now)
-        if self._scheduler.decode_ready and not (self._pace.owes_prefill and self._prefill_waits):
+        if self._scheduler.decodes_ready and not (self._pace.owes_prefill and self._prefill_waits):
             return self._decode(now)
         finished: list[Finished[T]] = []
         if self._paused is None and self._scheduler.prefill_ready:
@@ -133,6 +142,7 @@ class Executor(Generic[T]):
         now = self._clock()
         blocks = len(portions[0].job.request.blocks)
         self._pace.decoded(now, elapsed, blocks, prefill_waits=self._prefill_waits)
+        self._company.decoded(now, [job.request.session for job, _ in portions])
         return finished + self._computed(portions, elapsed, now)
 
     def _begin_prefill(self, now: float) -> list[Finished[T]]:
@@ -151,7 +161,7 @@ class Executor(Generic[T]):
         try:
             while not batch.done:
                 pace.prefilled(batch.advance(), batch.rows)
-                decode_first = scheduler.decode_ready and not pace.owes_prefill
+                decode_first = scheduler.decodes_ready and not pace.owes_prefill
                 if not batch.done and (decode_first or interrupted()):
                     return []
             finished = self._computed(portions, batch.compute_s, self._clock())

@@ -1,10 +1,13 @@
-"""How much prefill runs between decode steps, by what both were measured to take. Pure: no clock, no tensors.
+"""When batches run and how large they are, by what they were measured to take. Pure: no clock, no tensors.
 
 Whoever decodes waits for at most one block of a prefill batch; so a chunk has as many rows as make one
-block of it short beside a decode step, and prefill is owed a share of the time that decoding takes.
+block of it short beside a decode step, and prefill is owed a share of the time that decoding takes. A
+decode batch waits a moment for sessions that are about to join it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Iterable
 
 #: Of the time of a decode batch: what one block of prefill may take, and what prefill is owed after it.
 BLOCK_SHARE = 1 / 4
@@ -18,6 +21,15 @@ IDLE_BLOCKS = 4
 
 #: Fewer rows cost hardly less, since the weights are read all the same. Chunks are multiples of it.
 MIN_ROWS = 16
+
+#: A decode batch waits for the next session this part of the time that one takes, and in all at most that.
+#: The answers of a batch come back as new steps one after the other: without this the first of them would
+#: run alone, and the others wait for it.
+LINGER = 1 / 20
+LINGER_IN_ALL = 1 / 8
+
+#: A session that was in none of so many decode batches is not waited for.
+COMPANY = 8
 
 #: How much one new measurement moves a running mean.
 SMOOTHING = 0.1
@@ -71,6 +83,38 @@ class Pace:
     def estimate_s(self, decode_batches: float, prefill_rows: int, blocks: int) -> float:
         """What this much work will take."""
         return decode_batches * self.decode_s + prefill_rows * blocks * self.row_s
+
+
+class Company:
+    """Which sessions decode at present, and so how long a decode batch waits for more of them."""
+
+    def __init__(self) -> None:
+        self._seen_s: dict[Hashable, float] = {}  # by session, the latest last
+        self._until_s: float | None = None
+
+    def decoded(self, now_s: float, sessions: Iterable[Hashable]) -> None:
+        """These were in a decode batch that has just ended."""
+        self._until_s = None
+        for session in sessions:
+            self._seen_s.pop(session, None)
+            self._seen_s[session] = now_s
+
+    def left(self, session: Hashable) -> None:
+        """It will not come again."""
+        self._seen_s.pop(session, None)
+
+    def linger_s(self, now_s: float, ready: int, decode_s: float) -> float:
+        """How long to wait for another session when `ready` are there and a batch takes `decode_s`."""
+        while self._seen_s:
+            session = next(iter(self._seen_s))
+            if now_s - self._seen_s[session] < decode_s * COMPANY:
+                break
+            del self._seen_s[session]
+        if ready >= len(self._seen_s):
+            return 0.0
+        if self._until_s is None:
+            self._until_s = now_s + decode_s * LINGER_IN_ALL
+        return max(0.0, min(decode_s * LINGER, self._until_s - now_s))
 
 
 def smooth(mean: float, value: float) -> float:

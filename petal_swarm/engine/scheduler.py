@@ -79,8 +79,9 @@ class Scheduler(Generic[T]):
         return len(self._queues)
 
     @property
-    def decode_ready(self) -> bool:
-        return bool(self._decodes)
+    def decodes_ready(self) -> int:
+        """Sessions with a decode step that could run."""
+        return len(self._decodes)
 
     @property
     def prefill_ready(self) -> bool:

@@ -15,7 +15,7 @@ from petal_swarm.span import Slice, Span
 
 #: A step of few new tokens for each of its sequences, and few in all, decodes: a token, a beam, some drafts.
 DECODE_TOKENS = 8
-DECODE_ROWS = 128
+DECODE_ROWS = 64
 
 
 # Not frozen, though nobody changes them: that would cost a microsecond for every field of every step.

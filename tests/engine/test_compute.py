@@ -180,6 +180,27 @@ def test_steps_that_wait_become_one_batch_and_sessions_keep_their_order(
             assert close(results[session, position].hidden, expected[position : position + 1])
 
 
+def test_a_step_waits_for_the_company_that_is_expected(
+    compute: ComputeThread, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.opened.set()
+    scheduler = compute._executor._scheduler
+    lingers = threading.Event()
+
+    def linger_s() -> float:
+        lingers.set()
+        return TIMEOUT_S if scheduler.decodes_ready == 1 else 0.0
+
+    monkeypatch.setattr(compute._executor, "linger_s", linger_s)
+    finished, done = collector()
+    compute.submit(step("a"), done("a"))
+    assert lingers.wait(TIMEOUT_S)
+    assert compute.run_now(step("c")) is None
+    compute.submit(step("b"), done("b"))
+    assert [finished.get(timeout=TIMEOUT_S)[0] for _ in "ab"] == ["a", "b"]
+    assert gate.batches == [["a", "b"]]
+
+
 def test_calls_come_before_waiting_steps(compute: ComputeThread, gate: Gate) -> None:
     _, done = collector()
     order: list[str] = []

@@ -572,6 +572,28 @@ def test_the_queue_is_measured_in_seconds(bloom: Tiny, monkeypatch: pytest.Monke
     assert executor.queue_s() == 0
 
 
+def test_a_decode_batch_waits_for_company_unless_prefill_does(
+    bloom: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(bloom, monkeypatch, Pace(256, decode_s=0.5))
+    bench.open("a", "b", "long")
+    executor = bench.executor
+    assert executor.linger_s() == 0, "nothing is there"
+    for session in "ab":
+        bench.add(step(session), (session, 0))
+    assert executor.linger_s() == 0, "nobody else decodes"
+    bench.drain()
+    bench.add(step("a", 1, 1), ("a", 1))
+    assert executor.linger_s() > 0
+    bench.add(step("long", 40))
+    assert executor.linger_s() == 0
+    bench.drain()
+    bench.add(step("a", 1, 2), ("a", 2))
+    assert executor.linger_s() > 0
+    executor.close_session("b")
+    assert executor.linger_s() == 0
+
+
 def test_the_pace_begins_with_what_was_measured(bloom: Tiny) -> None:
     engine = bloom.engine()
     engine.block_time_s, engine.prefill_tokens_per_s = 0.01, 1000.0

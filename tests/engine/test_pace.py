@@ -7,10 +7,14 @@ import pytest
 from petal_swarm.engine.pace import (
     ACTIVE_S,
     BLOCK_SHARE,
+    COMPANY,
     IDLE_BLOCK_S,
     IDLE_BLOCKS,
+    LINGER,
+    LINGER_IN_ALL,
     MIN_ROWS,
     PREFILL_SHARE,
+    Company,
     Pace,
     smooth,
 )
@@ -109,6 +113,43 @@ def test_estimates() -> None:
     assert pace.estimate_s(0, 0, 12) == 0
     assert pace.estimate_s(3, 0, 12) == pytest.approx(0.06)
     assert pace.estimate_s(3, 100, 12) == pytest.approx(0.06 + 1.2)
+
+
+def test_whoever_decodes_alone_waits_for_nobody() -> None:
+    company = Company()
+    assert company.linger_s(0.0, 1, 0.02) == 0
+    company.decoded(0.02, ["a"])
+    assert company.linger_s(0.04, 1, 0.02) == 0
+
+
+def test_a_batch_waits_for_those_who_decode_too() -> None:
+    company = Company()
+    company.decoded(0.0, ["a", "b"])
+    company.decoded(0.1, ["b", "c"])
+    for ready in (1, 2):
+        assert company.linger_s(0.1, ready, 0.1) == pytest.approx(0.1 * LINGER)
+    assert company.linger_s(0.1, 3, 0.1) == 0
+    company.left("a")
+    assert company.linger_s(0.1, 2, 0.1) == 0
+
+
+def test_no_batch_waits_for_long() -> None:
+    company = Company()
+    company.decoded(0.0, "abcdef")
+    now, waited = 0.05, 0.0
+    while (linger := company.linger_s(now + waited, 1, 0.02)) > 0.0:
+        waited += linger
+    assert waited == pytest.approx(0.02 * LINGER_IN_ALL)
+    company.decoded(0.08, "a")
+    assert company.linger_s(0.08, 1, 0.02) > 0, "the next one may wait again"
+
+
+def test_who_stays_away_is_not_waited_for() -> None:
+    company = Company()
+    company.decoded(0.0, "ab")
+    company.decoded(1.0, "a")
+    assert company.linger_s(0.02 * COMPANY - 0.001, 1, 0.02) > 0
+    assert company.linger_s(1.0, 1, 0.02) == 0
 
 
 def test_smoothing() -> None:

@@ -51,7 +51,7 @@ def decodes(scheduler: Scheduler[int]) -> list[list[int]]:
     while portions := scheduler.next_decodes():
         found.append(list(shown(portions)))
         end(scheduler, portions)
-    assert not scheduler.decode_ready
+    assert not scheduler.decodes_ready
     return found
 
 
@@ -64,12 +64,17 @@ def decodes(scheduler: Scheduler[int]) -> list[list[int]]:
         ([job(0, "a"), job(1, "a"), job(2, "b"), job(3, "a")], [[0, 2], [1], [3]]),
         ([job(0, "a"), job(1, "b", blocks=THERE), job(2, "c")], [[0, 2], [1]]),
         ([beam(0, "a", 40), beam(1, "b", 40), beam(2, "c", 24)], [[0, 2], [1]]),
-        ([beam(0, "a", 100), job(1, "b")], [[0], [1]]),
-        ([job(0, "a"), beam(1, "b", 100), job(2, "c")], [[0, 2], [1]]),
     ],
 )
 def test_decode_batches(jobs: list[Job[int]], expected: list[list[int]]) -> None:
     assert decodes(filled(*jobs)) == expected
+
+
+def test_a_decode_step_over_the_limit_runs_alone() -> None:
+    scheduler: Scheduler[int] = Scheduler(40)
+    for each in (job(0, "a"), beam(1, "b", 60), job(2, "c")):
+        scheduler.add(each)
+    assert decodes(scheduler) == [[0, 2], [1]]
 
 
 def test_decode_and_prefill_are_batched_apart() -> None:
@@ -77,17 +82,17 @@ def test_decode_and_prefill_are_batched_apart() -> None:
     assert shown(scheduler.next_prefills(LIMIT)) == {0: 20, 2: 20}
     assert shown(scheduler.next_decodes()) == {1: 1}
     assert not scheduler.prefill_ready
-    assert not scheduler.decode_ready
+    assert not scheduler.decodes_ready
 
 
 def test_a_session_runs_one_step_at_a_time_in_order() -> None:
     scheduler = filled(job(0, "a", 30), job(1, "a"), job(2, "a"))
-    assert not scheduler.decode_ready
+    assert not scheduler.decodes_ready
     first = scheduler.next_prefills(20)
     assert not scheduler.prefill_ready
-    assert not scheduler.decode_ready
+    assert not scheduler.decodes_ready
     scheduler.put_back(first[0].job)
-    assert not scheduler.decode_ready
+    assert not scheduler.decodes_ready
     scheduler.finish(scheduler.next_prefills(20)[0].job)
     assert decodes(scheduler) == [[1], [2]]
 
@@ -192,7 +197,7 @@ def test_a_parked_step_lets_others_pass_and_keeps_its_place() -> None:
             scheduler.park(portion.job)
         else:
             scheduler.finish(portion.job)
-    assert not scheduler.decode_ready
+    assert not scheduler.decodes_ready
     assert not scheduler.prefill_ready
     assert [parked.owner for parked in scheduler.parked] == [0, 1]
     assert (scheduler.decode_steps, scheduler.prefill_rows) == (2, 20)
