@@ -22,7 +22,8 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.harness import workspace
-from petal_swarm.engine.engine import Engine, StepRequest
+from petal_swarm.engine.engine import Engine
+from petal_swarm.engine.steps import StepRequest
 from petal_swarm.errors import ConfigError, PetalSwarmError
 from petal_swarm.models.checkpoint import Checkpoint, open_checkpoint
 from petal_swarm.models.config import ModelConfig

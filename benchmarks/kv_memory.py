@@ -13,7 +13,8 @@ import psutil
 import torch
 
 from benchmarks.harness import checkpoint, workspace
-from petal_swarm.engine.engine import Engine, StepRequest
+from petal_swarm.engine.engine import Engine
+from petal_swarm.engine.steps import StepRequest
 from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.stack import load_blocks
 from petal_swarm.span import Slice, Span

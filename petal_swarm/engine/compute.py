@@ -15,9 +15,11 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias, TypeVar
 
-from petal_swarm.engine.engine import Engine, StepRequest, StepResult
-from petal_swarm.engine.scheduler import Job, Scheduler
-from petal_swarm.errors import RemoteError
+from petal_swarm.engine.engine import Engine
+from petal_swarm.engine.executor import CACHE_WAIT_S, Executor, internal_error
+from petal_swarm.engine.scheduler import Job
+from petal_swarm.engine.steps import StepRequest, StepResult
+from petal_swarm.errors import CacheFullError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,10 +65,10 @@ class InlineCompute:
         pass
 
     def submit(self, request: StepRequest, done: Done) -> None:
-        done(_run_guarded(self.engine, [request])[0])
+        done(_run_guarded(self.engine, request))
 
     def run_now(self, request: StepRequest) -> StepResult:
-        return _run_guarded(self.engine, [request])[0]
+        return _run_guarded(self.engine, request)
 
     def call(self, function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
@@ -83,10 +85,13 @@ class InlineCompute:
 class ComputeThread:
     """Runs an `Engine`; start with `start`, end with `stop`."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, cache_wait_s: float = CACHE_WAIT_S) -> None:
         self.engine = engine
-        self._scheduler: Scheduler[Done] = Scheduler(engine.max_batch_tokens)
+        self._executor: Executor[Done] = Executor(engine, cache_wait_s=cache_wait_s)
         self._inbox: SimpleQueue[Job[Done] | Callable[[], None]] = SimpleQueue()
+        self._counting = threading.Lock()
+        self._inbox_steps = 0
+        self._inbox_rows = 0
         self._stopping = False
         self._busy = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="petal-swarm-compute", daemon=True)
@@ -95,7 +100,7 @@ class ComputeThread:
         self._thread.start()
 
     def stop(self, timeout_s: float = 10.0) -> None:
-        """Finish the step that is running, drop the rest, and wait for the thread to end."""
+        """Finish the decode batch or the block that is running, drop the rest, wait for the thread to end."""
         self._stopping = True
         self._inbox.put(lambda: None)
         if self._thread.is_alive():
@@ -106,71 +111,94 @@ class ComputeThread:
 
         The steps of a session that is closed meanwhile are dropped, and `done` is not called for them.
         """
-        self._inbox.put(Job(request, done))
+        job = Job(request, done, time.perf_counter())
+        self._count_inbox(job, 1)
+        self._inbox.put(job)
 
     def run_now(self, request: StepRequest) -> StepResult | None:
         """Run a step in the calling thread if it should be short and nothing else waits; None if not."""
         engine = self.engine
         if engine.stack.device.type != "cpu" or request.hidden.shape[0] > RUN_NOW_TOKENS:
             return None
-        if not self._inbox.empty() or len(self._scheduler):
+        if not self._inbox.empty() or not self._executor.idle:
             return None
         if not 0.0 < engine.block_time_s * len(request.blocks) < RUN_NOW_S:
             return None
         if not self._busy.acquire(blocking=False):
             return None
         try:
-            return _run_guarded(engine, [request])[0]
+            result = _run_guarded(engine, request)
+            if isinstance(result.error, CacheFullError):
+                return None  # in the queue it may wait for room
+            self._executor.ran(result.compute_s, len(request.blocks))
+            return result
         finally:
             self._busy.release()
 
     def call(self, function: Callable[[], T]) -> Future[T]:
-        """Run `function` in the compute thread, before any step that has not started yet."""
+        """Run `function` in the compute thread, before any batch or block that has not started yet."""
         future: Future[T] = Future()
         self._inbox.put(lambda: _run_into(future, function))
         return future
 
     def close_session(self, key: Hashable) -> None:
         """Drop the waiting steps of a session and free its cache, soon."""
-
-        def close() -> None:
-            self._scheduler.discard(key)
-            self.engine.close_session(key)
-
-        self.call(close)
+        self.call(lambda: self._executor.close_session(key))
 
     def queue_s(self) -> float:
         """An estimate of the work that is waiting, in seconds."""
-        return len(self._scheduler) * self.engine.stats().block_time_s * len(self.engine.stack.span)
+        return self._executor.queue_s(self._inbox_steps, self._inbox_rows)
 
     def _run(self) -> None:
         while not self._stopping:
-            waiting = self._take_inbox(block=not len(self._scheduler))
+            waiting = self._take_inbox()
             with self._busy:
                 for function in waiting:
                     function()
-                batch = self._scheduler.next_batch()
-                results = _run_guarded(self.engine, [job.request for job in batch]) if batch else []
-            for job, result in zip(batch, results, strict=True):
+                finished = self._executor.advance(self._interrupted)
+            for done, result in finished:
                 try:
-                    job.owner(result)
+                    done(result)
                 except Exception:
                     # Whatever it is, the other sessions' steps must go on.
                     logger.exception("a step's result could not be handed over")
 
-    def _take_inbox(self, *, block: bool) -> list[Callable[[], None]]:
-        """Move waiting steps to the scheduler, and return the functions to call."""
+    def _interrupted(self) -> bool:
+        return not self._inbox.empty()
+
+    def _take_inbox(self) -> list[Callable[[], None]]:
+        """Hand waiting steps to the executor, and return the functions to call.
+
+        Waits while the executor has nothing to do, or a decode batch waits for more to join it.
+        """
         functions: list[Callable[[], None]] = []
-        try:
-            while True:
-                item = self._inbox.get(block=block)
-                block = False
-                if isinstance(item, Job):
-                    self._scheduler.add(item.request, item.owner)
-                else:
-                    functions.append(item)
-        except Empty:
-            return functions
+        wait_s = self._executor.wait_s()
+        woken_s = 0.0
+        while True:
+            try:
+                item = self._inbox.get(timeout=wait_s) if wait_s != 0.0 else self._inbox.get_nowait()
+            except Empty:
+                waited = wait_s != 0.0
+                wait_s = 0.0 if waited or functions else self._executor.linger_s()
+                if wait_s == 0.0:
+                    return functions
+                continue
+            if wait_s is None:
+                woken_s = time.perf_counter()  # nothing was in the way of a step that came before
+            wait_s = 0.0
+            if isinstance(item, Job):
+                self._count_inbox(item, -1)
+                item.waiting_since_s = max(item.waiting_since_s, woken_s)
+                self._executor.add(item)
+            else:
+                functions.append(item)
+
+    def _count_inbox(self, job: Job[Done], sign: int) -> None:
+        with self._counting:
+            if job.decodes:
+                self._inbox_steps += sign
+            else:
+                self._inbox_rows += sign * job.rows
 
 
 def _run_into(future: Future[T], function: Callable[[], T]) -> None:
@@ -181,12 +209,8 @@ def _run_into(future: Future[T], function: Callable[[], T]) -> None:
             future.set_exception(error)
 
 
-def _run_guarded(engine: Engine, requests: list[StepRequest]) -> list[StepResult]:
-    started = time.perf_counter()
+def _run_guarded(engine: Engine, request: StepRequest) -> StepResult:
     try:
-        return engine.run(requests)
+        return engine.run([request])[0]
     except Exception as error:
-        # A bug, or a device out of memory: this batch fails, the server lives.
-        logger.exception("a batch of %d steps failed", len(requests))
-        failure = RemoteError(f"the server failed to compute: {type(error).__name__}")
-        return [StepResult(None, failure, time.perf_counter() - started) for _ in requests]
+        return StepResult(None, internal_error(error), 0.0)

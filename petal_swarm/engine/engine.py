@@ -1,60 +1,40 @@
 """The engine: packed steps of many sessions through the blocks of one span.
 
-A step names its session, its blocks and its slices, and brings `hidden [tokens, hidden_size]`. Steps
-that use the same blocks run as one packed batch. One step's bad input fails that step alone. All
-calls must come from one thread (`compute.ComputeThread` in a server).
+A step names its session, its blocks and its slices, and brings `hidden [tokens, hidden_size]`. It is
+placed in the KV cache whole, and computed in one or more chunks of its rows; chunks that use the same
+blocks run as one packed batch. One step's bad input fails that step alone. All calls must come from one
+thread at a time (`compute.ComputeThread` in a server).
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 
-from petal_swarm.engine.kv_cache import KVCache, Placement
+from petal_swarm.engine.kv_cache import KVCache
+from petal_swarm.engine.pace import smooth
 from petal_swarm.engine.prefixes import PrefixScope
+from petal_swarm.engine.steps import PlacedStep, StepRequest, StepResult, check_finite, count_rows
 from petal_swarm.errors import BadTensorError, PetalSwarmError, RemoteError
 from petal_swarm.models.devices import release_cached, to_device, wait_for
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack
-from petal_swarm.span import Slice, Span
+from petal_swarm.span import Span
 from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys
 
 logger = logging.getLogger(__name__)
 
 
-# Not frozen, though nobody changes them: that would cost a microsecond for every field of every step.
-@dataclass(slots=True, eq=False)
-class StepRequest:
-    """One step of one session. `hidden` is `[tokens, hidden_size]`, its rows in the order of `slices`.
+class Chunk(NamedTuple):
+    """The next `rows` rows of a placed step."""
 
-    `keys` are those of the pages that it completes, as far as the hop before this one knows them.
-    """
-
-    session: Hashable
-    blocks: Span
-    slices: tuple[Slice, ...]
-    hidden: torch.Tensor
-    forks: tuple[int, ...] | None = None
-    rows: Literal["last", "all", "none"] = "all"
-    keys: tuple[PageKeys, ...] = ()
-
-
-@dataclass(slots=True, eq=False)
-class StepResult:
-    """`hidden [rows, hidden_size]` as asked for by the request, or why there is none.
-
-    `keys` are this hop's own, of the pages that the step has completed.
-    """
-
-    hidden: torch.Tensor | None
-    error: PetalSwarmError | None
-    compute_s: float
-    keys: tuple[PageKeys, ...] = ()
+    step: PlacedStep
+    rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +48,16 @@ class EngineStats:
     prefill_tokens_per_s: float
 
 
-#: How much one new measurement moves a running mean.
-_SMOOTHING = 0.1
+#: A batch of at most so many rows tells what one token takes, one of at least so many how fast prefill is.
+_FEW_ROWS = 4
+_MANY_ROWS = 32
 
 
 class Engine:
-    """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens, as `kv_dtype`."""
+    """Runs steps on the blocks of `stack`, with a KV cache of `kv_tokens` tokens, as `kv_dtype`.
+
+    At most `prefix_tokens` of them are kept of prefixes that no session uses; 0 shares nothing.
+    """
 
     def __init__(
         self,
@@ -93,7 +77,12 @@ class Engine:
         )
         #: Running mean of what one block takes in a decode step, in seconds; 0 before the first.
         self.block_time_s = 0.0
-        self._prefill_tokens_per_s = 0.0
+        #: Running mean of how fast prefill passes the whole span; 0 before the first.
+        self.prefill_tokens_per_s = 0.0
+
+    @property
+    def kv_tokens_free(self) -> int:
+        return self._cache.tokens_free
 
     def open_session(self, key: Hashable, *, max_length: int, scope: PrefixScope | None = None) -> None:
         """See `KVCache.open`."""
@@ -102,6 +91,12 @@ class Engine:
     def close_session(self, key: Hashable) -> None:
         """End a session and free its cache; unknown keys are ignored."""
         self._cache.close(key)
+
+    def retire_session(self, key: Hashable) -> Hashable:
+        """End a session of which rows are still in a batch: close it by the returned key after that."""
+        retired = object()
+        self._cache.rename(key, retired)
+        return retired
 
     def find_prefixes(self, request: StepRequest, *, spare_last: bool) -> list[PageKeys]:
         """For each slice, the leading full pages that are in the cache already; for the first hop.
@@ -135,78 +130,8 @@ class Engine:
         """
         return [pages._replace(keys=pages.keys[: self._cache.attach(session, pages)]) for pages in known]
 
-    def stats(self) -> EngineStats:
-        return EngineStats(
-            kv_tokens=self._cache.tokens,
-            kv_tokens_free=self._cache.tokens_free,
-            sessions=self._cache.num_sessions,
-            block_time_s=self.block_time_s,
-            prefill_tokens_per_s=self._prefill_tokens_per_s,
-        )
-
-    @torch.inference_mode()
-    def run(self, requests: Sequence[StepRequest]) -> list[StepResult]:
-        """Run steps that all use the same blocks, at most one of each session, as one packed batch.
-
-        A request that fails (wrong tensor, unknown session, no room) gets its error in its result;
-        the others are not affected.
-        """
-        started = time.perf_counter()
-        placed: list[tuple[int, list[Placement]]] = []
-        errors: dict[int, PetalSwarmError] = {}
-        for index, request in enumerate(requests):
-            try:
-                placed.append((index, self._place(request)))
-            except PetalSwarmError as error:
-                errors[index] = error
-        outputs: dict[int, torch.Tensor] = {}
-        fits = True
-        if placed:
-            try:
-                self._compute(requests, placed, outputs)
-            except torch.OutOfMemoryError:
-                logger.warning("out of memory in a batch of %d steps", len(placed))
-                fits = False
-        if not fits:  # behind the clause: until then the traceback holds what the batch had allocated
-            errors |= self._compute_alone(requests, placed, outputs)
-        if not self._on_host:
-            wait_for(self.stack.device)  # or only the launching would be timed
-        keys = {index: self._file(requests[index]) for index in outputs}
-        elapsed = time.perf_counter() - started
-        if placed and fits:
-            self._learn(requests, placed, elapsed)
-        return [
-            StepResult(outputs.get(index), errors.get(index), elapsed, keys.get(index, ()))
-            for index in range(len(requests))
-        ]
-
-    def seed(self, block_time_s: float, prefill_tokens_per_s: float) -> None:
-        """Set the running means to figures that were measured; real steps move them from there."""
-        self.block_time_s = block_time_s
-        self._prefill_tokens_per_s = prefill_tokens_per_s
-
-    def _place(self, request: StepRequest) -> list[Placement]:
-        """Check a request and give its tokens their places in the cache."""
-        expected = (sum([piece.length for piece in request.slices]), self.stack.config.hidden_size)
-        if request.hidden.shape != expected:
-            raise BadTensorError(f"hidden has shape {list(request.hidden.shape)}, expected {list(expected)}")
-        if expected[0] > self.max_batch_tokens:
-            raise BadTensorError(
-                f"a step of {expected[0]} tokens is over this server's limit of {self.max_batch_tokens}"
-            )
-        assert self.stack.span.covers(request.blocks)
-        if request.forks is not None:
-            self._cache.fork(request.session, request.forks)
-        placements = []
-        for piece in request.slices:
-            placement = self._cache.extend(request.session, piece)
-            for source, target, rows in placement.copies:
-                self._pool.copy_rows(source, target, rows)
-            placements.append(placement)
-        return placements
-
-    def _file(self, request: StepRequest) -> tuple[PageKeys, ...]:
-        """Make the pages that a step has completed known to later sessions."""
+    def file(self, request: StepRequest) -> tuple[PageKeys, ...]:
+        """Make the pages that a step, now computed, has completed known to later sessions: their keys."""
         if self._cache.hashes_inputs(request.session):
             filed, row = [], 0
             for piece in request.slices:
@@ -220,84 +145,211 @@ class Engine:
             return ()
         return tuple(pages for pages in filed if pages is not None)
 
-    def _compute(
-        self,
-        requests: Sequence[StepRequest],
-        placed: list[tuple[int, list[Placement]]],
-        outputs: dict[int, torch.Tensor],
-    ) -> None:
-        hidden = self._forward(requests, placed)
-        if len(placed) == 1:
-            index = placed[0][0]
-            outputs[index] = _select(hidden, requests[index])
-            return
-        sizes = [requests[index].hidden.shape[0] for index, _ in placed]
-        for (index, _), part in zip(placed, torch.split(hidden, sizes), strict=True):
-            outputs[index] = _select(part, requests[index])
+    def seed(self, block_time_s: float, prefill_tokens_per_s: float) -> None:
+        """Set the running means to figures that were measured; real steps move them from there."""
+        self.block_time_s = block_time_s
+        self.prefill_tokens_per_s = prefill_tokens_per_s
 
-    def _compute_alone(
-        self,
-        requests: Sequence[StepRequest],
-        placed: list[tuple[int, list[Placement]]],
-        outputs: dict[int, torch.Tensor],
-    ) -> dict[int, PetalSwarmError]:
-        """Each step alone, after memory ran out for all at once: errors of those that do not fit even so."""
-        errors: dict[int, PetalSwarmError] = {}
-        for entry in placed:  # their places in the cache are theirs already
-            release_cached(self.stack.device)
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            kv_tokens=self._cache.tokens,
+            kv_tokens_free=self._cache.tokens_free,
+            sessions=self._cache.num_sessions,
+            block_time_s=self.block_time_s,
+            prefill_tokens_per_s=self.prefill_tokens_per_s,
+        )
+
+    def run(self, requests: Sequence[StepRequest]) -> list[StepResult]:
+        """Run steps that all use the same blocks, at most one of each session, as one packed batch.
+
+        A request that fails (wrong tensor, unknown session, no room) gets its error in its result;
+        the others are not affected.
+        """
+        results: list[StepResult] = []
+        chunks: list[Chunk] = []
+        placed: list[StepResult] = []
+        for request in requests:
+            result = StepResult(None, None, 0.0)
+            results.append(result)
             try:
-                self._compute(requests, [entry], outputs)
+                step = self.place(request)
+            except PetalSwarmError as error:
+                result.error = error
+            else:
+                chunks.append(Chunk(step, step.rows))
+                placed.append(result)
+        if chunks:
+            elapsed = self.compute(chunks)
+            for (step, _), result in zip(chunks, placed, strict=True):
+                result.compute_s = elapsed
+                result.error = step.error
+                if step.error is None:
+                    result.hidden = step.result()
+                    result.keys = self.file(step.request)
+        return results
+
+    def place(self, request: StepRequest) -> PlacedStep:
+        """Check a request, and give all its tokens their places in the cache.
+
+        Raises:
+            BadTensorError: hidden states that do not fit the slices, are too many, or are not finite.
+            As `KVCache.place`; nothing has changed.
+        """
+        rows = count_rows(request)
+        width = self.stack.config.hidden_size
+        if request.hidden.shape != (rows, width):
+            raise BadTensorError(f"hidden has shape {list(request.hidden.shape)}, expected {[rows, width]}")
+        if rows > self.max_batch_tokens:
+            raise BadTensorError(
+                f"a step of {rows} tokens is over this server's limit of {self.max_batch_tokens}"
+            )
+        check_finite(request)
+        assert self.stack.span.covers(request.blocks)
+        placements = self._cache.place(request.session, request.slices, request.forks)
+        for placement in placements:
+            for source, target, count in placement.copies:
+                self._pool.copy_rows(source, target, count)
+        return PlacedStep(request, rows, placements)
+
+    def could_place(self, request: StepRequest) -> bool:
+        """Whether a step for which there is no room now might have it when other sessions end."""
+        return self._cache.could_place(request.session, request.slices, request.forks)
+
+    @torch.inference_mode()
+    def compute(self, chunks: Sequence[Chunk]) -> float:
+        """Run chunks of the same blocks, at most one of each session, as one packed batch.
+
+        Gives the steps their rows, or an error where a chunk does not even fit the device's memory alone,
+        and returns the seconds it took.
+        """
+        started = time.perf_counter()
+        blocks = chunks[0].step.request.blocks
+        hidden, packed = self._pack(chunks)
+        fits = True
+        try:
+            _hand_out(chunks, self.stack.forward(hidden, packed, self._pool, blocks))
+        except torch.OutOfMemoryError:
+            fits = False
+        if not fits:  # behind the clause: until then the traceback holds what the batch had allocated
+            self.compute_alone(chunks, hidden, packed)
+        self.synchronize()
+        elapsed = time.perf_counter() - started
+        if fits:
+            self.learn(packed.tokens, blocks, elapsed)
+        return elapsed
+
+    def compute_alone(self, chunks: Sequence[Chunk], hidden: torch.Tensor, packed: PackedBatch) -> None:
+        """Each chunk of a batch by itself, after memory ran out for all at once."""
+        logger.warning("out of memory in a batch of %d rows of %d steps", packed.tokens, len(chunks))
+        row, pieces = 0, iter(packed.slices)
+        for step, rows in chunks:
+            release_cached(self.stack.device)
+            own = [piece._replace(row=piece.row - row) for piece in _leading(pieces, rows)]
+            part = PackedBatch.build(own, self.stack.device)
+            try:
+                step.give(self.stack.forward(hidden[row : row + rows], part, self._pool, step.request.blocks))
             except torch.OutOfMemoryError:
-                tokens = requests[entry[0]].hidden.shape[0]
-                errors[entry[0]] = RemoteError(
-                    f"the server has no memory left for a step of {tokens} tokens;"
+                step.error = RemoteError(
+                    f"the server has no memory left for a step of {rows} tokens;"
                     " send fewer at once, or use another server"
                 )
+            row += rows
         release_cached(self.stack.device)
-        return errors
 
-    def _forward(
-        self, requests: Sequence[StepRequest], placed: list[tuple[int, list[Placement]]]
-    ) -> torch.Tensor:
-        pieces, row = [], 0
-        for index, placements in placed:
-            for piece, placement in zip(requests[index].slices, placements, strict=True):
-                pieces.append(PackedSlice(row, piece.length, piece.position, placement.extents))
-                row += piece.length
-        batch = PackedBatch.build(pieces, self.stack.device)
-        inputs = [requests[index].hidden for index, _ in placed]
+    @torch.inference_mode()
+    def begin(self, chunks: Sequence[Chunk]) -> Batch:
+        """As `compute`, block by block. Until it is done nobody may write to the rows of its sessions."""
+        blocks = chunks[0].step.request.blocks
+        hidden, packed = self._pack(chunks)
+        forward = self.stack.forward_by_block(hidden, packed, self._pool, blocks)
+        return Batch(self, chunks, hidden, packed, forward)
+
+    def synchronize(self) -> None:
+        """Wait for the device, or only the launching would be timed."""
+        if not self._on_host:
+            wait_for(self.stack.device)
+
+    def learn(self, rows: int, blocks: Span, elapsed_s: float) -> None:
+        """A batch of so many rows took so long in so many blocks.
+
+        Neither figure is learned from batches in between, which tell little about either.
+        """
+        if rows <= _FEW_ROWS:
+            self.block_time_s = smooth(self.block_time_s, elapsed_s / len(blocks))
+        elif rows >= _MANY_ROWS:
+            rate = rows / elapsed_s * len(blocks) / len(self.stack.span)
+            self.prefill_tokens_per_s = smooth(self.prefill_tokens_per_s, rate)
+
+    def _pack(self, chunks: Sequence[Chunk]) -> tuple[torch.Tensor, PackedBatch]:
+        pieces: list[PackedSlice] = []
+        inputs, row = [], 0
+        for step, rows in chunks:
+            inputs.append(step.take(rows, pieces, row))
+            row += rows
         hidden = inputs[0] if len(inputs) == 1 else torch.cat(inputs)
         if hidden.dtype is not self.stack.dtype:
             hidden = hidden.to(self.stack.dtype)
         if not self._on_host:
             hidden = to_device(hidden, self.stack.device)
-        return self.stack.forward(hidden, batch, self._pool, requests[placed[0][0]].blocks)
+        return hidden, PackedBatch.build(pieces, self.stack.device)
 
-    def _learn(
-        self, requests: Sequence[StepRequest], placed: list[tuple[int, list[Placement]]], elapsed: float
+
+class Batch:
+    """Chunks on their way through the blocks; made by `Engine.begin`, `advance` it until it is `done`."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        chunks: Sequence[Chunk],
+        hidden: torch.Tensor,
+        packed: PackedBatch,
+        forward: Iterator[torch.Tensor],
     ) -> None:
-        tokens = sum(requests[index].hidden.shape[0] for index, _ in placed)
-        blocks = len(requests[placed[0][0]].blocks)
-        if tokens <= 4:
-            self.block_time_s = _smooth(self.block_time_s, elapsed / blocks)
-        elif tokens >= 32:
-            rate = tokens / elapsed * blocks / len(self.stack.span)
-            self._prefill_tokens_per_s = _smooth(self._prefill_tokens_per_s, rate)
+        self.rows = packed.tokens
+        self.compute_s = 0.0
+        self.done = False
+        self._engine = engine
+        self._chunks = chunks
+        self._hidden = hidden
+        self._packed = packed
+        self._blocks = chunks[0].step.request.blocks
+        self._blocks_left = len(self._blocks)
+        self._forward = forward
+
+    @torch.inference_mode()
+    def advance(self) -> float:
+        """Run the next block, and return the seconds it took. After the last the steps have their rows."""
+        started = time.perf_counter()
+        try:
+            hidden = next(self._forward)
+        except torch.OutOfMemoryError:
+            self._blocks_left = 0
+        else:
+            self._blocks_left -= 1
+            if not self._blocks_left:
+                self.done = True
+                _hand_out(self._chunks, hidden)
+        if not self._blocks_left and not self.done:
+            self._engine.compute_alone(self._chunks, self._hidden, self._packed)
+        self._engine.synchronize()
+        elapsed = time.perf_counter() - started
+        self.compute_s += elapsed
+        if self.done:
+            self._engine.learn(self.rows, self._blocks, self.compute_s)
+        self.done = not self._blocks_left
+        return elapsed
 
 
-def _smooth(mean: float, value: float) -> float:
-    return value if mean == 0.0 else mean + _SMOOTHING * (value - mean)
+def _hand_out(chunks: Sequence[Chunk], hidden: torch.Tensor) -> None:
+    """Each step gets its rows of a batch's output."""
+    parts = (hidden,) if len(chunks) == 1 else torch.split(hidden, [rows for _, rows in chunks])
+    for (step, _), part in zip(chunks, parts, strict=True):
+        step.give(part)
 
 
-def _select(hidden: torch.Tensor, request: StepRequest) -> torch.Tensor:
-    """The rows that the request wants back."""
-    if request.rows == "all" or (request.rows == "last" and hidden.shape[0] == len(request.slices)):
-        return hidden
-    if request.rows == "none":
-        return hidden[:0]
-    ends, row = [], 0
-    for piece in request.slices:
-        row += piece.length
-        ends.append(row - 1)
-    # Slices, not a list of numbers, which a GPU would have to be told and waited for.
-    return torch.cat([hidden[end : end + 1] for end in ends])
+def _leading(pieces: Iterator[PackedSlice], rows: int) -> Iterator[PackedSlice]:
+    """The next of `pieces`, as many as have `rows` rows together."""
+    while rows:
+        piece = next(pieces)
+        rows -= piece.length
+        yield piece

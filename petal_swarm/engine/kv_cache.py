@@ -17,7 +17,13 @@ import torch
 
 from petal_swarm.engine.pages import OutOfPagesError, PageAllocator
 from petal_swarm.engine.prefixes import PrefixIndex, PrefixScope, SequencePrefix, input_keys, scoped_key
-from petal_swarm.errors import BadMessageError, CacheFullError, SessionTooLongError, UnknownSessionError
+from petal_swarm.errors import (
+    BadMessageError,
+    CacheFullError,
+    RemoteError,
+    SessionTooLongError,
+    UnknownSessionError,
+)
 from petal_swarm.span import Slice
 from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys
 
@@ -54,6 +60,10 @@ class _Session:
 
     def new_sequence(self) -> _Cached:
         return _Cached(None if self.scope is None else SequencePrefix(self.scope))
+
+    def copy(self) -> dict[int, _Cached]:
+        """The sequences as they are now, to go back to."""
+        return {number: cached.fork() for number, cached in self.sequences.items()}
 
 
 class KVCache:
@@ -155,6 +165,48 @@ class KVCache:
         sequence.length = piece.end
         session.sequences[piece.sequence] = sequence
         return Placement(_trim(sequence.runs, piece.end), copies)
+
+    def place(
+        self, key: Hashable, slices: Sequence[Slice], forks: Sequence[int] | None = None
+    ) -> list[Placement]:
+        """`fork` if asked for, then `extend` by each slice: all of it, or nothing.
+
+        The caller copies rows in the order of the placements, once it has all of them.
+
+        Raises:
+            As `fork` and `extend`; nothing has changed.
+        """
+        if forks is None and len(slices) == 1:
+            return [self.extend(key, slices[0])]
+        session = self._session(key)
+        before = session.copy()
+        try:
+            with self._prefixes.undone_by(RemoteError):
+                if forks is not None:
+                    self.fork(key, forks)
+                return [self.extend(key, piece) for piece in slices]
+        except RemoteError:
+            session.sequences = before
+            raise
+
+    def could_place(self, key: Hashable, slices: Sequence[Slice], forks: Sequence[int] | None = None) -> bool:
+        """Whether `place` might succeed if all other sessions ended."""
+        sequences = self._session(key).sequences
+        if forks is not None:
+            sequences = {index: sequences[source] for index, source in enumerate(forks)}
+        kept = {piece.sequence: -(-piece.position // PAGE_TOKENS) for piece in slices}
+        pages = {
+            page
+            for number, sequence in sequences.items()
+            for page in sequence.pages[: kept.get(number, len(sequence.pages))]
+        }
+        fresh = sum(-(-piece.end // PAGE_TOKENS) - kept[piece.sequence] for piece in slices)
+        return len(pages) + fresh <= self._pages.total
+
+    def rename(self, key: Hashable, new: Hashable) -> None:
+        """The session goes on under another key, which is not in use."""
+        assert new not in self._sessions, "a session is opened once"
+        self._sessions[new] = self._sessions.pop(key)
 
     def length(self, key: Hashable, sequence: int) -> int:
         """Valid tokens of a sequence; zero if it does not exist."""

@@ -11,10 +11,20 @@ given up, the longest idle first, by `drop_oldest_idle`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 
 class OutOfPagesError(Exception):
     """There are fewer free pages than asked for. Internal to the engine."""
+
+
+class AllocatorState(NamedTuple):
+    """What a `PageAllocator` knows; not to be changed."""
+
+    counts: list[int]
+    kept: set[int]
+    idle: dict[int, None]
+    free: int
 
 
 class PageAllocator:
@@ -24,7 +34,7 @@ class PageAllocator:
         self._counts = [0] * num_pages
         self._kept: set[int] = set()
         self._idle: dict[int, None] = {}  # ordered by when they became idle
-        self.free = num_pages
+        self.total = self.free = num_pages
 
     @property
     def idle(self) -> int:
@@ -82,6 +92,14 @@ class PageAllocator:
         self._counts[page] = 0
         self.free += 1
         return page
+
+    def state(self) -> AllocatorState:
+        """Everything there is to know, for `restore`."""
+        return AllocatorState(self._counts.copy(), self._kept.copy(), self._idle.copy(), self.free)
+
+    def restore(self, state: AllocatorState) -> None:
+        """Undo whatever happened since `state` was asked for."""
+        self._counts, self._kept, self._idle, self.free = state
 
     def shared(self, page: int) -> bool:
         """Whether writing to the page would change what somebody else reads."""

@@ -8,7 +8,8 @@ believed in that peer's own sessions only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from hashlib import blake2b
 from typing import NamedTuple
 
@@ -130,6 +131,7 @@ class PrefixIndex:
         self._max_idle_pages = max_idle_pages
         self._page_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self._dropped: list[tuple[bytes, int]] | None = None
 
     @property
     def enabled(self) -> bool:
@@ -163,6 +165,24 @@ class PrefixIndex:
         while self._pages.idle > self._max_idle_pages:
             self._drop()
 
+    @contextmanager
+    def undone_by(self, *errors: type[Exception]) -> Iterator[None]:
+        """If the block ends with one of `errors`, pages and keys are what they were before it."""
+        before, self._dropped = self._pages.state(), []
+        try:
+            yield
+        except errors:
+            self._pages.restore(before)
+            for key, page in self._dropped:
+                self._page_of[key] = page
+                self._key_of[page] = key
+            raise
+        finally:
+            self._dropped = None
+
     def _drop(self) -> None:
         page = self._pages.drop_oldest_idle()
-        del self._page_of[self._key_of.pop(page)]
+        key = self._key_of.pop(page)
+        del self._page_of[key]
+        if self._dropped is not None:
+            self._dropped.append((key, page))

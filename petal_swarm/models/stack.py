@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,18 @@ class BlockStack:
         Writes the new keys and values into `pool`, which has one entry for each block of the whole span.
         `hidden` is not changed. The caller sets `torch.inference_mode`.
         """
+        output = hidden
+        for output in self.forward_by_block(hidden, batch, pool, blocks):  # noqa: B007 - the last one counts
+            pass
+        return output
+
+    def forward_by_block(
+        self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span
+    ) -> Iterator[Tensor]:
+        """As `forward`, one block for each `next`: yields what comes out of each.
+
+        In between others may run, as long as they leave the batch's rows of the pool alone.
+        """
         assert self.span.covers(blocks), f"blocks {blocks} are not all in {self.span}"
         plans: dict[int | None, AttentionPlan] = {}
         for index in range(blocks.start - self.span.start, blocks.end - self.span.start):
@@ -64,7 +76,7 @@ class BlockStack:
             if plan is None:
                 plan = plans[window] = self._plan(batch, window, pool)
             hidden = self._blocks[index](hidden, plan, pool.pairs[index])
-        return hidden
+            yield hidden
 
     def _plan(self, batch: PackedBatch, window: int | None, pool: KVPool) -> AttentionPlan:
         plan = AttentionPlan(batch, self._heads, self._masks[window], window, self._alibi, pool.int8)

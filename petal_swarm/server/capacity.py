@@ -22,7 +22,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from petal_swarm.engine.engine import Engine, StepRequest
+from petal_swarm.engine.engine import Engine
+from petal_swarm.engine.steps import StepRequest
 from petal_swarm.span import Slice
 from petal_swarm.version import __version__
 

@@ -9,7 +9,7 @@ import math
 import time
 
 from petal_swarm.engine.compute import Compute
-from petal_swarm.engine.engine import StepRequest, StepResult
+from petal_swarm.engine.steps import StepRequest, StepResult
 from petal_swarm.errors import (
     BadMessageError,
     BadTensorError,
@@ -279,6 +279,7 @@ class HostedSession:
             forks=step.forks,
             rows=step.rows if self.opening.next is None else "all",
             keys=step.keys,
+            peer=self._client.peer_id,
         )
 
     def hand_over(self, step: Step, arrived: float, held_s: float = 0.0) -> None:
@@ -335,8 +336,8 @@ class HostedSession:
             return
         meta, payload = encoded
         elapsed = time.perf_counter() - arrived
-        if step.tensor.shape[0] <= DECODE_TOKENS:  # chunks of a prompt wait here for one another
-            self._overhead.add(elapsed - result.compute_s - held_s)
+        if step.tensor.shape[0] <= DECODE_TOKENS:
+            self._overhead.add(elapsed - result.compute_s - result.queued_s - held_s)
         trace = (*step.trace, elapsed)
         try:
             if self._next is not None:

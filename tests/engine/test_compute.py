@@ -16,8 +16,9 @@ from petal_swarm.engine.compute import (
     ComputeThread,
     InlineCompute,
 )
-from petal_swarm.engine.engine import Engine, StepRequest, StepResult
-from petal_swarm.errors import BadMessageError, RemoteError
+from petal_swarm.engine.engine import Batch, Chunk, Engine
+from petal_swarm.engine.steps import StepRequest, StepResult
+from petal_swarm.errors import BadMessageError, CacheFullError, RemoteError
 from petal_swarm.span import Slice
 
 from .tiny import WHOLE, Tiny, close, rows
@@ -31,19 +32,16 @@ def step(session: str, count: int = 1, position: int = 0, seed: int = 0) -> Step
 
 
 class Gate:
-    """Stands in for `Engine.run`: the thread waits in it until it is opened."""
+    """Where the compute thread waits until it is opened; `batches` are the decode batches that came by."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._run = engine.run
+    def __init__(self) -> None:
         self.entered = threading.Event()
         self.opened = threading.Event()
         self.batches: list[list[object]] = []
 
-    def __call__(self, requests: Sequence[StepRequest]) -> list[StepResult]:
-        self.batches.append([request.session for request in requests])
+    def wait(self) -> None:
         self.entered.set()
         assert self.opened.wait(TIMEOUT_S)
-        return self._run(requests)
 
 
 @pytest.fixture
@@ -65,8 +63,29 @@ def compute(engine: Engine) -> Iterator[ComputeThread]:
 
 @pytest.fixture
 def gate(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
-    gate = Gate(engine)
-    monkeypatch.setattr(engine, "run", gate)
+    """Before every decode batch."""
+    gate, compute = Gate(), engine.compute
+
+    def wait(chunks: Sequence[Chunk]) -> float:
+        gate.batches.append([chunk.step.request.session for chunk in chunks])
+        gate.wait()
+        return compute(chunks)
+
+    monkeypatch.setattr(engine, "compute", wait)
+    yield gate
+    gate.opened.set()
+
+
+@pytest.fixture
+def blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
+    """Before every block of prefill."""
+    gate, advance = Gate(), Batch.advance
+
+    def wait(batch: Batch) -> float:
+        gate.wait()
+        return advance(batch)
+
+    monkeypatch.setattr(Batch, "advance", wait)
     yield gate
     gate.opened.set()
 
@@ -161,6 +180,27 @@ def test_steps_that_wait_become_one_batch_and_sessions_keep_their_order(
             assert close(results[session, position].hidden, expected[position : position + 1])
 
 
+def test_a_step_waits_for_the_company_that_is_expected(
+    compute: ComputeThread, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate.opened.set()
+    scheduler = compute._executor._scheduler
+    lingers = threading.Event()
+
+    def linger_s() -> float:
+        lingers.set()
+        return TIMEOUT_S if scheduler.decodes_ready == 1 else 0.0
+
+    monkeypatch.setattr(compute._executor, "linger_s", linger_s)
+    finished, done = collector()
+    compute.submit(step("a"), done("a"))
+    assert lingers.wait(TIMEOUT_S)
+    assert compute.run_now(step("c")) is None
+    compute.submit(step("b"), done("b"))
+    assert [finished.get(timeout=TIMEOUT_S)[0] for _ in "ab"] == ["a", "b"]
+    assert gate.batches == [["a", "b"]]
+
+
 def test_calls_come_before_waiting_steps(compute: ComputeThread, gate: Gate) -> None:
     _, done = collector()
     order: list[str] = []
@@ -215,14 +255,14 @@ def test_a_crash_fails_its_batch_only(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def crash(requests: Sequence[StepRequest]) -> list[StepResult]:
+    def crash(chunks: Sequence[Chunk]) -> float:
         raise RuntimeError("secret details of this machine")
 
     compute: Compute = InlineCompute(engine) if inline else ComputeThread(engine)
     compute.start()
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(engine, "run", crash)
+            patch.setattr(engine, "compute", crash)
             result = submitted(compute, step("a"))
         assert result.hidden is None
         assert type(result.error) is RemoteError
@@ -290,6 +330,95 @@ def test_the_queue_is_measured_in_seconds(compute: ComputeThread, engine: Engine
     gate.opened.set()
     found = [waiting.get(timeout=TIMEOUT_S) for _ in range(4)]
     assert found[1:] == pytest.approx([2, 1, 0])
+
+
+def test_a_decode_step_does_not_wait_for_the_end_of_a_prompt(
+    compute: ComputeThread, engine: Engine, blocks: Gate, bloom: Tiny
+) -> None:
+    engine.block_time_s = RUN_NOW_S / 100
+    finished, done = collector()
+    compute.submit(step("a", 40), done("long"))
+    assert blocks.entered.wait(TIMEOUT_S)
+    assert compute.run_now(step("b")) is None
+    compute.submit(step("b"), done("short"))
+    opened = compute.call(lambda: engine.open_session("d", max_length=64))
+    blocks.opened.set()
+    results = [finished.get(timeout=TIMEOUT_S) for _ in range(2)]
+    assert [name for name, _ in results] == ["short", "long"]
+    opened.result(TIMEOUT_S)
+    assert close(results[0][1].hidden, bloom.expected(rows(1)))
+    assert close(results[1][1].hidden, bloom.expected(rows(40)))
+    assert results[0][1].queued_s > 0, "for the block"
+
+
+def test_closing_a_session_whose_prompt_is_running(
+    compute: ComputeThread, engine: Engine, blocks: Gate
+) -> None:
+    finished, done = collector()
+    compute.submit(step("a", 40), done("gone"))
+    assert blocks.entered.wait(TIMEOUT_S)
+    compute.close_session("a")
+    reopened = compute.call(lambda: engine.open_session("a", max_length=64))
+    blocks.opened.set()
+    reopened.result(TIMEOUT_S)
+    assert submitted(compute, step("a")).error is None
+    while not compute._executor.idle:
+        settle(compute)
+    assert finished.empty()
+    assert engine.stats().sessions == 3
+
+
+def test_stopping_in_the_middle_of_a_prompt(engine: Engine, blocks: Gate) -> None:
+    compute = ComputeThread(engine)
+    compute.start()
+    finished, done = collector()
+    compute.submit(step("a", 40), done("a"))
+    assert blocks.entered.wait(TIMEOUT_S)
+    stopping = threading.Thread(target=compute.stop)
+    stopping.start()
+    while compute._inbox.empty():
+        pass
+    blocks.opened.set()
+    stopping.join(TIMEOUT_S)
+    assert not compute._thread.is_alive()
+    assert finished.empty()
+
+
+def test_a_step_waits_for_room_whichever_way_it_came(bloom: Tiny) -> None:
+    engine = bloom.engine(kv_tokens=128)
+    for session in "ab":
+        engine.open_session(session, max_length=128)
+    compute = ComputeThread(engine, cache_wait_s=TIMEOUT_S)
+    compute.start()
+    try:
+        assert submitted(compute, step("a", 128)).error is None
+        settle(compute)
+        engine.block_time_s = RUN_NOW_S / 100
+        assert compute.run_now(step("b")) is None
+        finished, done = collector()
+        compute.submit(step("b"), done("b"))
+        settle(compute)
+        assert finished.empty()
+        compute.close_session("a")
+        assert close(finished.get(timeout=TIMEOUT_S)[1].hidden, bloom.expected(rows(1)))
+    finally:
+        compute.stop()
+
+
+@pytest.mark.parametrize("inline", [False, True])
+def test_without_room_there_is_an_error_in_the_end(bloom: Tiny, inline: bool) -> None:
+    engine = bloom.engine(kv_tokens=128)
+    for session in "ab":
+        engine.open_session(session, max_length=128)
+    compute: Compute = InlineCompute(engine) if inline else ComputeThread(engine, cache_wait_s=0.001)
+    compute.start()
+    try:
+        assert submitted(compute, step("a", 128)).error is None
+        assert type(submitted(compute, step("b")).error) is CacheFullError
+        assert submitted(compute, step("a", 1, 3)).error is None
+        assert submitted(compute, step("b")).error is None
+    finally:
+        compute.stop()
 
 
 def test_four_threads_at_once(compute: ComputeThread, engine: Engine, bloom: Tiny) -> None:

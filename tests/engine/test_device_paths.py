@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from torch import Tensor
 
-from petal_swarm.engine.engine import StepRequest
+from petal_swarm.engine.engine import Chunk
+from petal_swarm.engine.steps import StepRequest
 from petal_swarm.errors import RemoteError
 from petal_swarm.models import devices
 from petal_swarm.models.stack import BlockStack
@@ -31,15 +32,16 @@ class Memory:
     def __init__(self, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
         self.refused = 0
         self.released = 0
-        forward: Callable[..., Tensor] = BlockStack.forward
+        forward: Callable[..., Iterator[Tensor]] = BlockStack.forward_by_block
 
-        def limited(stack: BlockStack, hidden: Tensor, *rest: object) -> Tensor:
-            if hidden.shape[0] > tokens:
-                self.refused += 1
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return forward(stack, hidden, *rest)
+        def limited(stack: BlockStack, hidden: Tensor, *rest: object) -> Iterator[Tensor]:
+            for number, after in enumerate(forward(stack, hidden, *rest)):
+                if number and hidden.shape[0] > tokens:
+                    self.refused += 1
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                yield after
 
-        monkeypatch.setattr(BlockStack, "forward", limited)
+        monkeypatch.setattr(BlockStack, "forward_by_block", limited)
         monkeypatch.setattr("petal_swarm.engine.engine.release_cached", self._release)
 
     def _release(self, device: torch.device) -> None:
@@ -64,6 +66,23 @@ def test_without_memory_for_a_batch_its_steps_run_alone(
     assert (memory.refused, memory.released) == (2, 4)
     assert len(caplog.records) == 1
     assert close(output(engine, step("c", hidden[20:30], 20)), tiny.expected(hidden[:30])[20:])
+
+
+def test_without_memory_for_a_paused_batch_its_chunks_run_alone(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, hidden = opened(tiny, *"abc"), rows(40)
+    output(engine, step("a", hidden[:10]))
+    memory = Memory(20, monkeypatch)
+    steps = [step("a", hidden[10:25], 10), step("b", hidden[:30]), step("c", hidden[:20], rows="last")]
+    placed = [engine.place(request) for request in steps]
+    batch = engine.begin([Chunk(step, step.rows) for step in placed])
+    while not batch.done:
+        batch.advance()
+    assert memory.refused == 2
+    assert close(placed[0].result(), tiny.expected(hidden[:25])[10:])
+    assert "no memory left for a step of 30 tokens" in str(placed[1].error)
+    assert close(placed[2].result(), tiny.expected(hidden[:20])[-1:])
 
 
 def test_what_ran_out_of_memory_does_not_count_as_a_measurement(

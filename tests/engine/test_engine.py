@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from random import Random
 
 import pytest
 import torch
 from torch import Tensor
 
-from petal_swarm.engine.engine import Engine, StepRequest, StepResult
+from petal_swarm.engine.engine import Chunk, Engine
+from petal_swarm.engine.steps import StepRequest, StepResult
 from petal_swarm.errors import (
     BadMessageError,
     BadTensorError,
@@ -20,9 +20,8 @@ from petal_swarm.errors import (
 )
 from petal_swarm.span import Slice, Span
 
+from .oracle import SPANS, Oracle, random_step
 from .tiny import HIDDEN, WHOLE, Tiny, close, rows
-
-SPANS = [WHOLE, Span(1, 3), Span(3, 4)]
 
 
 def step(
@@ -53,63 +52,6 @@ def output(engine: Engine, request: StepRequest) -> Tensor:
     return result.hidden
 
 
-class Oracle:
-    """What every sequence was fed so far, and so what the next answer has to be."""
-
-    def __init__(self, tiny: Tiny) -> None:
-        self._tiny = tiny
-        self.inputs: dict[tuple[str, int], Tensor] = {}
-
-    def length(self, session: str, sequence: int) -> int:
-        return len(self.inputs.get((session, sequence), ()))
-
-    def sequences(self, session: str) -> list[int]:
-        return [sequence for key, sequence in self.inputs if key == session]
-
-    def fork(self, session: str, sources: Sequence[int]) -> None:
-        forked = {(session, index): self.inputs[session, source] for index, source in enumerate(sources)}
-        for sequence in self.sequences(session):
-            del self.inputs[session, sequence]
-        self.inputs |= forked
-
-    def answer(self, request: StepRequest) -> Tensor:
-        session = str(request.session)
-        if request.forks is not None:
-            self.fork(session, request.forks)
-        parts, row = [], 0
-        for piece in request.slices:
-            key = (session, piece.sequence)
-            before = self.inputs.get(key, rows(0))[: piece.position]
-            self.inputs[key] = torch.cat([before, request.hidden[row : row + piece.length]])
-            row += piece.length
-            expected = self._tiny.expected(self.inputs[key], request.blocks)[piece.position :]
-            parts.append(expected[-1:] if request.rows == "last" else expected)
-        return torch.cat(parts)[: None if request.rows != "none" else 0]
-
-
-def random_step(random: Random, oracle: Oracle, session: str, blocks: Span) -> StepRequest:
-    """A next step of a session: sequences grow, roll back and fork as they like."""
-    existing = oracle.sequences(session)
-    forks = None
-    if existing and random.random() < 0.2:
-        forks = tuple(random.choices(existing, k=random.randint(1, 3)))
-        existing = list(range(len(forks)))
-    chosen = random.sample(range(4), random.randint(1, 3))
-    slices = []
-    for sequence in chosen:
-        length = 0
-        if sequence in existing:
-            length = oracle.length(session, forks[sequence] if forks else sequence)
-        back = random.choice([0, 0, 0, random.randint(0, 20), length % 16])
-        position = max(0, length - back)
-        size = random.choice([1, 1, 2, random.randint(1, 12)])
-        slices.append(Slice(sequence, position, min(size, 70 - position)))
-    hidden = rows(sum(piece.length for piece in slices), random.randrange(1 << 30))
-    return StepRequest(
-        session, blocks, tuple(slices), hidden, forks, random.choice(["all", "all", "last", "none"])
-    )
-
-
 @pytest.mark.parametrize("seed", range(10))
 def test_any_interleaving_is_a_plain_forward(tiny: Tiny, seed: int) -> None:
     random, oracle = Random(seed), Oracle(tiny)
@@ -129,7 +71,7 @@ def test_any_interleaving_is_a_plain_forward(tiny: Tiny, seed: int) -> None:
             gone = random.choice(list(spans))
             engine.close_session(gone)
             engine.open_session(gone, max_length=128)
-            oracle.inputs = {key: value for key, value in oracle.inputs.items() if key[0] != gone}
+            oracle.forget(gone)
     for session in spans:
         engine.close_session(session)
     assert engine.stats().kv_tokens_free == engine.stats().kv_tokens == 2048
@@ -217,19 +159,65 @@ def test_one_bad_request_harms_no_other(tiny: Tiny, name: str, place: int) -> No
     assert close(output(engine, step("bad", after, 3)), tiny.expected(torch.cat([hidden, after]))[3:])
 
 
-def test_a_step_that_fails_halfway_can_be_sent_again(tiny: Tiny) -> None:
-    """Positions are absolute: whatever its first slices did to the cache is overwritten."""
+def test_a_step_that_fails_at_a_later_slice_leaves_nothing_behind(tiny: Tiny) -> None:
     engine = opened(tiny, "a", "b", kv_tokens=128)
     prompt, more = rows(20), rows(13, seed=1)
     output(engine, step("a", prompt))
     output(engine, step("b", rows(65)))
-    two = StepRequest("a", WHOLE, (Slice(0, 20, 3), Slice(1, 0, 30)), rows(33, seed=1))
-    (failed,) = engine.run([two])
-    assert type(failed.error) is CacheFullError
-    engine.close_session("b")
+    free = engine.kv_tokens_free
+    for forks, slices in [
+        (None, (Slice(0, 3, 3), Slice(1, 0, 40))),
+        ((0, 0), (Slice(0, 18, 3), Slice(1, 20, 40))),
+        ((0, 0, 0), (Slice(2, 20, 3), Slice(1, 30, 40))),
+    ]:
+        (failed,) = engine.run([StepRequest("a", WHOLE, slices, rows(43, seed=1), forks)])
+        assert type(failed.error) in (CacheFullError, BadMessageError)
+        assert engine.kv_tokens_free == free
     assert close(output(engine, step("a", more, 20)), tiny.expected(torch.cat([prompt, more]))[20:])
+    engine.close_session("b")
     engine.close_session("a")
-    assert engine.stats().kv_tokens_free == 128
+    assert engine.kv_tokens_free == 128
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_chunks_of_any_size_are_the_step_in_one_piece(tiny: Tiny, seed: int) -> None:
+    """Of several sequences, block by block, with others in between."""
+    random = Random(seed)
+    engine = opened(tiny, "a", "b", "c")
+    request = StepRequest("a", WHOLE, (Slice(0, 0, 30), Slice(1, 0, 1), Slice(2, 0, 17)), rows(48))
+    request.rows = random.choice(["all", "last", "none"])
+    placed = engine.place(request)
+    position = 0
+    while placed.rows_left:
+        other = engine.place(step("b", rows(20, seed=2)))
+        chunks = [Chunk(placed, random.randint(1, placed.rows_left)), Chunk(other, 20)]
+        batch = engine.begin(random.sample(chunks, 2))
+        while not batch.done:
+            batch.advance()
+            output(engine, step("c", rows(1), position))
+            position += 1
+        assert close(other.result(), tiny.expected(rows(20, seed=2)))
+    assert close(placed.result(), Oracle(tiny).answer(request))
+    assert close(
+        output(engine, step("c", rows(1, seed=3), position)),
+        tiny.expected(torch.cat([rows(1)] * position + [rows(1, seed=3)]))[-1:],
+    )
+
+
+def test_a_retired_session_keeps_its_rows_until_it_is_closed(tiny: Tiny) -> None:
+    engine, hidden = opened(tiny, "a"), rows(30)
+    placed = engine.place(step("a", hidden))
+    batch = engine.begin([Chunk(placed, 30)])
+    batch.advance()
+    retired = engine.retire_session("a")
+    engine.open_session("a", max_length=128)
+    assert close(output(engine, step("a", rows(20, seed=1))), tiny.expected(rows(20, seed=1)))
+    while not batch.done:
+        batch.advance()
+    assert close(placed.result(), tiny.expected(hidden))
+    engine.close_session(retired)
+    engine.close_session("a")
+    assert engine.kv_tokens_free == engine.stats().kv_tokens
 
 
 def test_nothing_but_bad_requests(bloom: Tiny) -> None:
@@ -240,17 +228,29 @@ def test_nothing_but_bad_requests(bloom: Tiny) -> None:
     assert engine.stats().block_time_s == 0
 
 
-def test_not_a_number_stays_with_whoever_sent_it(tiny: Tiny) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_not_a_number_is_refused_and_named(tiny: Tiny, value: float) -> None:
     engine = opened(tiny, "a", "b", "c")
-    poison = rows(20)
-    poison[3] = float("nan")
-    good = rows(20, seed=5)
-    results = engine.run([step("a", poison), step("b", good), step("c", poison * float("inf"))])
+    poison, good = rows(20), rows(20, seed=5)
+    poison[14] = value
+    poison[17, 3] = value
+    slices = (Slice(4, 0, 12), Slice(2, 0, 8))
+    requests = [StepRequest("a", WHOLE, slices, poison), step("b", good), step("c", rows(3) * value)]
+    results = engine.run(requests)
+    assert [type(result.error) for result in results] == [BadTensorError, type(None), BadTensorError]
+    assert str(results[0].error) == "hidden state of sequence 2 at position 2 is not finite"
+    assert str(results[2].error) == "hidden state of sequence 0 at position 0 is not finite"
     assert close(results[1].hidden, tiny.expected(good))
-    for session in "ac":
-        engine.close_session(session)
-    engine.open_session("d", max_length=128)
-    assert close(output(engine, step("d", good)), tiny.expected(good)), "their rows are used again"
+    assert engine.stats().kv_tokens - engine.stats().kv_tokens_free == 32, "those of b"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_large_numbers_are_numbers(bloom: Tiny, dtype: torch.dtype) -> None:
+    """Though their sum is none."""
+    hidden = torch.full((2, HIDDEN), torch.finfo(dtype).max, dtype=dtype)
+    assert not hidden.sum().isfinite()
+    (result,) = opened(bloom, "a").run([step("a", hidden)])
+    assert result.error is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -316,15 +316,28 @@ def test_stats_follow_the_sessions(bloom: Tiny) -> None:
         engine.open_session("b", max_length=97)
 
 
-def test_only_decoding_counts_as_a_blocks_time(bloom: Tiny) -> None:
-    engine = opened(bloom, "a")
+def test_only_few_rows_tell_what_a_block_takes(bloom: Tiny) -> None:
+    engine = opened(bloom, "a", "b")
     output(engine, step("a", rows(40)))
     assert engine.stats().block_time_s == 0
     assert engine.stats().prefill_tokens_per_s > 0
     output(engine, step("a", rows(10), 40))
     assert engine.stats().block_time_s == 0
     output(engine, step("a", rows(1), 50))
-    assert engine.stats().block_time_s > 0
+    block_time_s = engine.stats().block_time_s
+    assert block_time_s > 0
+    engine.run([step(name, rows(3), 51 if name == "a" else 0) for name in "ab"])
+    assert engine.stats().block_time_s == block_time_s
+
+
+def test_chunks_tell_how_fast_prefill_is(bloom: Tiny) -> None:
+    engine = opened(bloom, "a")
+    placed = engine.place(step("a", rows(100), blocks=Span(1, 3)))
+    assert engine.stats().prefill_tokens_per_s == 0
+    batch = engine.begin([Chunk(placed, 50)])
+    took = batch.advance() + batch.advance()
+    assert batch.compute_s == took
+    assert engine.stats().prefill_tokens_per_s == pytest.approx(50 / took / 2), "half of the span"
 
 
 def test_results_are_of_their_own_request(bloom: Tiny) -> None:

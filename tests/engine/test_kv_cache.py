@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from itertools import count, pairwise
+from random import Random
 
 import pytest
 from hypothesis import settings
@@ -311,3 +312,88 @@ def test_errors_say_what_to_do(model: Model) -> None:
     model.extend("a", 0, 0, POOL_TOKENS)
     with pytest.raises(CacheFullError, match=f"0 of {POOL_TOKENS} tokens free.*needs {PAGE_TOKENS}"):
         model.cache.extend("a", Slice(1, 0, 1))
+
+
+def state(cache: KVCache) -> object:
+    """All that a cache knows, to compare with."""
+    sessions = {
+        key: {
+            number: (list(held.pages), list(held.runs), held.length) for number, held in s.sequences.items()
+        }
+        for key, s in cache._sessions.items()
+    }
+    return sessions, cache._pages.state()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_step_is_placed_whole_or_not_at_all(seed: int) -> None:
+    """Beside a cache whose sessions are forked and extended one call at a time."""
+    random = Random(seed)
+    whole, piecewise = KVCache(POOL_TOKENS), KVCache(POOL_TOKENS)
+    for key in KEYS:
+        whole.open(key, 90)
+        piecewise.open(key, 90)
+    outcomes = Counter[str]()
+    for _ in range(200):
+        key = random.choice(KEYS)
+        existing = list(whole._sessions[key].sequences)
+        forks = (
+            random.choices(existing, k=random.randint(1, 3)) if existing and random.random() < 0.3 else None
+        )
+        lengths = [whole.length(key, source) for source in forks] if forks else None
+        slices = []
+        for sequence in random.sample(range(3), random.randint(1, 3)):
+            length = whole.length(key, sequence)
+            if lengths is not None:
+                length = lengths[sequence] if sequence < len(lengths) else 0
+            position = max(0, length - random.choice([0, 0, 5, 40, -1]))
+            slices.append(Slice(sequence, position, random.choice([1, 3, 16, 40])))
+        before = state(whole)
+        try:
+            placements = whole.place(key, slices, forks)
+        except (CacheFullError, BadMessageError, SessionTooLongError) as error:
+            assert state(whole) == before
+            outcomes[error.code] += 1
+        else:
+            if forks is not None:
+                piecewise.fork(key, forks)
+            assert placements == [piecewise.extend(key, piece) for piece in slices]
+            outcomes["placed"] += 1
+        assert state(whole) == state(piecewise)
+    assert {"placed", "cache-full", "bad-message"} <= set(outcomes)
+    for key in KEYS:
+        whole.close(key)
+    assert whole.tokens_free == POOL_TOKENS
+
+
+def test_what_could_never_be_placed() -> None:
+    cache = KVCache(4 * PAGE_TOKENS)
+    for key in "ab":
+        cache.open(key, 4 * PAGE_TOKENS)
+    cache.place("a", [Slice(0, 0, 20)])
+    cache.place("b", [Slice(0, 0, 20)])
+    for slices, forks, could in [
+        ([Slice(0, 20, 44)], None, True),
+        ([Slice(0, 20, 12), Slice(1, 0, 32)], None, True),
+        ([Slice(0, 20, 13), Slice(1, 0, 32)], None, False),
+        ([Slice(1, 0, 33)], None, False),
+        ([Slice(0, 0, 16), Slice(1, 0, 48)], None, True),
+        ([Slice(0, 20, 28), Slice(1, 20, 44)], (0, 0), False),
+        ([Slice(0, 16, 16), Slice(1, 16, 32)], (0, 0), True),
+    ]:
+        with pytest.raises(CacheFullError):
+            cache.place("a", slices, forks)
+        assert cache.could_place("a", slices, forks) == could
+    cache.close("b")
+    cache.place("a", [Slice(0, 20, 12), Slice(1, 0, 32)])
+
+
+def test_a_session_goes_on_under_another_key() -> None:
+    cache = KVCache(POOL_TOKENS)
+    cache.open("a", 40)
+    cache.extend("a", Slice(0, 0, 20))
+    cache.rename("a", "b")
+    cache.open("a", 40)
+    assert (cache.length("b", 0), cache.length("a", 0), cache.num_sessions) == (20, 0, 2)
+    cache.close("b")
+    assert cache.tokens_free == POOL_TOKENS

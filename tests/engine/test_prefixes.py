@@ -7,10 +7,11 @@ from random import Random
 import pytest
 import torch
 
-from petal_swarm.engine.engine import Engine, StepRequest
+from petal_swarm.engine.engine import Engine
 from petal_swarm.engine.kv_cache import KVCache
 from petal_swarm.engine.pages import PageAllocator
 from petal_swarm.engine.prefixes import PrefixIndex, PrefixScope, SequencePrefix, input_keys, scoped_key
+from petal_swarm.engine.steps import StepRequest
 from petal_swarm.errors import UnknownSessionError
 from petal_swarm.span import Slice, Span
 from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys

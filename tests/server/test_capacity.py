@@ -172,7 +172,7 @@ def test_a_small_engine(bloom, kv_tokens, max_batch_tokens):
 
 def test_a_step_that_fails_is_told(bloom, monkeypatch):
     engine = bloom.engine()
-    monkeypatch.setattr(Engine, "_place", _fail)
+    monkeypatch.setattr(Engine, "place", _fail)
     with pytest.raises(PetalSwarmError, match="no"):
         calibrate(engine, quant="none", kv_dtype="auto", kept=None)
     assert engine.stats().sessions == 0

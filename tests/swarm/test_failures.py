@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from petal_swarm.engine.compute import Done, InlineCompute
-from petal_swarm.engine.engine import StepRequest, StepResult
+from petal_swarm.engine.steps import StepRequest, StepResult
 from petal_swarm.errors import (
     CacheFullError,
     ConfigError,

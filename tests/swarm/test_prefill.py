@@ -13,7 +13,7 @@ import torch
 from petal_swarm.client import session as session_module
 from petal_swarm.client.session import InferenceSession
 from petal_swarm.engine.compute import Done, InlineCompute
-from petal_swarm.engine.engine import StepRequest
+from petal_swarm.engine.steps import StepRequest
 from petal_swarm.routing import Stage
 from tests.checkpoints import VOCABULARY, reference
 from tests.swarm.local import LocalSwarm

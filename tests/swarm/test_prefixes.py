@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from petal_swarm.engine.engine import StepRequest
+from petal_swarm.engine.steps import StepRequest
 from petal_swarm.server import prefix_steps
 from petal_swarm.wire.messages import PAGE_TOKENS, Step, TensorMeta
 from tests.checkpoints import reference

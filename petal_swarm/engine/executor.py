@@ -1,0 +1,260 @@
+"""Runs an engine's steps: decode first, prefill in chunks beside it. No threads; the clock is an argument.
+
+`advance` does one piece of work and returns: a decode batch, or blocks of a prefill batch until somebody
+has something more urgent. A prefill batch that was interrupted stays where it is between two blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+from petal_swarm.engine.engine import Batch, Chunk, Engine
+from petal_swarm.engine.pace import Company, Pace
+from petal_swarm.engine.scheduler import Job, Portion, Scheduler
+from petal_swarm.engine.steps import StepResult
+from petal_swarm.errors import CacheFullError, PetalSwarmError, RemoteError
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+#: How long a step waits for room in the KV cache before it fails.
+CACHE_WAIT_S = 10.0
+
+
+class Finished(NamedTuple, Generic[T]):
+    """The result of a step, and whose it is."""
+
+    owner: T
+    result: StepResult
+
+
+class _Paused(NamedTuple, Generic[T]):
+    """A prefill batch between two of its blocks."""
+
+    batch: Batch
+    portions: list[Portion[T]]
+
+
+class Executor(Generic[T]):
+    """Owns what waits and what is under way. All but `queue_s` is for one thread at a time.
+
+    A step for which there is no room in the KV cache waits until others have left, `cache_wait_s` at most.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        pace: Pace | None = None,
+        cache_wait_s: float = CACHE_WAIT_S,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.engine = engine
+        self._pace = pace or _measured_pace(engine)
+        self._cache_wait_s = cache_wait_s
+        self._clock = clock
+        self._scheduler: Scheduler[T] = Scheduler(engine.max_batch_tokens)
+        self._paused: _Paused[T] | None = None
+        self._retired: list[Hashable] = []
+        self._company = Company()
+        self._free_when_parked = 0
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits and nothing is under way."""
+        return not len(self._scheduler) and self._paused is None
+
+    def add(self, job: Job[T]) -> None:
+        """A step has arrived; the steps of a session keep their order."""
+        self._scheduler.add(job)
+
+    def close_session(self, session: Hashable) -> None:
+        """Drop a session's steps and free its cache: at once, or after the batch that reads it."""
+        self._company.left(session)
+        running = self._scheduler.discard(session)
+        if running is None:
+            self.engine.close_session(session)
+        else:
+            self._retired.append(self.engine.retire_session(session))
+
+    def ran(self, elapsed_s: float, blocks: int) -> None:
+        """Somebody ran a decode step past this queue, while it was idle."""
+        self._pace.decoded(self._clock(), elapsed_s, blocks, prefill_waits=False)
+
+    def queue_s(self, more_steps: int = 0, more_rows: int = 0) -> float:
+        """An estimate of the work that waits, in seconds, and of more decode steps and rows of prefill."""
+        scheduler = self._scheduler
+        steps = scheduler.decode_steps + more_steps
+        batches = math.ceil(steps / max(1, len(scheduler)))
+        return self._pace.estimate_s(batches, scheduler.prefill_rows + more_rows, len(self.engine.stack.span))
+
+    def wait_s(self) -> float | None:
+        """How long `advance` will have nothing to do; None if nothing comes of itself."""
+        scheduler = self._scheduler
+        if self._paused is not None or scheduler.decodes_ready or scheduler.prefill_ready:
+            return 0.0
+        deadlines = [self._deadline(job) for job in scheduler.parked]
+        if not deadlines:
+            return None
+        if self.engine.kv_tokens_free > self._free_when_parked:
+            return 0.0
+        return max(0.0, min(deadlines) - self._clock())
+
+    def linger_s(self) -> float:
+        """How long to wait for more decode steps before `advance` runs those that are there."""
+        ready = self._scheduler.decodes_ready
+        if not ready or self._prefill_waits:
+            return 0.0
+        return self._company.linger_s(self._clock(), ready, self._pace.decode_s)
+
+    def advance(self, interrupted: Callable[[], bool]) -> list[Finished[T]]:
+        """Do what is most urgent, if anything: a decode batch, or prefill until `interrupted`.
+
+        `interrupted` is asked between two blocks. Returns the steps that have ended.
+        """
+        now = self._clock()
+        self._retry_parked(now)
+        if self._scheduler.decodes_ready and not (self._pace.owes_prefill and self._prefill_waits):
+            return self._decode(now)
+        finished: list[Finished[T]] = []
+        if self._paused is None and self._scheduler.prefill_ready:
+            finished = self._begin_prefill(now)
+        if self._paused is not None and not finished:
+            finished = self._continue_prefill(self._paused, interrupted)
+        return finished
+
+    @property
+    def _prefill_waits(self) -> bool:
+        return self._paused is not None or self._scheduler.prefill_ready
+
+    def _decode(self, now: float) -> list[Finished[T]]:
+        portions, finished = self._place(self._scheduler.next_decodes(), now)
+        if not portions:
+            return finished
+        try:
+            elapsed = self.engine.compute(_chunks(portions))
+        except Exception as error:
+            return finished + self._fail_all(portions, error)
+        now = self._clock()
+        blocks = len(portions[0].job.request.blocks)
+        self._pace.decoded(now, elapsed, blocks, prefill_waits=self._prefill_waits)
+        self._company.decoded(now, [job.request.session for job, _ in portions])
+        return finished + self._computed(portions, elapsed, now)
+
+    def _begin_prefill(self, now: float) -> list[Finished[T]]:
+        rows = self._pace.chunk_rows(now)
+        portions, finished = self._place(self._scheduler.next_prefills(rows), now)
+        if portions:
+            try:
+                self._paused = _Paused(self.engine.begin(_chunks(portions)), portions)
+            except Exception as error:
+                finished += self._fail_all(portions, error)
+        return finished
+
+    def _continue_prefill(self, paused: _Paused[T], interrupted: Callable[[], bool]) -> list[Finished[T]]:
+        batch, portions = paused
+        pace, scheduler = self._pace, self._scheduler
+        try:
+            while not batch.done:
+                pace.prefilled(batch.advance(), batch.rows)
+                decode_first = scheduler.decodes_ready and not pace.owes_prefill
+                if not batch.done and (decode_first or interrupted()):
+                    return []
+            finished = self._computed(portions, batch.compute_s, self._clock())
+        except Exception as error:
+            finished = self._fail_all(portions, error)
+        self._paused = None
+        for session in self._retired:
+            self.engine.close_session(session)
+        self._retired.clear()
+        return finished
+
+    def _place(
+        self, portions: Sequence[Portion[T]], now: float
+    ) -> tuple[list[Portion[T]], list[Finished[T]]]:
+        """The portions whose steps have their places in the cache, and the steps that cannot have them."""
+        placed, finished = [], []
+        for portion in portions:
+            job = portion.job
+            try:
+                if job.step is None:
+                    job.step = self.engine.place(job.request)
+                placed.append(portion)
+            except CacheFullError as error:
+                if job.no_room_since_s is None:
+                    job.no_room_since_s = now
+                if now < self._deadline(job) and self.engine.could_place(job.request):
+                    self._scheduler.park(job)
+                    self._free_when_parked = self.engine.kv_tokens_free
+                else:
+                    finished.append(self._end(job, now, error))
+            except PetalSwarmError as error:
+                finished.append(self._end(job, now, error))
+            except Exception as error:
+                finished.append(self._end(job, now, internal_error(error)))
+        return placed, finished
+
+    def _retry_parked(self, now: float) -> None:
+        """Try parked steps again when something was freed; a last time when they have waited too long."""
+        parked = self._scheduler.parked
+        freed = bool(parked) and self.engine.kv_tokens_free > self._free_when_parked
+        for job in parked:
+            if freed or now >= self._deadline(job):
+                self._scheduler.unpark(job)
+
+    def _deadline(self, job: Job[T]) -> float:
+        assert job.no_room_since_s is not None
+        return job.no_room_since_s + self._cache_wait_s
+
+    def _computed(self, portions: Sequence[Portion[T]], elapsed: float, now: float) -> list[Finished[T]]:
+        """A batch has ended: steps with rows left go back, the others have their results."""
+        finished = []
+        for job, _ in portions:
+            job.compute_s += elapsed
+            error = None if job.step is None else job.step.error
+            if job.rows_left and error is None:
+                self._scheduler.put_back(job)
+            elif not job.dropped:
+                finished.append(self._end(job, now, error))
+        return finished
+
+    def _fail_all(self, portions: Sequence[Portion[T]], error: Exception) -> list[Finished[T]]:
+        """A bug, or a device out of memory: the steps of this batch fail, the server lives."""
+        failure = internal_error(error)
+        now = self._clock()
+        return [self._end(job, now, failure) for job, _ in portions if not job.dropped]
+
+    def _end(self, job: Job[T], now: float, error: PetalSwarmError | None = None) -> Finished[T]:
+        self._scheduler.finish(job)
+        queued_s = max(0.0, now - job.waiting_since_s - job.compute_s)
+        result = StepResult(None, error, job.compute_s, queued_s)
+        if error is None and job.step is not None:
+            result.hidden = job.step.result()
+            result.keys = self.engine.file(job.request)
+        return Finished(job.owner, result)
+
+
+def internal_error(error: Exception) -> RemoteError:
+    """What the owner of a step is told of a bug; the details are for this server's log."""
+    logger.error("a batch of steps failed", exc_info=error)
+    return RemoteError(f"the server failed to compute: {type(error).__name__}")
+
+
+def _chunks(portions: Sequence[Portion[T]]) -> list[Chunk]:
+    chunks = []
+    for job, rows in portions:
+        assert job.step is not None, "a step is computed once it has its place"
+        chunks.append(Chunk(job.step, rows))
+    return chunks
+
+
+def _measured_pace(engine: Engine) -> Pace:
+    """A pace that begins with what was measured at the start."""
+    blocks = len(engine.stack.span)
+    rate, block_s = engine.prefill_tokens_per_s, engine.block_time_s
+    row_s = 1 / (rate * blocks) if rate else 0.0
+    return Pace(engine.max_batch_tokens, row_s=row_s, decode_s=block_s * blocks, block_s=block_s)
