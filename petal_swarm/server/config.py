@@ -31,7 +31,8 @@ class ServerConfig:
     identity: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    quant: str = "none"
+    quant: str = "auto"
+    quant_cache: str = "auto"
     kv_tokens: int | None = None
     max_batch_tokens: int = 2048
     name: str = ""
