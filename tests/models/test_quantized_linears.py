@@ -174,7 +174,7 @@ def absmax_int8(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def llm_int8(x: Tensor, weight: Tensor) -> Tensor:
-    """LLM.int8() to the letter: columns with an activation above 6.0 in floating point, the others in int8."""
+    """LLM.int8() to the letter: columns with an activation above 6.0 in floating point, others in int8."""
     columns = (x.abs() > 6.0).any(0)
     inner = absmax_rows(x.masked_fill(columns, 0))
     return inner @ weight.double().t() + x[:, columns].double() @ weight[:, columns].double().t()
