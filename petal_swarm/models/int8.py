@@ -26,7 +26,7 @@ _DEVICE_PIECE_ELEMENTS = 1 << 26
 #: Activations above this are outliers (the threshold of LLM.int8()),
 OUTLIER = 6.0
 #: and so are those so many times above the mean magnitude of their token: 8 bits leave the rest too few.
-OUTLIER_TO_MEAN = 16.0
+OUTLIER_TO_MEAN = 10.0
 # Steps of a token in 16 bits: 127 coarse ones of 256 fine ones.
 _FINE = 256
 _STEPS = float(_LEVELS * _FINE)

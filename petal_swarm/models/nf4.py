@@ -22,9 +22,9 @@ logger = logging.getLogger(__name__)
 #: Numbers that share a scale: the first of these that divides the rows.
 BLOCK_SIZES = (64, 32)
 _PIECE_ELEMENTS = 1 << 21
-# The packed kernel takes groups of this many output rows. For 1024 x 4096 and 1, 8, 32, 128, 512 tokens it takes
-# 0.09, 0.23, 0.85, 3.4, 13 ms; dequantizing 0.85, 0.95, 1.4, 3.2, 9.8 to bfloat16, and 1.0, 2.0, 4.0, 12, 41 to
-# float32 [measured]. One layout must do for all of them.
+# The packed kernel wants groups of so many rows. With 1024 x 4096 and 1, 8, 32, 128, 512 tokens it takes
+# (ms) 0.09, 0.23, 0.85, 3.4, 13; dequantizing to bfloat16 first 0.85, 0.95, 1.4, 3.2, 9.8, and to float32
+# 1.0, 2.0, 4.0, 12, 41 [measured]. One layout must do for all of them.
 _PACKED_ROWS = 32
 
 
