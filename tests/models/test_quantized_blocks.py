@@ -38,6 +38,12 @@ def folders(tmp_path_factory):
 
 
 @pytest.fixture
+def small_ones_packed(monkeypatch):
+    """Models of tests are too small to be worth packing."""
+    monkeypatch.setattr("petal_swarm.models.int8._SMALL_WEIGHT", 0)
+
+
+@pytest.fixture
 def bloom(folders):
     return open_checkpoint(str(folders("bloom")))
 
@@ -72,6 +78,7 @@ def outputs(stack, hidden, dtype=torch.float32):
     return torch.cat(found).float()
 
 
+@pytest.mark.usefixtures("small_ones_packed")
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_blocks_compute_with_the_rounded_weights(folders, name, quant):
@@ -87,6 +94,7 @@ def test_blocks_compute_with_the_rounded_weights(folders, name, quant):
     assert far > (0.002 if quant == "int8" else 0.03), "or the twin was not quantized"
 
 
+@pytest.mark.usefixtures("small_ones_packed")
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", ["bloom", "llama"])
 def test_bfloat16_around_quantized_weights(folders, name, quant):
@@ -181,6 +189,7 @@ def test_plain_int8_blocks_where_nothing_is_packed(folders, monkeypatch, name):
     assert (outputs(stack, hidden) - expected).norm() < 1e-4 * expected.norm()
 
 
+@pytest.mark.usefixtures("small_ones_packed")
 @pytest.mark.skipif(not packing_works(), reason="needs oneDNN and VNNI")
 def test_packed_blocks_do_not_hold_plain_weights_as_well(bloom):
     block = load_blocks(bloom, Span(0, 1), dtype=torch.float32, quant="int8")._blocks[0]

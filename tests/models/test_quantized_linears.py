@@ -154,6 +154,15 @@ def test_rows_are_reordered_and_stacked_like_plain_ones(quantize):
     assert make_linear(found)(normal(1, 64)).shape == (1, 96)
 
 
+@needs_packing
+def test_small_int8_weights_are_not_packed():
+    assert isinstance(make_int8_linear(quantize_int8(normal(256, 256)), None), PackedInt8Linear)
+    small = make_int8_linear(quantize_int8(normal(255, 256)), None)
+    assert isinstance(small, Int8Linear)
+    x = normal(9, 256, seed=1)
+    torch.testing.assert_close(small(x)[:1], small(x[:1]), msg="fewer rows, the same numbers")
+
+
 def test_plain_int8_is_for_machines_without_the_packed_product(monkeypatch):
     monkeypatch.setattr("petal_swarm.models.int8.packing_works", lambda: False)
     assert isinstance(make_int8_linear(quantize_int8(normal(8, 64)), None), Int8Linear)
