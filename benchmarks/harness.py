@@ -58,13 +58,16 @@ def reference(path: Path) -> BloomForCausalLM:
 
 @contextlib.contextmanager
 def servers(model: Path | str, spans: Sequence[str], *options: str) -> Iterator[list[RunningServer]]:
-    """One `run_server` process for each span, on loopback; all are gone afterwards."""
+    """One `run_server` process for each span, on loopback; all are gone afterwards.
+
+    Weights are plain unless `options` say otherwise: the tokens must be those of transformers.
+    """
     running: list[RunningServer] = []
     try:
         for index, span in enumerate(spans):
             join = ["--initial-peers", running[0].address] if running else ["--new-swarm"]
             command = [sys.executable, "-m", "petal_swarm.cli.run_server", str(model), *join]
-            command += ["--blocks", span, "--name", f"server-{index}", *options]
+            command += ["--blocks", span, "--name", f"server-{index}", "--quant", "none", *options]
             running.append(_start([*command, "--listen", "/ip4/127.0.0.1/tcp/0"]))
         yield running
     finally:

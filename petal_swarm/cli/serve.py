@@ -107,8 +107,9 @@ def describe(server: Server) -> None:
     """Say on stderr what is served, and what to do next."""
     address = best_address(server.addresses)
     kept = server.announcement()
+    weights = kept.dtype if kept.quant == "none" else f"{kept.quant} weights, {kept.dtype}"
     print(
-        f"serving blocks {server.span} of {server.checkpoint.name} ({kept.dtype},"
+        f"serving blocks {server.span} of {server.checkpoint.name} ({weights},"
         f" room for {kept.kv_tokens} tokens of KV cache)\n"
         f"join with: run_server {server.config.model} --initial-peers {address}",
         file=sys.stderr,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from torch.nn import functional as F
 from petal_swarm.models.attention import AttentionPlan
 from petal_swarm.models.config import Fields, ModelConfig
 from petal_swarm.models.family import EndNames, Family, Shape
-from petal_swarm.models.linear import Linear
+from petal_swarm.models.linear import Projection
 from petal_swarm.models.norms import LayerNorm
+from petal_swarm.models.quantization import Weight, make_linear, map_parts, vector
 
 
 class BloomBlock:
@@ -22,16 +24,18 @@ class BloomBlock:
 
     __slots__ = ("_down", "_input_norm", "_mlp_norm", "_out", "_qkv", "_residual_after_norm", "_up")
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
-        def linear(stem: str) -> Linear:
-            return Linear(tensors[f"{stem}.weight"], tensors[f"{stem}.bias"])
+    def __init__(self, config: ModelConfig, tensors: dict[str, Weight]) -> None:
+        def linear(stem: str) -> Projection:
+            return make_linear(tensors.pop(f"{stem}.weight"), vector(tensors, f"{stem}.bias"))
 
         def norm(stem: str) -> LayerNorm:
-            return LayerNorm(tensors[f"{stem}.weight"], tensors[f"{stem}.bias"], config.norm_eps)
+            weight, bias = (vector(tensors, f"{stem}.{kind}") for kind in ("weight", "bias"))
+            return LayerNorm(weight, bias, config.norm_eps)
 
         self._input_norm = norm("input_layernorm")
-        fused = [tensors[f"self_attention.query_key_value.{kind}"] for kind in ("weight", "bias")]
-        self._qkv = Linear(*(_split_by_kind(tensor, config) for tensor in fused))
+        for name in [name for name in tensors if ".query_key_value." in name]:
+            tensors[name] = map_parts(tensors[name], partial(_split_by_kind, config))
+        self._qkv = linear("self_attention.query_key_value")
         self._out = linear("self_attention.dense")
         self._mlp_norm = norm("post_attention_layernorm")
         self._up = linear("mlp.dense_h_to_4h")
@@ -52,7 +56,7 @@ class BloomBlock:
         return sum(part.nbytes for part in parts)
 
 
-def _split_by_kind(rows: Tensor, config: ModelConfig) -> Tensor:
+def _split_by_kind(config: ModelConfig, rows: Tensor) -> Tensor:
     """`[heads * 3 * head_dim, ...]` with query, key and value of each head together -> by kind."""
     by_head = rows.view(config.num_heads, 3, config.head_dim, *rows.shape[1:])
     return by_head.transpose(0, 1).reshape(rows.shape)
@@ -146,6 +150,7 @@ FAMILY = Family(
     build_block=BloomBlock,
     slopes=alibi_slopes,
     rms_norms=False,
+    default_quant="int8",
     gguf_architectures={"bloom": "BloomForCausalLM"},
     gguf_block={
         "input_layernorm": "attn_norm",

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -28,6 +28,7 @@ from petal_swarm.models.gguf_file import GGUFFile
 from petal_swarm.models.stores import FolderStore, GGUFStore, gguf_configuration
 from petal_swarm.models.tensor_files import OpenTensors
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 _DEFAULT_THREADS = 2
 _UNREADABLE = (CheckpointError, SafetensorError, RuntimeError, ValueError, OSError, LookupError, TypeError)
@@ -37,6 +38,10 @@ class TensorStore(Protocol):
     """The tensors of a checkpoint in one format."""
 
     format_key: str
+
+    def identity(self) -> str | None:
+        """Changes whenever the files do, without reading them; None if that cannot be told."""
+        ...
 
     def locate(self) -> Mapping[str, tuple[str, str]]:
         """Canonical name -> (file, name stored in it)."""
@@ -82,6 +87,10 @@ class Checkpoint:
         """Canonical names of all tensors."""
         return set(self._where)
 
+    def identity(self) -> str | None:
+        """Differs between these files and edited ones, and reads neither; None if that cannot be told."""
+        return self._store.identity()
+
     @cached_property
     def model_key(self) -> str:
         """What peers agree on to be the same model, however its files are stored.
@@ -96,7 +105,7 @@ class Checkpoint:
         sample: dict[str, Shape] = {norm: (config.hidden_size,)}
         sample |= {prefix + local: (1, last[prefix + local][1]) for local in family.fingerprint}
         digested = self._store.format_key.encode()
-        for tensor in self._load(sample, leading=True).values():
+        for tensor in self._load(sample, _moved_to("cpu"), leading=True).values():
             digested += tensor.numpy().astype("<f4").tobytes()
         return config.key(digested)
 
@@ -117,18 +126,36 @@ class Checkpoint:
             CheckpointError: a tensor is missing, has another shape, or its file is damaged.
         """
         shapes = dict(names) if isinstance(names, Mapping) else dict.fromkeys(names)
-        return self._load(shapes, dtype=dtype, device=device, progress=progress, threads=threads)
+        return self._load(shapes, _moved_to(device), dtype=dtype, progress=progress, threads=threads)
+
+    def load_converted(
+        self,
+        shapes: Mapping[str, Shape],
+        convert: Callable[[str, Tensor], T],
+        *,
+        progress: Progress | None = None,
+        threads: int | None = None,
+    ) -> dict[str, T]:
+        """As `load`, but keeps what `convert(name, tensor)` makes of each float32 tensor, not the tensor.
+
+        So no more tensors are in memory at a time than there are threads, which call `convert`.
+        `progress(done, total)` counts the float32 bytes that were converted.
+
+        Raises:
+            CheckpointError: as `load`.
+        """
+        return self._load(shapes, convert, progress=progress, threads=threads)
 
     def _load(
         self,
         shapes: Mapping[str, Shape | None],
+        convert: Callable[[str, Tensor], T],
         *,
         dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
         progress: Progress | None = None,
         threads: int | None = None,
         leading: bool = False,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, T]:
         """As `load`; with `leading`, a stated shape may have fewer rows than the tensor: its first ones."""
         by_file = self._by_file(shapes)
         store_open = self._store.peek if leading else self._store.open
@@ -138,11 +165,11 @@ class Checkpoint:
                 sizes |= {name: self._shape(opened, name, shapes[name], leading) for name in names}
         elements = sum(math.prod(shape) for shape in sizes.values())
         counter = _Counter(progress, elements * dtype.itemsize)
-        loaded: dict[str, Tensor] = {}
+        loaded: dict[str, T] = {}
         for file, names in by_file.items():
             # The pool inside: if one tensor fails, the others' threads end before the file is closed.
             with store_open(file) as opened, ThreadPoolExecutor(threads or _DEFAULT_THREADS) as pool:
-                read = partial(self._read, opened, sizes, dtype, device, counter, not leading)
+                read = partial(self._read, opened, sizes, dtype, convert, counter, not leading)
                 loaded |= zip(names, pool.map(read, names), strict=True)
         return {name: loaded[name] for name in shapes}
 
@@ -171,11 +198,11 @@ class Checkpoint:
         opened: OpenTensors,
         sizes: Mapping[str, Shape],
         dtype: torch.dtype,
-        device: torch.device | str,
+        convert: Callable[[str, Tensor], T],
         counter: _Counter,
         whole: bool,
         name: str,
-    ) -> Tensor:
+    ) -> T:
         file, stored = self._where[name]
         out = torch.empty(sizes[name], dtype=dtype)
         try:
@@ -183,9 +210,10 @@ class Checkpoint:
         except _UNREADABLE as error:
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(f"tensor {stored} of {file} cannot be read: {reason}") from error
-        tensor = (self._store.restore(name, out) if whole else out).to(device)
-        counter.add(tensor.nbytes)
-        return tensor
+        size = out.nbytes
+        converted = convert(name, self._store.restore(name, out) if whole else out)
+        counter.add(size)
+        return converted
 
     def hf_config(self) -> Any:
         """A `transformers.PreTrainedConfig`; imports transformers."""
@@ -202,6 +230,10 @@ class Checkpoint:
         if stated is not None:
             return GenerationConfig.from_dict(stated)
         return GenerationConfig.from_model_config(self.hf_config())
+
+
+def _moved_to(device: torch.device | str) -> Callable[[str, Tensor], Tensor]:
+    return lambda _, tensor: tensor.to(device)
 
 
 class _Counter:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from petal_swarm.models.attention import AttentionPlan
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.quantization import Quant, Weight
 
 Shape = tuple[int, ...]
 
@@ -44,6 +44,7 @@ class Family:
     Tensor names are those of the Hugging Face checkpoint of the causal language model ("canonical names"):
     `block_prefix.format(n) + local` for a block's tensors. `gguf_architectures` maps a GGUF
     `general.architecture` to an architecture; `gguf_block` and `gguf_ends` map canonical stems to GGUF stems.
+    `default_quant` is what servers do where nobody says otherwise.
     """
 
     name: str
@@ -54,9 +55,10 @@ class Family:
     fingerprint: tuple[str, ...]
     parse: Callable[[Mapping[str, Any]], ModelConfig]
     block_shapes: Callable[[ModelConfig], dict[str, Shape]]
-    build_block: Callable[[ModelConfig, dict[str, Tensor]], Block]
+    build_block: Callable[[ModelConfig, dict[str, Weight]], Block]
     slopes: Callable[[ModelConfig], Tensor | None]
     rms_norms: bool
+    default_quant: Quant = "none"
     gguf_architectures: Mapping[str, str] = field(default_factory=dict)
     gguf_block: Mapping[str, str] = field(default_factory=dict)
     gguf_ends: Mapping[str, str] = field(default_factory=dict)
@@ -102,8 +104,3 @@ class Family:
 def no_slopes(config: ModelConfig) -> Tensor | None:
     """For families whose scores carry no position bias."""
     return None
-
-
-def stack_rows(tensors: list[Tensor]) -> Tensor:
-    """Concatenates the rows of projections of the same input into one, so that one multiplication serves."""
-    return tensors[0].contiguous() if len(tensors) == 1 else torch.cat(tensors)

@@ -10,6 +10,8 @@ from typing import IO, Any, Protocol
 from petal_swarm.errors import CheckpointError, UnknownModelError
 
 _STREAM_BLOCK_BYTES = 1 << 18
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _HUB_ID = re.compile(r"[A-Za-z0-9_][\w.-]*(/[\w.-]+)?")
 
 
@@ -18,6 +20,10 @@ class Folder(Protocol):
 
     source: str
     name: str
+
+    def identity(self) -> str | None:
+        """Changes whenever the weights do, without reading them; None if that cannot be told."""
+        ...
 
     def find(self, filename: str) -> Path | None: ...
 
@@ -33,6 +39,10 @@ class LocalFolder:
         self.source = str(path)
         self.name = path.resolve().name
         self._path = path
+
+    def identity(self) -> str | None:
+        files = sorted(file for file in self._path.iterdir() if file.suffix in _WEIGHT_SUFFIXES)
+        return "\n".join(map(file_identity, files))
 
     def find(self, filename: str) -> Path | None:
         path = self._path / filename
@@ -55,6 +65,10 @@ class HubFolder:
         self._revision = revision
         self._cache_dir = cache_dir
         self._token = token
+
+    def identity(self) -> str | None:
+        commit = self._revision or ""
+        return f"{self.source}@{commit}" if _COMMIT.fullmatch(commit) else None
 
     def find(self, filename: str) -> Path | None:
         import huggingface_hub
@@ -95,6 +109,13 @@ class HubFolder:
             f"{self.source}/{filename}", "rb", revision=self._revision, block_size=_STREAM_BLOCK_BYTES
         )
         return opened
+
+
+def file_identity(path: Path) -> str:
+    """Path, size and time of the last change, of the file that a link leads to."""
+    path = path.resolve()
+    status = path.stat()
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
 def _reason(error: Exception) -> str:

@@ -1,6 +1,8 @@
-"""The matrix multiplication of a block, in one place: what quantization and adapters replace."""
+"""The matrix multiplication of a block: what blocks ask of it, and the plain one."""
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +12,24 @@ from torch.nn import functional as F
 # x @ w.T 880, 1880, 1670, 1410; (w @ x.T).T 860, 480, 590, 1610. So few rows are multiplied from the left.
 _FEW_ROWS = range(2, 5)
 _LARGE_WEIGHT = 1 << 18
+
+
+class Projection(Protocol):
+    """What blocks know of a product with a weight `[out, in]`; made by `quantization.make_linear`.
+
+    `x [tokens, in]` has the dtype of the computation, and so has the result.
+    """
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[tokens, out]`, contiguous."""
+        ...
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual + self(x)`; `residual` stays as it is."""
+        ...
+
+    @property
+    def nbytes(self) -> int: ...
 
 
 class Linear:

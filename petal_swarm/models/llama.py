@@ -5,16 +5,19 @@ What they differ in is in the configuration: biases, norms of queries and keys, 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from petal_swarm.models.attention import AttentionPlan
 from petal_swarm.models.config import ModelConfig
-from petal_swarm.models.family import EndNames, Family, Shape, no_slopes, stack_rows
-from petal_swarm.models.linear import Linear
+from petal_swarm.models.family import EndNames, Family, Shape, no_slopes
+from petal_swarm.models.linear import Projection
 from petal_swarm.models.llama_config import gguf_to_hf, parse
 from petal_swarm.models.norms import RMSNorm
+from petal_swarm.models.quantization import Weight, make_linear, map_parts, stack_rows, vector
 from petal_swarm.models.rope import interleave_heads, rotate_
 
 
@@ -33,16 +36,19 @@ class LlamaBlock:
         "_rotated",
     )
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, config: ModelConfig, tensors: dict[str, Weight]) -> None:
+        def norm(stem: str) -> RMSNorm:
+            return RMSNorm(vector(tensors, f"{stem}.weight"), config.norm_eps)
+
         self._head_dim = config.head_dim
         self._rotated = config.num_heads + config.num_kv_heads
-        self._input_norm = RMSNorm(tensors["input_layernorm.weight"], config.norm_eps)
+        self._input_norm = norm("input_layernorm")
         self._qkv = _fused_qkv(config, tensors)
         self._qk_norm = _joint_qk_norm(config, tensors) if config.qk_norm else None
-        self._out = Linear(tensors["self_attn.o_proj.weight"], tensors.get("self_attn.o_proj.bias"))
-        self._mlp_norm = RMSNorm(tensors["post_attention_layernorm.weight"], config.norm_eps)
-        self._gate_up = _fused(tensors, ("mlp.gate_proj", "mlp.up_proj"))
-        self._down = Linear(tensors["mlp.down_proj.weight"], tensors.get("mlp.down_proj.bias"))
+        self._out = _fused(tensors, "self_attn.o_proj")
+        self._mlp_norm = norm("post_attention_layernorm")
+        self._gate_up = _fused(tensors, "mlp.gate_proj", "mlp.up_proj")
+        self._down = _fused(tensors, "mlp.down_proj")
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, pair: Tensor) -> Tensor:
         qkv = self._qkv(self._input_norm(hidden))
@@ -62,24 +68,25 @@ class LlamaBlock:
         return sum(p.nbytes for p in parts) + (0 if self._qk_norm is None else self._qk_norm.nbytes)
 
 
-def _fused(tensors: dict[str, Tensor], stems: tuple[str, ...]) -> Linear:
+def _fused(tensors: dict[str, Weight], *stems: str) -> Projection:
     weight = stack_rows([tensors.pop(f"{stem}.weight") for stem in stems])
-    biases = [tensors[f"{stem}.bias"] for stem in stems if f"{stem}.bias" in tensors]
-    return Linear(weight, torch.cat(biases) if biases else None)
+    biases = [vector(tensors, f"{stem}.bias") for stem in stems if f"{stem}.bias" in tensors]
+    return make_linear(weight, torch.cat(biases) if biases else None)
 
 
-def _fused_qkv(config: ModelConfig, tensors: dict[str, Tensor]) -> Linear:
+def _fused_qkv(config: ModelConfig, tensors: dict[str, Weight]) -> Projection:
+    interleave = partial(interleave_heads, head_dim=config.head_dim)
     for stem in ("self_attn.q_proj", "self_attn.k_proj"):
         for name in (f"{stem}.weight", f"{stem}.bias"):
             if name in tensors:
-                tensors[name] = interleave_heads(tensors[name], config.head_dim)
-    return _fused(tensors, ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"))
+                tensors[name] = map_parts(tensors[name], interleave)
+    return _fused(tensors, "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
-def _joint_qk_norm(config: ModelConfig, tensors: dict[str, Tensor]) -> RMSNorm:
+def _joint_qk_norm(config: ModelConfig, tensors: dict[str, Weight]) -> RMSNorm:
     """The norms of queries and keys as one, with a weight for each head."""
-    query = interleave_heads(tensors["self_attn.q_norm.weight"], config.head_dim)
-    key = interleave_heads(tensors["self_attn.k_norm.weight"], config.head_dim)
+    query = interleave_heads(vector(tensors, "self_attn.q_norm.weight"), config.head_dim)
+    key = interleave_heads(vector(tensors, "self_attn.k_norm.weight"), config.head_dim)
     rows = [query.expand(config.num_heads, -1), key.expand(config.num_kv_heads, -1)]
     return RMSNorm(torch.cat(rows), config.norm_eps)
 

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.models.attention import AttentionPlan, Heads, MaskTable
+from petal_swarm.models.block_cache import BlockCache
+from petal_swarm.models.block_source import BlockSource
 from petal_swarm.models.checkpoint import Checkpoint, Progress
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.families import family_of
 from petal_swarm.models.family import Block
 from petal_swarm.models.packing import KVPool, PackedBatch
+from petal_swarm.models.quantization import Quant
 from petal_swarm.models.rope import RotaryTable
 from petal_swarm.span import Span
 
@@ -96,33 +99,28 @@ def load_blocks(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    quant: Quant = "none",
+    cache: BlockCache | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> BlockStack:
     """Loads the blocks of `span`, one after the other: memory peaks one block above their size.
 
-    `progress(done, total)` counts bytes of the span.
+    Matrices are quantized as they are read, one in each of `threads`; `cache` keeps quantized blocks for the
+    next time. `progress(done, total)` counts bytes of the span.
 
     Raises:
-        ConfigError: the model has no such blocks.
+        ConfigError: the model has no such blocks, or cannot be quantized so.
         CheckpointError: tensors are missing, misshapen or damaged.
     """
     config, family = checkpoint.config, checkpoint.family
     if span.end > config.num_blocks:
         raise ConfigError(f"{checkpoint.name} has blocks 0:{config.num_blocks}, so there is no span {span}")
+    source = BlockSource(checkpoint, dtype, device, quant, cache, threads)
     blocks: list[Block] = []
     for number in span.blocks():
         report = None if progress is None else _of_span(progress, len(blocks), len(span))
-        tensors = checkpoint.load(
-            family.block_tensors(config, number),
-            dtype=dtype,
-            device=device,
-            progress=report,
-            threads=threads,
-        )
-        prefix = family.block_prefix.format(number)
-        local = {name.removeprefix(prefix): tensors.pop(name) for name in list(tensors)}
-        blocks.append(family.build_block(config, local))
+        blocks.append(family.build_block(config, source.read(number, report)))
     return BlockStack(config, span, blocks, dtype=dtype, device=device)
 
 

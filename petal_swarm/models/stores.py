@@ -13,7 +13,7 @@ from petal_swarm.errors import CheckpointError, UnknownModelError
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.families import family_of, family_of_gguf
 from petal_swarm.models.family import Family
-from petal_swarm.models.folders import Folder, read_json
+from petal_swarm.models.folders import Folder, file_identity, read_json
 from petal_swarm.models.gguf_file import GGUFFile
 from petal_swarm.models.tensor_files import OpenTensors, StreamedSafetensors, damaged, open_tensors
 
@@ -30,6 +30,9 @@ class FolderStore:
     def __init__(self, folder: Folder, family: Family) -> None:
         self._folder = folder
         self._family = family
+
+    def identity(self) -> str | None:
+        return self._folder.identity()
 
     def locate(self) -> Mapping[str, tuple[str, str]]:
         """Canonical name -> (file, stored name).
@@ -95,6 +98,9 @@ class GGUFStore:
         self._file = file
         self._config = config
         self._family = family_of(config)
+
+    def identity(self) -> str | None:
+        return file_identity(self._file.path)
 
     def locate(self) -> Mapping[str, tuple[str, str]]:
         config, family = self._config, self._family

@@ -37,7 +37,7 @@ class ServerConfig:
     identity: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    quant: str = "none"
+    quant: str = "auto"
     kv_dtype: str = "auto"
     kv_tokens: int | None = None
     prefix_tokens: int | None = None

@@ -7,7 +7,9 @@ import torch
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.families import family_of
 from petal_swarm.models.int8_kv import row_bytes
+from petal_swarm.models.quantization import QUANTS, Quant, matrix_bytes
 from petal_swarm.wire.tensors import DTYPES
 
 #: Of the memory that is free at start, this part may go to blocks and KV cache together.
@@ -56,11 +58,28 @@ def free_bytes(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def block_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
-    """An estimate of one block's weights in bytes: the attention projections and the MLP."""
-    attention = config.hidden_size * config.head_dim * 2 * (config.num_heads + config.num_kv_heads)
-    matrices = 3 if config.family == "llama" else 2
-    return (attention + matrices * config.hidden_size * config.intermediate_size) * dtype.itemsize
+def resolve_quant(name: str, config: ModelConfig) -> Quant:
+    """`auto` is what the model's family does by default.
+
+    Raises:
+        ConfigError: there is no quantization of that name.
+    """
+    if name == "auto":
+        return family_of(config).default_quant
+    for quant in QUANTS:
+        if name == quant:
+            return quant
+    raise ConfigError(f"--quant must be auto or one of {', '.join(QUANTS)}, not {name!r}")
+
+
+def block_bytes(config: ModelConfig, dtype: torch.dtype, quant: Quant) -> int:
+    """One block's weights in bytes.
+
+    Raises:
+        ConfigError: this model cannot be quantized so.
+    """
+    shapes = family_of(config).block_shapes(config).values()
+    return sum(matrix_bytes(quant if len(shape) > 1 else "none", shape, dtype) for shape in shapes)
 
 
 def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, kv_dtype: str = "auto") -> int:
@@ -69,17 +88,17 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, kv_dtype: str = 
     return 2 * config.num_kv_heads * row
 
 
-def block_capacity(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> int:
+def block_capacity(config: ModelConfig, dtype: torch.dtype, quant: Quant, device: torch.device) -> int:
     """How many blocks fit, leaving room for the KV cache and working space.
 
     Raises:
         ConfigError: not even one does.
     """
     usable = free_bytes(device) * _USABLE * (1 - _KV_SHARE)
-    capacity = int(usable // block_bytes(config, dtype))
+    capacity = int(usable // block_bytes(config, dtype, quant))
     if capacity < 1:
         raise ConfigError(
-            f"one block of this model needs {block_bytes(config, dtype) >> 20} MiB,"
+            f"one block of this model needs {block_bytes(config, dtype, quant) >> 20} MiB,"
             f" and {free_bytes(device) >> 20} MiB are free on {device}"
         )
     return min(capacity, config.num_blocks)

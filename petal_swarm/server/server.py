@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 from petal_swarm.directory.announcer import Announcer
@@ -16,13 +17,20 @@ from petal_swarm.directory.service import DirectoryService
 from petal_swarm.engine.compute import Compute, ComputeThread
 from petal_swarm.engine.engine import Engine
 from petal_swarm.errors import ConfigError, PetalSwarmError
+from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.checkpoint import Checkpoint
 from petal_swarm.models.stack import BlockStack, load_blocks
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.placement import choose_span
 from petal_swarm.server.capacity import CapacityFile, calibrate
 from petal_swarm.server.config import ServerConfig, SessionLimits
-from petal_swarm.server.hardware import block_capacity, default_kv_tokens, resolve_device, resolve_dtype
+from petal_swarm.server.hardware import (
+    block_capacity,
+    default_kv_tokens,
+    resolve_device,
+    resolve_dtype,
+    resolve_quant,
+)
 from petal_swarm.server.host import SessionHost
 from petal_swarm.span import Span
 from petal_swarm.version import __version__
@@ -53,6 +61,7 @@ class Server:
         self._directory = directory
         self._device = resolve_device(config.device)
         self._dtype = resolve_dtype(config.dtype, checkpoint.config, self._device)
+        self._quant = resolve_quant(config.quant, checkpoint.config)
         self._pinger = Pinger(transport)
         self._next_rtts_s: dict[str, float] = {}
         self._compute: Compute | None = None
@@ -111,7 +120,7 @@ class Server:
             name=self.config.name,
             state="joining",
             dtype=dtype_name(self._dtype),
-            quant=self.config.quant,
+            quant=self._quant,
             max_batch_tokens=self.config.max_batch_tokens,
             next_rtts_s=self._next_rtts_s,
             version=__version__,
@@ -181,7 +190,9 @@ class Server:
                     f"blocks {self.config.blocks} are outside the model, which has blocks 0:{num_blocks}"
                 )
             return self.config.blocks
-        capacity = self.config.num_blocks or block_capacity(self.checkpoint.config, self._dtype, self._device)
+        capacity = self.config.num_blocks or block_capacity(
+            self.checkpoint.config, self._dtype, self._quant, self._device
+        )
         if capacity > num_blocks and self.config.num_blocks:
             raise ConfigError(f"--num-blocks {capacity} is more than the model's {num_blocks} blocks")
         others = await self._directory.lookup(self.checkpoint.model_key)
@@ -190,8 +201,20 @@ class Server:
 
     def _load(self, progress: Progress | None) -> BlockStack:
         return load_blocks(
-            self.checkpoint, self.span, dtype=self._dtype, device=self._device, progress=progress
+            self.checkpoint,
+            self.span,
+            dtype=self._dtype,
+            device=self._device,
+            quant=self._quant,
+            cache=self._block_cache(),
+            progress=progress,
         )
+
+    def _block_cache(self) -> BlockCache | None:
+        if self._quant == "none" or self.config.cache_dir is None:
+            return None
+        folder = Path(self.config.cache_dir).expanduser() / "quantized"
+        return BlockCache.of(folder, self.checkpoint, self._quant, self._dtype)
 
     def _make_engine(self, stack: BlockStack) -> Engine:
         kv_tokens = self.config.kv_tokens or default_kv_tokens(
@@ -206,7 +229,7 @@ class Server:
             kv_dtype=self.config.kv_dtype,
         )
         kept = CapacityFile(self.config.cache_dir) if self.config.cache_dir else None
-        calibrate(engine, quant=self.config.quant, kv_dtype=self.config.kv_dtype, kept=kept)
+        calibrate(engine, quant=self._quant, kv_dtype=self.config.kv_dtype, kept=kept)
         return engine
 
     async def _update_figures(self, announcer: Announcer) -> None:

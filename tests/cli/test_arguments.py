@@ -155,6 +155,7 @@ def test_ctrl_c_is_status_130():
     [
         ([], ("auto", "/cache/petal_swarm")),
         (["--kv-dtype", "int8", "--cache-dir", "/elsewhere"], ("int8", "/elsewhere")),
+        (["--cache-dir", "none"], ("auto", None)),
     ],
 )
 def test_options_of_the_kv_cache_and_of_what_is_kept(monkeypatch, options, expected):

@@ -53,7 +53,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def swarm(model: Path) -> Iterator[Swarm]:
     common = [str(model), "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", "--kv-tokens", str(KV_TOKENS)]
-    common += ["--cache-dir", str(model.parent / "cache")]
+    common += ["--cache-dir", str(model.parent / "cache"), "--quant", "none"]
     with LocalSwarm() as servers:
         first = servers.start("first", [*common, "--new-swarm", "--blocks", "0:2", "--name", "first"])
         wait_ready([first], timeout_s=60, on_ready=lambda server: None)

@@ -63,7 +63,7 @@ def process(*command: str) -> Iterator[tuple[subprocess.Popen[str], Path]]:
 @contextmanager
 def server(model: Path, blocks: str, *arguments: str) -> Iterator[str]:
     """A server of these blocks: its address."""
-    listen = ("--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", "--kv-tokens", "4096")
+    listen = ("--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", "--kv-tokens", "4096", "--quant", "none")
     cache = ("--cache-dir", str(model.parent / "cache"))
     with process(*SERVER, str(model), "--blocks", blocks, *listen, *cache, *arguments) as (child, errors):
         assert child.stdout is not None

@@ -95,7 +95,13 @@ class LocalSwarm:
 
     async def start_server(self, span: str | None, **settings: Any) -> Server:
         """A server of `span`, or of what the swarm needs; announced when this returns."""
-        values: dict[str, Any] = {"kv_tokens": 4096, "device": "cpu", **self._settings, **settings}
+        values: dict[str, Any] = {
+            "kv_tokens": 4096,
+            "device": "cpu",
+            "quant": "none",
+            **self._settings,
+            **settings,
+        }
         blocks = Span.parse(span) if span else None
         config = ServerConfig(model="unused", new_swarm=True, blocks=blocks, **values)
         transport = self.network.transport()

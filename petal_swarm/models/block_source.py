@@ -1,0 +1,69 @@
+"""The tensors of one block after another, as they are used: plain, or quantized while they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from petal_swarm.models.block_cache import BlockCache
+from petal_swarm.models.checkpoint import Checkpoint, Progress
+from petal_swarm.models.quantization import Quant, Weight, check_quant, map_parts, quantize
+
+
+@dataclass(frozen=True)
+class BlockSource:
+    """Where blocks come from; `cache` holds quantized ones only.
+
+    Raises:
+        ConfigError: this model cannot be quantized so, or what that needs is not installed.
+    """
+
+    checkpoint: Checkpoint
+    dtype: torch.dtype
+    device: torch.device | str = "cpu"
+    quant: Quant = "none"
+    cache: BlockCache | None = None
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        check_quant(self.quant, self.checkpoint.family.block_shapes(self.checkpoint.config).values())
+
+    def read(self, number: int, progress: Progress | None) -> dict[str, Weight]:
+        """The tensors of block `number` by their names in the block; `progress(done, total)` counts bytes.
+
+        Raises:
+            CheckpointError: some are missing, misshapen, damaged or not finite.
+        """
+        family, config = self.checkpoint.family, self.checkpoint.config
+        tensors = self._plain(number, progress) if self.quant == "none" else self._quantized(number, progress)
+        prefix = family.block_prefix.format(number)
+        return {name.removeprefix(prefix): tensors.pop(name) for name in family.block_tensors(config, number)}
+
+    def _plain(self, number: int, progress: Progress | None) -> dict[str, Weight]:
+        shapes = self.checkpoint.family.block_tensors(self.checkpoint.config, number)
+        plain = self.checkpoint.load(
+            shapes, dtype=self.dtype, device=self.device, progress=progress, threads=self.threads
+        )
+        return {**plain}
+
+    def _quantized(self, number: int, progress: Progress | None) -> dict[str, Weight]:
+        shapes = self.checkpoint.family.block_tensors(self.checkpoint.config, number)
+        tensors = None if self.cache is None else self.cache.load(number, self.quant, shapes)
+        if tensors is not None and progress is not None:
+            size = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.float32.itemsize
+            progress(size, size)  # the same as if they had been read
+        if tensors is None:
+            tensors = self.checkpoint.load_converted(
+                shapes, self._convert, progress=progress, threads=self.threads
+            )
+            if self.cache is not None:
+                self.cache.store(number, tensors)
+        return {name: map_parts(tensors.pop(name), self._move) for name in shapes}
+
+    def _convert(self, name: str, tensor: Tensor) -> Weight:
+        return tensor.to(self.dtype) if tensor.dim() < 2 else quantize(name, tensor, self.quant)
+
+    def _move(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device)
