@@ -25,7 +25,7 @@ _CONFIGS: dict[str, Any] = {
     "llama": lambda: transformers.LlamaConfig(
         vocab_size=50,
         hidden_size=HIDDEN,
-        intermediate_size=48,
+        intermediate_size=64,
         num_hidden_layers=BLOCKS,
         num_attention_heads=4,
         num_key_value_heads=2,
