@@ -164,9 +164,10 @@ class Executor(Generic[T]):
                 decode_first = scheduler.decodes_ready and not pace.owes_prefill
                 if not batch.done and (decode_first or interrupted()):
                     return []
-            finished = self._computed(portions, batch.compute_s, self._clock())
         except Exception as error:
             finished = self._fail_all(portions, error)
+        else:
+            finished = self._computed(portions, batch.compute_s, self._clock())
         self._paused = None
         for session in self._retired:
             self.engine.close_session(session)
@@ -229,7 +230,12 @@ class Executor(Generic[T]):
 
     def _end(self, job: Job[T], now: float, error: PetalSwarmError | None = None) -> Finished[T]:
         self._scheduler.finish(job)
-        hidden = None if error is not None or job.step is None else job.step.result()
+        hidden = None
+        if error is None and job.step is not None:
+            try:
+                hidden = job.step.result()
+            except Exception as failure:  # no memory to join the chunks' rows
+                error = internal_error(failure)
         queued_s = max(0.0, now - job.waiting_since_s - job.compute_s)
         return Finished(job.owner, StepResult(hidden, error, job.compute_s, queued_s))
 
