@@ -164,9 +164,10 @@ class Executor(Generic[T]):
                 decode_first = scheduler.decodes_ready and not pace.owes_prefill
                 if not batch.done and (decode_first or interrupted()):
                     return []
-            finished = self._computed(portions, batch.compute_s, self._clock())
         except Exception as error:
             finished = self._fail_all(portions, error)
+        else:
+            finished = self._computed(portions, batch.compute_s, self._clock())
         self._paused = None
         for session in self._retired:
             self.engine.close_session(session)
@@ -233,8 +234,11 @@ class Executor(Generic[T]):
         queued_s = max(0.0, now - job.waiting_since_s - job.compute_s)
         result = StepResult(None, error, job.compute_s, queued_s)
         if error is None and job.step is not None:
-            result.hidden = job.step.result()
-            result.keys = self.engine.file(job.request)
+            try:
+                result.hidden = job.step.result()
+                result.keys = self.engine.file(job.request)
+            except Exception as failure:  # no memory to join the chunks' rows
+                result.error = internal_error(failure)
         return Finished(job.owner, result)
 
 

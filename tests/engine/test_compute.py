@@ -399,6 +399,7 @@ def test_a_step_waits_for_room_whichever_way_it_came(bloom: Tiny) -> None:
         compute.submit(step("b"), done("b"))
         settle(compute)
         assert finished.empty()
+        assert compute.run_now(step("a", 1, 3)) is None, "the thread would not hear of the room that it makes"
         compute.close_session("a")
         assert close(finished.get(timeout=TIMEOUT_S)[1].hidden, bloom.expected(rows(1)))
     finally:

@@ -15,7 +15,7 @@ from petal_swarm.engine.engine import Batch, Chunk
 from petal_swarm.engine.executor import Executor
 from petal_swarm.engine.pace import Pace
 from petal_swarm.engine.scheduler import Job
-from petal_swarm.engine.steps import StepRequest, StepResult
+from petal_swarm.engine.steps import PlacedStep, StepRequest, StepResult
 from petal_swarm.errors import (
     BadMessageError,
     BadTensorError,
@@ -444,6 +444,26 @@ def test_a_crash_while_decoding_leaves_the_paused_batch_alone(
     assert type(bench.error("short")) is RemoteError
     bench.drain()
     assert close(bench.hidden("long"), bloom.expected(rows(40)))
+
+
+def test_a_result_that_cannot_be_put_together_fails_alone(
+    bench: Bench, bloom: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    result = PlacedStep.result
+
+    def fail_for_a(step: PlacedStep) -> Tensor:
+        if step.request.session == "a":
+            raise MemoryError
+        return result(step)
+
+    monkeypatch.setattr(PlacedStep, "result", fail_for_a)
+    bench.open("a", "b")
+    for session in "ba":
+        bench.add(step(session, 40, peer=session))
+    bench.drain()
+    assert type(bench.error("a")) is RemoteError
+    assert close(bench.hidden("b"), bloom.expected(rows(40)))
+    assert bench.executor.idle
 
 
 # -- room --------------------------------------------------------------------------------------
