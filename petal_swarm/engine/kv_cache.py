@@ -301,17 +301,14 @@ class KVCache:
         keys = tuple(sequence.prefix.keys[before:])
         if not keys:
             return None
-        replaced = False
-        for number, page_key in enumerate(keys, start=before):
-            own = sequence.pages[number]
-            page = self._prefixes.file(page_key, own)
-            if page != own:
-                # Somebody else computed the same at the same time: one copy is enough.
-                self._pages.share([page])
-                self._pages.release([own])
-                sequence.pages[number] = page
-                replaced = True
-        if replaced:
+        own = sequence.pages[before : before + len(keys)]
+        pages = [self._prefixes.file(key, page) for key, page in zip(keys, own, strict=True)]
+        # Somebody else computed the same at the same time: one copy is enough. But a sequence that decodes
+        # keeps its page, since attention is faster over one run of rows than over two.
+        if len(keys) > 1 and pages != own:
+            self._pages.share(pages)
+            self._pages.release(own)
+            sequence.pages[before : before + len(keys)] = pages
             sequence.runs = _runs(sequence.pages)
         return PageKeys(index, before, keys)
 
@@ -321,8 +318,7 @@ class KVCache:
         pages = sequence.pages
         rows_in_last = piece.position % PAGE_TOKENS
         copy_last = bool(rows_in_last) and self._pages.shared(pages[kept - 1])
-        # Sequences share a prefix of their pages: where one is not shared, those behind it are not either.
-        own_rest = kept == len(pages) or not self._pages.shared(pages[kept])
+        own_rest = not any(map(self._pages.shared, pages[kept:]))
         if needed == len(pages) and own_rest and not copy_last:
             return ()
         owned = kept - 1 if copy_last else kept

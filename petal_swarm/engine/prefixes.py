@@ -121,9 +121,9 @@ class SequencePrefix:
 class PrefixIndex:
     """Which page holds which prefix; keeps at most `max_idle_pages` that no session uses any more.
 
-    Pages that no session uses are given up when others need room, the least recently used first. A
-    page's users use all pages before it, and give them up last page first, so the oldest page is never
-    in front of one that stays.
+    Pages that no session uses are given up when others need room, the least recently used first. Who uses
+    a page uses those before it, or copies of them, and gives them up last page first: the oldest page is
+    hardly ever in front of one that stays, which then cannot be found any more and grows old itself.
     """
 
     def __init__(self, pages: PageAllocator, max_idle_pages: int) -> None:

@@ -155,6 +155,31 @@ def test_two_that_compute_the_same_keep_one_copy() -> None:
     ][: 2 * PAGE]
 
 
+def test_a_sequence_that_decodes_keeps_its_pages_together() -> None:
+    cache, hidden = KVCache(20 * PAGE, prefix_tokens=20 * PAGE), rows(3 * PAGE)
+    for session in ("a", "b"):
+        cache.open(session, 5 * PAGE, HASHES)
+        for position in range(3 * PAGE):
+            placement = cache.extend(session, Slice(0, position, 1))
+            cache.file_inputs(session, Slice(0, position, 1), hidden[position : position + 1])
+        assert len(placement.extents) == 1
+    assert cache.tokens_free == 14 * PAGE
+
+
+def test_a_rewritten_page_behind_one_of_its_own_is_copied_if_others_read_it() -> None:
+    """b's first page is a copy of a's, its second one is filed: both are rewritten by one step."""
+    cache, hidden = KVCache(20 * PAGE, prefix_tokens=20 * PAGE), rows(2 * PAGE)
+    for session, length in (("a", PAGE), ("b", 2 * PAGE)):
+        cache.open(session, 5 * PAGE, HASHES)
+        for position in range(length):
+            cache.extend(session, Slice(0, position, 1))
+            cache.file_inputs(session, Slice(0, position, 1), hidden[position : position + 1])
+    (filed,) = cache._prefixes.match(keys_of(2))[1:]
+    placement = cache.extend("b", Slice(0, 3, 2 * PAGE - 3))
+    written = {row // PAGE for start, stop in placement.extents for row in range(start, stop)}
+    assert filed not in written
+
+
 def test_nobody_writes_into_a_page_that_is_kept() -> None:
     cache = KVCache(20 * PAGE, prefix_tokens=20 * PAGE)
     cache.open("a", 3 * PAGE, HASHES)
