@@ -230,6 +230,9 @@ class Engine:
             _hand_out(chunks, self.stack.forward(hidden, packed, self._pool, blocks))
         except torch.OutOfMemoryError:
             fits = False
+        except BaseException:
+            self.distrust(chunks)
+            raise
         if not fits:  # behind the clause: until then the traceback holds what the batch had allocated
             self.compute_alone(chunks, hidden, packed)
         self.synchronize()
@@ -249,12 +252,18 @@ class Engine:
             try:
                 step.give(self.stack.forward(hidden[row : row + rows], part, self._pool, step.request.blocks))
             except torch.OutOfMemoryError:
+                self.distrust([Chunk(step, rows)])
                 step.error = RemoteError(
                     f"the server has no memory left for a step of {rows} tokens;"
                     " send fewer at once, or use another server"
                 )
             row += rows
         release_cached(self.stack.device)
+
+    def distrust(self, chunks: Sequence[Chunk]) -> None:
+        """Rows of these steps have their places, and will never be computed: share nothing of them."""
+        for step, _ in chunks:
+            self._cache.stop_sharing(step.request.session)
 
     @torch.inference_mode()
     def begin(self, chunks: Sequence[Chunk]) -> Batch:
@@ -324,6 +333,9 @@ class Batch:
             hidden = next(self._forward)
         except torch.OutOfMemoryError:
             self._blocks_left = 0
+        except BaseException:
+            self._engine.distrust(self._chunks)
+            raise
         else:
             self._blocks_left -= 1
             if not self._blocks_left:

@@ -27,6 +27,9 @@ from petal_swarm.errors import (
 from petal_swarm.span import Slice
 from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys
 
+#: Page tables take memory too, and forks and shared prefixes make them for nothing.
+MAX_SESSION_PAGES = 1 << 18
+
 
 class Placement(NamedTuple):
     """Where one slice lives: `extents` hold positions `0..slice.end`; `copies` are (from, to, rows)."""
@@ -84,11 +87,6 @@ class KVCache:
         return self._pages.available * PAGE_TOKENS
 
     @property
-    def tokens_idle(self) -> int:
-        """Tokens of finished prefixes that are kept for later sessions."""
-        return self._pages.idle * PAGE_TOKENS
-
-    @property
     def num_sessions(self) -> int:
         return len(self._sessions)
 
@@ -98,9 +96,9 @@ class KVCache:
         With a `scope` it shares prefixes with the sessions of the same scope.
 
         Raises:
-            CacheFullError: `max_length` tokens could not be held even now.
+            CacheFullError: `max_length` tokens would not fit even an empty cache.
         """
-        if max_length > self.tokens_free:
+        if max_length > self.tokens:
             raise CacheFullError(
                 f"the KV cache has {self.tokens_free} of {self.tokens} tokens free, the session wants"
                 f" {max_length}; ask for a smaller max_length or raise --kv-tokens on the server"
@@ -116,17 +114,27 @@ class KVCache:
                 self._pages.release(sequence.pages)
             self._prefixes.trim()
 
+    def stop_sharing(self, key: Hashable) -> None:
+        """File nothing more of a session, and let it attach nothing; unknown keys are ignored."""
+        session = self._sessions.get(key)
+        if session is not None:
+            session.scope = None
+            for sequence in session.sequences.values():
+                sequence.prefix = None
+
     def fork(self, key: Hashable, sources: Sequence[int]) -> None:
         """Sequence i becomes a copy of sequence `sources[i]`; all others end.
 
         Raises:
             UnknownSessionError: no such session.
-            BadMessageError: a source does not exist; nothing has changed.
+            BadMessageError: a source does not exist, or the copies have too many pages; nothing has changed.
         """
         session = self._session(key)
         for source in sources:
             if source not in session.sequences:
                 raise BadMessageError(f"sequence {source} cannot be forked: it does not exist")
+        if sum(len(session.sequences[source].pages) for source in sources) > MAX_SESSION_PAGES:
+            raise BadMessageError(f"a session's sequences may list {MAX_SESSION_PAGES} pages in all")
         forked = {}
         for index, source in enumerate(sources):
             original = session.sequences[source]
@@ -233,8 +241,13 @@ class KVCache:
             if sequence is None or sequence.prefix is None or len(sequence.prefix.keys) < first_page:
                 return ()
             before = sequence.prefix.keys[first_page - 1]
-        keys = input_keys(before, hidden)
-        return tuple(keys[: len(self._prefixes.match(keys))])
+        known: list[bytes] = []
+        for row in range(0, hidden.shape[0] - PAGE_TOKENS + 1, PAGE_TOKENS):
+            (before,) = input_keys(before, hidden[row : row + PAGE_TOKENS])
+            if not self._prefixes.match([before]):
+                break
+            known.append(before)
+        return tuple(known)
 
     def scoped(self, key: Hashable, keys: Sequence[bytes]) -> tuple[bytes, ...]:
         """This hop's own keys for those that the hop before it gave.
@@ -257,7 +270,8 @@ class KVCache:
         if sequence.prefix is None or len(sequence.prefix.keys) < first:
             return 0
         pages = self._prefixes.match(known.keys)[: session.max_length // PAGE_TOKENS - first]
-        if not pages:
+        listed = sum(len(other.pages) for other in session.sequences.values())
+        if not pages or listed + len(pages) > MAX_SESSION_PAGES:
             return 0
         self._pages.share(pages)
         self._pages.release(sequence.pages[first:])

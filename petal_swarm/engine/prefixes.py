@@ -97,13 +97,12 @@ class SequencePrefix:
         count = hidden.shape[0]
         filled = position % PAGE_TOKENS
         self.length += count
-        self._rows.append(hidden)
         if filled + count < PAGE_TOKENS:
+            self._rows.append(hidden.clone())  # lest a few rows keep a message of megabytes alive
             return
-        rows = self._rows[0] if len(self._rows) == 1 else torch.cat(self._rows)
+        rows = torch.cat([*self._rows, hidden]) if self._rows else hidden
         self.keys += input_keys(self.last_key, rows)
         rest = self.length % PAGE_TOKENS
-        # A copy, lest 15 rows keep a message of megabytes alive.
         self._rows = [rows[len(rows) - rest :].clone()] if rest else []
 
     def accept(self, first_page: int, keys: Sequence[bytes]) -> None:

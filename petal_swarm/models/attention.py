@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from petal_swarm.models import devices
-from petal_swarm.models.int8_kv import Int8Rows, Ranges
+from petal_swarm.models.int8_kv import Int8Pool, Ranges
 from petal_swarm.models.packing import PackedBatch, PackedSlice
 from petal_swarm.models.ragged import Decoding, Group, in_groups
 
@@ -186,7 +186,7 @@ class AttentionPlan:
         masks: MaskTable,
         window: int | None,
         alibi: bool,
-        int8: Int8Rows | None = None,
+        int8: Int8Pool | None = None,
     ) -> None:
         self._batch = batch
         self._heads = heads
@@ -313,7 +313,7 @@ class AttentionPlan:
             first += stop - start
         return total.view(1, -1)
 
-    def _one_int8(self, piece: _Piece, qkv: Tensor, pair: Tensor, int8: Int8Rows) -> Tensor:
+    def _one_int8(self, piece: _Piece, qkv: Tensor, pair: Tensor, int8: Int8Pool) -> Tensor:
         heads = self._heads
         if piece.length > 1:
             numbers = int8.unpack(pair, piece.ranges)

@@ -25,7 +25,7 @@ _STRIP_ROWS_CPU = 1024
 _STRIP_ROWS = 16_384
 
 
-class Int8Rows:
+class Int8Pool:
     """Packs rows of `[..., size]` numbers into `[..., width]` bytes, and multiplies by them.
 
     Numbers go in and come out in `dtype`. Not safe for several threads at a time: strips share a buffer.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from petal_swarm.models import devices
 from petal_swarm.models.config import ModelConfig
-from petal_swarm.models.int8_kv import Int8Rows
+from petal_swarm.models.int8_kv import Int8Pool
 from petal_swarm.span import Span
 
 
@@ -111,7 +111,7 @@ class KVPool:
     """
 
     pairs: list[Tensor]
-    int8: Int8Rows | None
+    int8: Int8Pool | None
 
     @classmethod
     def allocate(
@@ -128,7 +128,7 @@ class KVPool:
         `dtype` is what the blocks compute in, and what is kept with `kv_dtype` "auto"; "int8" keeps int8.
         """
         assert kv_dtype in ("auto", "int8"), f"unknown kv_dtype {kv_dtype!r}"
-        int8 = Int8Rows(config.head_dim, dtype, device) if kv_dtype == "int8" else None
+        int8 = Int8Pool(config.head_dim, dtype, device) if kv_dtype == "int8" else None
         width, kept = (config.head_dim, dtype) if int8 is None else (int8.width, torch.int8)
         shape = (2, config.num_kv_heads, pool_tokens, width)
         return cls([torch.empty(shape, dtype=kept, device=device) for _ in span.blocks()], int8)

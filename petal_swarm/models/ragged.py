@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from petal_swarm.models.devices import to_device
-from petal_swarm.models.int8_kv import Int8Rows, Ranges
+from petal_swarm.models.int8_kv import Int8Pool, Ranges
 
 #: Gathered keys and values of a block, in numbers: 128 MiB in 16 bits.
 _GROUP_NUMBERS = 1 << 26
@@ -58,7 +58,7 @@ class Group:
         # [kv, sequences, group, keys]
         self._bias = bias.unsqueeze(1).masked_fill(padding[None, :, None, :], -torch.inf)
 
-    def attend(self, query: Tensor, scale: float, pair: Tensor, int8: Int8Rows | None) -> Tensor:
+    def attend(self, query: Tensor, scale: float, pair: Tensor, int8: Int8Pool | None) -> Tensor:
         """`query [tokens of the batch, kv, group, size]` -> `[sequences, kv * group * size]`.
 
         `pair` as in `KVPool.pairs`, the new tokens already in it.

@@ -61,8 +61,8 @@ def calibrate(engine: Engine, *, quant: str, kv_dtype: str, kept: CapacityFile |
     Either way a few steps run, so that no client gets the slow first ones. An engine too small for that has
     no figures until its first real steps.
     """
-    key = capacity_key(engine, quant=quant, kv_dtype=kv_dtype)
     room = min(_CHUNK_TOKENS, engine.max_batch_tokens, engine.stats().kv_tokens_free - 1)
+    key = capacity_key(engine, quant=quant, kv_dtype=kv_dtype, chunk=room)
     if room < 1:
         return
     with _steps(engine, room) as step:
@@ -134,7 +134,7 @@ def _steps(engine: Engine, room: int) -> Iterator[Step]:
         engine.close_session(session)
 
 
-def capacity_key(engine: Engine, *, quant: str, kv_dtype: str) -> str:
+def capacity_key(engine: Engine, *, quant: str, kv_dtype: str, chunk: int) -> str:
     """Everything that the figures depend on, as one line of JSON."""
     stack = engine.stack
     config = stack.config
@@ -151,7 +151,7 @@ def capacity_key(engine: Engine, *, quant: str, kv_dtype: str) -> str:
         "intermediate_size": config.intermediate_size,
         # A step's own cost is shared by its blocks, and few blocks fit the processor's cache.
         "blocks": len(stack.span),
-        "max_batch_tokens": min(engine.max_batch_tokens, _CHUNK_TOKENS),
+        "chunk": chunk,
         "version": __version__,
         "torch": torch.__version__,
     }

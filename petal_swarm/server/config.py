@@ -10,9 +10,12 @@ from pathlib import Path
 from petal_swarm.errors import ConfigError
 from petal_swarm.net.addresses import is_loopback
 from petal_swarm.span import Span
+from petal_swarm.wire.messages import MAX_PAGES, PAGE_TOKENS
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 MIN_KV_TOKENS = 64
+#: Keys of all pages of a step must fit one message.
+MAX_BATCH_TOKENS = MAX_PAGES * PAGE_TOKENS
 KV_DTYPES = ("auto", "int8")
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 
@@ -60,6 +63,8 @@ class ServerConfig:
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {value}")
+        if self.max_batch_tokens > MAX_BATCH_TOKENS:
+            raise ConfigError(f"--max-batch-tokens may be {MAX_BATCH_TOKENS} at most")
         if self.prefix_tokens is not None and self.prefix_tokens < 0:
             raise ConfigError(f"--prefix-tokens must be at least 0, got {self.prefix_tokens}")
         if self.kv_dtype not in KV_DTYPES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import AsyncIterator, Coroutine, Iterator
 from typing import Any, TypeVar
 
@@ -55,6 +56,7 @@ class SessionHost:
         self._room = WaitingRoom(compute, limits, self._end_longest_idle)
         self._opening = 0
         self._freeing = 0
+        self._salt = secrets.token_bytes(16)
         self.overhead = Overhead()
         self.draining = False
 
@@ -136,7 +138,7 @@ class SessionHost:
         wait_s = min(opening.wait_s, self._limits.max_wait_s)
         await self._room.enter(request, wait_s=wait_s)
         engine = self._compute.engine
-        scope = _prefix_scope(opening) if opening.share_prefixes else None
+        scope = self._prefix_scope(opening) if opening.share_prefixes else None
         opened = self._compute.call(
             lambda: engine.open_session(opening.session, max_length=opening.max_length, scope=scope)
         )
@@ -145,6 +147,15 @@ class SessionHost:
         session.admitted.set()
         if opening.next is not None:
             session.attach_next(await self._dial_next(opening, opening.next, wait_s))
+
+    def _prefix_scope(self, opening: Open) -> PrefixScope:
+        """With whom a session shares prefixes: the first hop trusts what it computed, others one peer each.
+
+        The salt makes keys those of this process: after a restart its weights may be quantized otherwise, and
+        hops behind it must not take what they hold for the same.
+        """
+        named = f"{opening.span} {opening.upstream or ''}".encode()
+        return PrefixScope(self._salt + named, hashes=opening.upstream is None)
 
     def _wake_when_freed(self) -> None:
         """Look again who fits once the compute thread has freed the cache of the session that has ended."""
@@ -255,12 +266,6 @@ class SessionHost:
         arrival = self._arrivals.pop(session, None)
         if arrival is not None:
             arrival.set()
-
-
-def _prefix_scope(opening: Open) -> PrefixScope:
-    """With whom a session shares prefixes: the first hop trusts what it computed, others one peer each."""
-    upstream = opening.upstream or ""
-    return PrefixScope(f"{opening.span} {upstream}".encode(), hashes=opening.upstream is None)
 
 
 @contextlib.asynccontextmanager

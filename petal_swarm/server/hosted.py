@@ -42,7 +42,7 @@ from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
 logger = logging.getLogger(__name__)
 
 #: A step of more tokens is part of a prompt.
-DECODE_TOKENS = 4
+OVERHEAD_TOKENS = 4
 #: How much one new measurement moves the running mean of a hop's own overhead.
 _SMOOTHING = 0.1
 
@@ -77,6 +77,7 @@ class HostedSession:
         self._loop = asyncio.get_running_loop()
         self._next: Channel | None = None
         self._source: Channel | None = None
+        self._source_ended: asyncio.Future[None] | None = None
         self._throttled: asyncio.Task[None] | None = None
         self._last_step = -1
         self._last_active = math.inf  # to wait for room, or for the next hop, is not to be idle
@@ -106,19 +107,22 @@ class HostedSession:
             self._prefixes.attach_next(channel)
 
     async def take_steps(self, source: Channel) -> None:
-        """Take steps from `source` until it ends; reads no faster than results leave.
+        """Take steps from `source` until it or the session ends; reads no faster than results leave.
 
         Steps are handled as the bytes come, without a task between: that saves a wake-up for each.
 
         Raises:
             RemoteProtocolError, RemoteError: a message or step that is not valid.
         """
+        if self.ended:
+            return
         self._source = source
-        ended: asyncio.Future[None] = self._loop.create_future()
+        ended = self._source_ended = self._loop.create_future()
 
         def on_message(message: Message) -> None:
-            self._submit(message)
-            self._throttle()
+            if not self.ended:  # else it has come after that
+                self._submit(message)
+                self._throttle()
 
         def on_end(error: Exception | None) -> None:
             if ended.done():
@@ -132,7 +136,7 @@ class HostedSession:
         try:
             await ended
         finally:
-            self._source = None
+            self._source = self._source_ended = None
 
     def _throttle(self) -> None:
         """Let the sender wait when too much is being computed, or results do not get away."""
@@ -239,12 +243,15 @@ class HostedSession:
         if not self.ended:
             self._ended.set()
             self._room.set()
+            if self._source_ended is not None and not self._source_ended.done():
+                self._source_ended.set_result(None)
             self._compute.close_session(self.opening.session)
 
     def _submit(self, message: Message) -> None:
         """Check what can be checked here and hand the step to the engine."""
         if isinstance(message, FindPrefix) and self._prefixes is not None and self._source is not None:
-            self._prefixes.ask(message, self._source)
+            if message.epoch == self.opening.epoch:
+                self._prefixes.ask(message, self._source)
             return
         if not isinstance(message, Step):
             raise BadMessageError(f"expected a step, got {message.type!r}")
@@ -296,6 +303,7 @@ class HostedSession:
     def nothing_left(self, step: Step) -> None:
         """A step all of whose rows are known already, and of which nobody wants an answer."""
         self._in_flight -= 1
+        self._last_active = self._loop.time()
         self.shrunk(step.tensor.nbytes)
 
     def shrunk(self, nbytes: int) -> None:
@@ -336,7 +344,7 @@ class HostedSession:
             return
         meta, payload = encoded
         elapsed = time.perf_counter() - arrived
-        if step.tensor.shape[0] <= DECODE_TOKENS:
+        if step.tensor.shape[0] <= OVERHEAD_TOKENS:
             self._overhead.add(elapsed - result.compute_s - result.queued_s - held_s)
         trace = (*step.trace, elapsed)
         try:

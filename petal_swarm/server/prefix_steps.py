@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from petal_swarm.engine.compute import Compute
-from petal_swarm.errors import BadMessageError, PetalSwarmError
+from petal_swarm.errors import BadMessageError, HopLostError, PetalSwarmError
 from petal_swarm.net.channel import Channel
 from petal_swarm.span import Slice
 from petal_swarm.wire.messages import PAGE_TOKENS, FindPrefix, PageKeys, PrefixFound, Step, TensorMeta
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 #: For longer, a silent hop is not worth waiting for: the prefix is computed instead.
 ANSWER_TIMEOUT_S = 5.0
-#: Who asks waits for the answer, or for `ANSWER_TIMEOUT_S`, before it asks again.
+#: Who asks waits for the answer before it asks again, and asks no more if none comes.
 MAX_QUESTIONS = 4
 
 
@@ -47,6 +47,8 @@ class PrefixSteps:
         self._source: Channel | None = None
         self._task: asyncio.Task[None] | None = None
         self._asked: tuple[int, asyncio.Future[tuple[int, ...]]] | None = None
+        self._next_is_silent = False
+        self._closed = False
         #: How far each sequence has been found in the cache without a gap.
         self._known: dict[int, int] = {}
 
@@ -82,11 +84,14 @@ class PrefixSteps:
             self._asked[1].set_result(answer.pages)
 
     def close(self) -> None:
+        self._closed = True
         self._held.clear()
         if self._task is not None:
             self._task.cancel()
 
     def _enqueue(self, item: Step | FindPrefix, arrived: float) -> None:
+        if self._closed:
+            return
         self._held.append((item, arrived))
         if self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._work())
@@ -156,6 +161,8 @@ class PrefixSteps:
         pages = [len(entry.keys) for entry in found]
         if self._next is None or not any(pages):
             return pages
+        if self._next_is_silent:
+            return [0] * len(pages)
         asked = [index for index, count in enumerate(pages) if count]
         answer: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
         self._asked = (step, answer)
@@ -164,11 +171,13 @@ class PrefixSteps:
             async with asyncio.timeout(ANSWER_TIMEOUT_S):
                 behind = await answer
         except TimeoutError:
+            # Its answer may still come, and more questions would only queue up there.
+            self._next_is_silent = True
             behind = (0,) * len(asked)
         finally:
             self._asked = None
         if len(behind) != len(asked):
-            raise BadMessageError("the next hop's answer does not fit the question")
+            raise HopLostError(f"the next hop {self._next.peer_id} gave an answer that fits no question")
         for index, count in zip(asked, behind, strict=True):
             pages[index] = min(pages[index], count)
         return pages

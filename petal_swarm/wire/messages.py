@@ -285,7 +285,7 @@ class Step:
             fields.choice(header, "rows", ROWS),  # type: ignore[arg-type]
             None if forks is None else fields.items(header, "forks", _sequence, limit=MAX_SEQUENCES, low=1),
             fields.items(header, "trace", _seconds, limit=MAX_HOPS),
-            fields.items(header, "keys", PageKeys.from_header, limit=MAX_SEQUENCES),
+            _page_keys(header, low=0),
         )
 
 
@@ -315,7 +315,7 @@ class FindPrefix:
         return cls(
             fields.integer(header, "step", 0, MAX_STEP),
             fields.integer(header, "epoch", 0, MAX_STEP),
-            fields.items(header, "keys", PageKeys.from_header, limit=MAX_SEQUENCES, low=1),
+            _page_keys(header, low=1),
         )
 
 
@@ -525,6 +525,13 @@ def _is_extent(value: Any) -> bool:
 
 def _sequence(value: Any) -> int:
     return fields.integer({"sequence": value}, "sequence", 0, MAX_SEQUENCES - 1)
+
+
+def _page_keys(header: Mapping[str, Any], low: int) -> tuple[PageKeys, ...]:
+    entries = fields.items(header, "keys", PageKeys.from_header, limit=MAX_SEQUENCES, low=low)
+    if len(entries) > 1 and len({entry.sequence for entry in entries}) != len(entries):
+        raise RemoteProtocolError("field 'keys': a sequence appears twice")
+    return entries
 
 
 def _pages(value: Any) -> int:

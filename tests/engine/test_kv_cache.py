@@ -52,7 +52,7 @@ class Model:
         self._tokens = count()
 
     def open(self, key: str, max_length: int) -> None:
-        if max_length > self.cache.tokens_free:
+        if max_length > self.cache.tokens:
             with pytest.raises(CacheFullError):
                 self.cache.open(key, max_length)
             return

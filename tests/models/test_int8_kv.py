@@ -10,7 +10,7 @@ from tiny_models import CONFIGS, Local, error, make, tokens
 
 from petal_swarm.models import int8_kv
 from petal_swarm.models.attention import AttentionPlan, Heads, MaskTable
-from petal_swarm.models.int8_kv import Int8Rows, row_bytes
+from petal_swarm.models.int8_kv import Int8Pool, row_bytes
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.span import Span
 
@@ -35,7 +35,7 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0, 300.0])
 def test_no_number_is_off_by_more_than_half_a_step(dtype, size, magnitude):
     rows = (random(2, 3, 50, size) * magnitude * random(2, 3, 50, 1).exp()).to(dtype)
-    int8 = Int8Rows(size, dtype, "cpu")
+    int8 = Int8Pool(size, dtype, "cpu")
     packed = int8.pack(rows)
     assert packed.shape == (2, 3, 50, int8.width)
     found = int8.unpack(packed, ((0, 20), (20, 50)))
@@ -48,7 +48,7 @@ def test_rows_of_zeros_stay_zero_and_damage_stays_where_it_is():
     rows = random(2, 1, 4, 8)
     rows[:, :, 1] = 0
     rows[:, :, 2, 3] = torch.nan
-    found = (int8 := Int8Rows(8, torch.float32, "cpu")).unpack(int8.pack(rows), ((0, 4),))
+    found = (int8 := Int8Pool(8, torch.float32, "cpu")).unpack(int8.pack(rows), ((0, 4),))
     assert found[:, :, 1].eq(0).all()
     assert found[:, :, 2].isnan().all()
     assert found[:, :, [0, 3]].isfinite().all()
@@ -85,7 +85,7 @@ class Sequence:
         self.masks = MaskTable(SLOPES if alibi else torch.zeros(1), window, torch.float32)
         self.qkv = random(sum(stop - start for start, stop in extents), heads.width)
 
-    def attend(self, int8: Int8Rows | None, sizes: list[int]) -> torch.Tensor:
+    def attend(self, int8: Int8Pool | None, sizes: list[int]) -> torch.Tensor:
         width = self.heads.size if int8 is None else int8.width
         kept = torch.float32 if int8 is None else torch.int8
         pair = torch.empty(2, self.heads.kv, POOL, width, dtype=kept)
@@ -109,7 +109,7 @@ class Sequence:
         query = query.view(-1, heads.query, heads.size).transpose(0, 1)
         pair = rows.view(-1, 2, heads.kv, heads.size).permute(1, 2, 0, 3)
         if rounded:
-            int8 = Int8Rows(heads.size, torch.float32, "cpu")
+            int8 = Int8Pool(heads.size, torch.float32, "cpu")
             packed = int8.pack(pair.float())
             pair = packed[..., : heads.size].double() * packed[..., -4:].view(torch.float32).double()
         keys, values = (half.repeat_interleave(heads.group, dim=0) for half in pair)
@@ -155,7 +155,7 @@ def strip_rows(request, monkeypatch):
 def test_attention_is_exact_but_for_the_rounding(kind, extents, steps, strip_rows):
     heads, window, alibi = KINDS[kind]
     sequence = Sequence(heads, window, alibi, extents)
-    found = sequence.attend(Int8Rows(heads.size, torch.float32, "cpu"), steps).double()
+    found = sequence.attend(Int8Pool(heads.size, torch.float32, "cpu"), steps).double()
     assert error(found, sequence.exact(rounded=True)) < 1e-5
     by_head = (found - sequence.exact(rounded=False)).view(-1, heads.query, heads.size).norm(dim=(0, 2))
     expected = sequence.exact(rounded=False).view(-1, heads.query, heads.size).norm(dim=(0, 2))

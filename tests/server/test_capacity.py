@@ -123,21 +123,23 @@ def test_a_second_start_uses_what_the_first_has_measured(bloom, tmp_path, measur
 
 def test_the_key_tells_machines_and_models_apart(bloom, tmp_path, monkeypatch):
     engine = bloom.engine()
-    key = capacity_key(engine, quant="none", kv_dtype="auto")
-    others = [capacity_key(engine, quant=q, kv_dtype=k) for q, k in (("int8", "auto"), ("none", "int8"))]
-    others.append(capacity_key(bloom.engine(max_batch_tokens=64), quant="none", kv_dtype="auto"))
+    key = capacity_key(engine, quant="none", kv_dtype="auto", chunk=64)
+    others = [
+        capacity_key(engine, quant=q, kv_dtype=k, chunk=64) for q, k in (("int8", "auto"), ("none", "int8"))
+    ]
+    others.append(capacity_key(engine, quant="none", kv_dtype="auto", chunk=63))
     others.append(
-        capacity_key(make("llama", tmp_path).engine(), quant="none", kv_dtype="auto"),
+        capacity_key(make("llama", tmp_path).engine(), quant="none", kv_dtype="auto", chunk=64),
     )
     for name, value in (("__version__", "9.9"), ("device_name", lambda device: "another")):
         with monkeypatch.context() as patch:
             patch.setattr(subject, name, value)
-            others.append(capacity_key(engine, quant="none", kv_dtype="auto"))
+            others.append(capacity_key(engine, quant="none", kv_dtype="auto", chunk=64))
     with monkeypatch.context() as patch:
         patch.setattr(torch, "get_num_threads", lambda: 77)
-        others.append(capacity_key(engine, quant="none", kv_dtype="auto"))
+        others.append(capacity_key(engine, quant="none", kv_dtype="auto", chunk=64))
     assert len({key, *others}) == 1 + len(others)
-    assert capacity_key(bloom.engine(), quant="none", kv_dtype="auto") == key
+    assert capacity_key(bloom.engine(), quant="none", kv_dtype="auto", chunk=64) == key
 
 
 def test_a_real_measurement_leaves_nothing_behind(bloom):

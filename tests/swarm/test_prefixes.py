@@ -11,7 +11,7 @@ import torch
 
 from petal_swarm.engine.steps import StepRequest
 from petal_swarm.server import prefix_steps
-from petal_swarm.wire.messages import PAGE_TOKENS, Step, TensorMeta
+from petal_swarm.wire.messages import PAGE_TOKENS
 from tests.checkpoints import reference
 from tests.swarm.local import LocalSwarm
 from tests.swarm.test_exact import SPANS, prompt
@@ -177,19 +177,3 @@ def test_a_hop_that_does_not_answer_is_not_waited_for_long(
         assert torch.equal(swarm.model().generate(ids, max_new_tokens=5, do_sample=False), expected)
         assert counter.take() == [104, 104]
         assert swarm.loop.time() - before == pytest.approx(prefix_steps.ANSWER_TIMEOUT_S, abs=2)
-
-
-def test_rows_are_dropped_from_the_front_of_each_slice() -> None:
-    from petal_swarm.span import Slice
-
-    payload = bytes(range(2 * 7))
-    step = Step(
-        1, 0, (Slice(0, 0, 3), Slice(4, 2, 2), Slice(1, 0, 2)), TensorMeta("float16", (7, 1)), payload
-    )
-    assert prefix_steps.drop_rows(step, [1, 2, 0])
-    assert step.slices == (Slice(0, 1, 2), Slice(1, 0, 2))
-    assert bytes(step.payload) == payload[2:6] + payload[10:]
-    assert step.tensor == TensorMeta("float16", (4, 1))
-    assert prefix_steps.drop_rows(step, [0, 0])
-    assert not prefix_steps.drop_rows(step, [2, 2])
-    assert len(step.payload) == 8

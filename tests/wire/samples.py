@@ -84,7 +84,7 @@ page_keys = st.builds(
     first_page=integers(0, MAX_POSITION // PAGE_TOKENS),
     keys=st.lists(st.binary(min_size=PAGE_KEY_BYTES, max_size=PAGE_KEY_BYTES), max_size=3).map(tuple),
 )
-page_key_lists = st.lists(page_keys, min_size=1, max_size=3).map(tuple)
+page_key_lists = st.lists(page_keys, min_size=1, max_size=3, unique_by=lambda keys: keys[0]).map(tuple)
 
 
 @st.composite

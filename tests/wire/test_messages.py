@@ -307,6 +307,12 @@ def test_forks_that_are_none(forks: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", [Step, FindPrefix])
+def test_a_sequence_has_keys_once(kind: type[Message]) -> None:
+    with pytest.raises(RemoteProtocolError, match=r"'keys'.*twice"):
+        decode(altered(kind, keys=[[0, 0, bytes(32)], [1, 0, b""], [0, 1, bytes(32)]]))
+
+
+@pytest.mark.parametrize("kind", [Step, FindPrefix])
 @pytest.mark.parametrize(
     "entry", [[-1, 0], [MAX_SEQUENCES, 0], [0, -1], [0, MAX_POSITION], [True, 0]], ids=repr
 )
