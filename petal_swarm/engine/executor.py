@@ -234,25 +234,23 @@ class Executor(Generic[T]):
         return placed
 
     def _retry_parked(self, now: float) -> None:
-        """Try parked steps again when something was freed; else one for the last time if its time is up.
+        """Try parked steps again when something was freed, or their time is up: the youngest of the latter
+        for the last time.
 
-        That is the youngest of those whose time is up. Sessions that decode in step meet a full cache
+        Sessions that decode in step meet a full cache
         together, and would all fail; so one makes room. The younger a step, the less was waited in vain.
         """
         parked = self._scheduler.parked
         if not parked:
             return
-        if self.engine.kv_tokens_free > self._free_when_parked:
-            for job in parked:
-                self._scheduler.unpark(job)
-            return
-        late = [job for job in parked if now >= self._deadline(job)]
-        if late:
-            self._given_up = late[-1].number
-            self._spared_until_s = now + GRACE_S
-        for job in late:
-            if job is late[-1] or now >= self._last_deadline(job):
-                self._scheduler.unpark(job)
+        again = parked
+        if self.engine.kv_tokens_free <= self._free_when_parked:
+            again = [job for job in parked if now >= self._deadline(job)]
+            if again:
+                self._given_up = again[-1].number
+                self._spared_until_s = now + GRACE_S
+        for job in again:
+            self._scheduler.unpark(job)
 
     def _deadline(self, job: Job[T]) -> float:
         """When a parked step may be the next to fail."""
