@@ -234,10 +234,9 @@ class Executor(Generic[T]):
         return placed
 
     def _retry_parked(self, now: float) -> None:
-        """Try parked steps again when something was freed, or their time is up: the youngest of the latter
-        for the last time.
+        """Try parked steps again when something was freed, or those whose time is up.
 
-        Sessions that decode in step meet a full cache
+        Of the latter the youngest is tried for the last time. Sessions that decode in step meet a full cache
         together, and would all fail; so one makes room. The younger a step, the less was waited in vain.
         """
         parked = self._scheduler.parked
