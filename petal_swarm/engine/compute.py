@@ -51,6 +51,9 @@ class Compute(Protocol):
 
     def queue_s(self) -> float: ...
 
+    @property
+    def steps_waiting_for_room(self) -> int: ...
+
 
 class InlineCompute:
     """Runs every step at once in the caller's thread: for simulations on a virtual clock, and tests."""
@@ -80,6 +83,10 @@ class InlineCompute:
 
     def queue_s(self) -> float:
         return 0.0
+
+    @property
+    def steps_waiting_for_room(self) -> int:
+        return 0
 
 
 class ComputeThread:
@@ -149,13 +156,22 @@ class ComputeThread:
         """An estimate of the work that is waiting, in seconds."""
         return self._executor.queue_s(self._inbox_steps, self._inbox_rows)
 
+    @property
+    def steps_waiting_for_room(self) -> int:
+        """Steps for which the KV cache has no pages now, and which wait for others to leave."""
+        return self._executor.steps_parked
+
     def _run(self) -> None:
         while not self._stopping:
             waiting = self._take_inbox()
             with self._busy:
                 for function in waiting:
                     function()
-                finished = self._executor.advance(self._interrupted)
+                try:
+                    finished = self._executor.advance(self._interrupted)
+                except Exception as error:
+                    # Without this thread the server would go on announcing itself, and answer nobody.
+                    finished = self._executor.abandon(error)
             for done, result in finished:
                 try:
                     done(result)

@@ -21,8 +21,12 @@ from petal_swarm.errors import CacheFullError, PetalSwarmError, RemoteError
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-#: How long a step waits for room in the KV cache before it fails.
+#: How long a step waits for room in the KV cache before it may fail.
 CACHE_WAIT_S = 10.0
+#: After one step has failed for want of room, the others have this long to get what its session held.
+GRACE_S = 1.0
+#: So many times `cache_wait_s` is the end, however many others failed meanwhile.
+MAX_CACHE_WAITS = 3
 
 
 class Finished(NamedTuple, Generic[T]):
@@ -42,7 +46,8 @@ class _Paused(NamedTuple, Generic[T]):
 class Executor(Generic[T]):
     """Owns what waits and what is under way. All but `queue_s` is for one thread at a time.
 
-    A step for which there is no room in the KV cache waits until others have left, `cache_wait_s` at most.
+    A step for which there is no room in the KV cache waits for others to leave. Of the steps that have
+    waited for `cache_wait_s` one fails at a time: its session's end may be room enough for the rest.
     """
 
     def __init__(
@@ -62,6 +67,14 @@ class Executor(Generic[T]):
         self._retired: list[Hashable] = []
         self._company = Company()
         self._free_when_parked = 0
+        self._spared_until_s = -math.inf
+        self._given_up: int | None = None  # the number of the job that is tried for the last time
+        self._ended: list[Finished[T]] = []
+
+    @property
+    def steps_parked(self) -> int:
+        """How many steps wait for room in the KV cache. Any thread may ask."""
+        return self._scheduler.num_parked
 
     @property
     def idle(self) -> bool:
@@ -119,43 +132,66 @@ class Executor(Generic[T]):
         now = self._clock()
         self._retry_parked(now)
         if self._scheduler.decodes_ready and not (self._pace.owes_prefill and self._prefill_waits):
-            return self._decode(now)
-        finished: list[Finished[T]] = []
-        if self._paused is None and self._scheduler.prefill_ready:
-            finished = self._begin_prefill(now)
-        if self._paused is not None and not finished:
-            finished = self._continue_prefill(self._paused, interrupted)
-        return finished
+            self._decode(now)
+        else:
+            if self._paused is None and self._scheduler.prefill_ready:
+                self._begin_prefill(now)
+            if self._paused is not None and not self._ended:
+                self._continue_prefill(self._paused, interrupted)
+        return self._take_ended()
+
+    def abandon(self, error: Exception) -> list[Finished[T]]:
+        """After a bug in `advance`: every step here fails, and nothing of them is left. Does not raise.
+
+        Returns them all, and those that had ended when `advance` failed.
+        """
+        failure = internal_error(error)
+        now = self._clock()
+        for job in self._scheduler.clear():
+            queued_s = max(0.0, now - job.waiting_since_s - job.compute_s)
+            self._ended.append(Finished(job.owner, StepResult(None, failure, job.compute_s, queued_s)))
+        self._paused = None
+        retired, self._retired = self._retired, []
+        for session in retired:
+            try:
+                self.engine.close_session(session)
+            except Exception:
+                logger.exception("the cache of a session that has ended could not be freed")
+        return self._take_ended()
+
+    def _take_ended(self) -> list[Finished[T]]:
+        ended, self._ended = self._ended, []
+        return ended
 
     @property
     def _prefill_waits(self) -> bool:
         return self._paused is not None or self._scheduler.prefill_ready
 
-    def _decode(self, now: float) -> list[Finished[T]]:
-        portions, finished = self._place(self._scheduler.next_decodes(), now)
+    def _decode(self, now: float) -> None:
+        portions = self._place(self._scheduler.next_decodes(), now)
         if not portions:
-            return finished
+            return
         try:
             elapsed = self.engine.compute(_chunks(portions))
         except Exception as error:
-            return finished + self._fail_all(portions, error)
+            self._fail_all(portions, error)
+            return
         now = self._clock()
         blocks = len(portions[0].job.request.blocks)
         self._pace.decoded(now, elapsed, blocks, prefill_waits=self._prefill_waits)
         self._company.decoded(now, [job.request.session for job, _ in portions])
-        return finished + self._computed(portions, elapsed, now)
+        self._computed(portions, elapsed, now)
 
-    def _begin_prefill(self, now: float) -> list[Finished[T]]:
+    def _begin_prefill(self, now: float) -> None:
         rows = self._pace.chunk_rows(now)
-        portions, finished = self._place(self._scheduler.next_prefills(rows), now)
+        portions = self._place(self._scheduler.next_prefills(rows), now)
         if portions:
             try:
                 self._paused = _Paused(self.engine.begin(_chunks(portions)), portions)
             except Exception as error:
-                finished += self._fail_all(portions, error)
-        return finished
+                self._fail_all(portions, error)
 
-    def _continue_prefill(self, paused: _Paused[T], interrupted: Callable[[], bool]) -> list[Finished[T]]:
+    def _continue_prefill(self, paused: _Paused[T], interrupted: Callable[[], bool]) -> None:
         batch, portions = paused
         pace, scheduler = self._pace, self._scheduler
         try:
@@ -163,22 +199,19 @@ class Executor(Generic[T]):
                 pace.prefilled(batch.advance(), batch.rows)
                 decode_first = scheduler.decodes_ready and not pace.owes_prefill
                 if not batch.done and (decode_first or interrupted()):
-                    return []
+                    return
         except Exception as error:
-            finished = self._fail_all(portions, error)
+            self._fail_all(portions, error)
         else:
-            finished = self._computed(portions, batch.compute_s, self._clock())
+            self._computed(portions, batch.compute_s, self._clock())
         self._paused = None
         for session in self._retired:
             self.engine.close_session(session)
         self._retired.clear()
-        return finished
 
-    def _place(
-        self, portions: Sequence[Portion[T]], now: float
-    ) -> tuple[list[Portion[T]], list[Finished[T]]]:
-        """The portions whose steps have their places in the cache, and the steps that cannot have them."""
-        placed, finished = [], []
+    def _place(self, portions: Sequence[Portion[T]], now: float) -> list[Portion[T]]:
+        """The portions whose steps have their places in the cache; the others are parked, or end."""
+        placed = []
         for portion in portions:
             job = portion.job
             try:
@@ -188,48 +221,65 @@ class Executor(Generic[T]):
             except CacheFullError as error:
                 if job.no_room_since_s is None:
                     job.no_room_since_s = now
-                if now < self._deadline(job) and self.engine.could_place(job.request):
+                in_vain = job.number == self._given_up or now >= self._last_deadline(job)
+                if not in_vain and self.engine.could_place(job.request):
                     self._scheduler.park(job)
                     self._free_when_parked = self.engine.kv_tokens_free
                 else:
-                    finished.append(self._end(job, now, error))
+                    self._end(job, now, error)
             except PetalSwarmError as error:
-                finished.append(self._end(job, now, error))
+                self._end(job, now, error)
             except Exception as error:
-                finished.append(self._end(job, now, internal_error(error)))
-        return placed, finished
+                self._end(job, now, internal_error(error))
+        return placed
 
     def _retry_parked(self, now: float) -> None:
-        """Try parked steps again when something was freed; a last time when they have waited too long."""
+        """Try parked steps again when something was freed, or those whose time is up.
+
+        Of the latter the youngest is tried for the last time. Sessions that decode in step meet a full cache
+        together, and would all fail; so one makes room. The younger a step, the less was waited in vain.
+        """
         parked = self._scheduler.parked
-        freed = bool(parked) and self.engine.kv_tokens_free > self._free_when_parked
-        for job in parked:
-            if freed or now >= self._deadline(job):
-                self._scheduler.unpark(job)
+        if not parked:
+            return
+        again = parked
+        if self.engine.kv_tokens_free <= self._free_when_parked:
+            again = [job for job in parked if now >= self._deadline(job)]
+            if again:
+                self._given_up = again[-1].number
+                self._spared_until_s = now + GRACE_S
+        for job in again:
+            self._scheduler.unpark(job)
 
     def _deadline(self, job: Job[T]) -> float:
+        """When a parked step may be the next to fail."""
         assert job.no_room_since_s is not None
-        return job.no_room_since_s + self._cache_wait_s
+        deadline = max(job.no_room_since_s + self._cache_wait_s, self._spared_until_s)
+        return min(deadline, self._last_deadline(job))
 
-    def _computed(self, portions: Sequence[Portion[T]], elapsed: float, now: float) -> list[Finished[T]]:
+    def _last_deadline(self, job: Job[T]) -> float:
+        assert job.no_room_since_s is not None
+        return job.no_room_since_s + MAX_CACHE_WAITS * self._cache_wait_s
+
+    def _computed(self, portions: Sequence[Portion[T]], elapsed: float, now: float) -> None:
         """A batch has ended: steps with rows left go back, the others have their results."""
-        finished = []
         for job, _ in portions:
             job.compute_s += elapsed
             error = None if job.step is None else job.step.error
             if job.rows_left and error is None:
                 self._scheduler.put_back(job)
             elif not job.dropped:
-                finished.append(self._end(job, now, error))
-        return finished
+                self._end(job, now, error)
 
-    def _fail_all(self, portions: Sequence[Portion[T]], error: Exception) -> list[Finished[T]]:
+    def _fail_all(self, portions: Sequence[Portion[T]], error: Exception) -> None:
         """A bug, or a device out of memory: the steps of this batch fail, the server lives."""
         failure = internal_error(error)
         now = self._clock()
-        return [self._end(job, now, failure) for job, _ in portions if not job.dropped]
+        for job, _ in portions:
+            if not job.dropped:
+                self._end(job, now, failure)
 
-    def _end(self, job: Job[T], now: float, error: PetalSwarmError | None = None) -> Finished[T]:
+    def _end(self, job: Job[T], now: float, error: PetalSwarmError | None = None) -> None:
         self._scheduler.finish(job)
         queued_s = max(0.0, now - job.waiting_since_s - job.compute_s)
         result = StepResult(None, error, job.compute_s, queued_s)
@@ -239,7 +289,7 @@ class Executor(Generic[T]):
                 result.keys = self.engine.file(job.request)
             except Exception as failure:  # no memory to join the chunks' rows
                 result.error = internal_error(failure)
-        return Finished(job.owner, result)
+        self._ended.append(Finished(job.owner, result))
 
 
 def internal_error(error: Exception) -> RemoteError:

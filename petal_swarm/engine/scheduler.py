@@ -92,6 +92,11 @@ class Scheduler(Generic[T]):
         """Steps that wait for room, in order of arrival."""
         return sorted(self._parked.values(), key=_number)
 
+    @property
+    def num_parked(self) -> int:
+        """How many steps wait for room. Any thread may ask."""
+        return len(self._parked)
+
     def add(self, job: Job[T]) -> None:
         """A step has arrived."""
         job.number = self._next_number
@@ -156,6 +161,16 @@ class Scheduler(Generic[T]):
         for job in waiting:
             self._count(job, -1)
         return running
+
+    def clear(self) -> list[Job[T]]:
+        """Forget all steps, whether they wait or are in a batch, and return them in order of arrival."""
+        tables = (self._decodes, self._prefills, self._running, self._parked)
+        known = {job for table in tables for job in table.values()}
+        known.update(job for queue in self._queues.values() for job in queue)
+        for table in (self._queues, *tables):
+            table.clear()
+        self.decode_steps = self.prefill_rows = 0
+        return sorted(known, key=_number)
 
     def _make_ready(self, job: Job[T]) -> None:
         table = self._decodes if job.decodes else self._prefills

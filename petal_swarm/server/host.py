@@ -28,7 +28,7 @@ from petal_swarm.net.transport import Stream, Transport
 from petal_swarm.server.admission import Request
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.hosted import HostedSession, Overhead, error_message
-from petal_swarm.server.waiting_room import WaitingRoom
+from petal_swarm.server.waiting_room import LOOK_S, WaitingRoom
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
 from petal_swarm.wire.messages import Neighbour, Open, Opened, PushOpen
 from petal_swarm.wire.protocols import PUSH
@@ -54,6 +54,8 @@ class SessionHost:
         self._arrivals: dict[bytes, asyncio.Event] = {}
         self._changed = asyncio.Event()
         self._room = WaitingRoom(compute, limits, self._end_longest_idle)
+        self._loop = asyncio.get_running_loop()
+        self._looks_for_steps: asyncio.TimerHandle | None = None
         self._opening = 0
         self._freeing = 0
         self._salt = secrets.token_bytes(16)
@@ -121,6 +123,8 @@ class SessionHost:
         request = Request(opening.session, channel.peer_id, opening.max_length)
         self._sessions[opening.session] = session
         self._announce_arrival(opening.session)
+        if self._looks_for_steps is None:
+            self._looks_for_steps = self._loop.call_later(LOOK_S, self._look_for_steps)
         try:
             await _while_there(channel, self._prepare(session, request))
             yield session
@@ -167,9 +171,18 @@ class SessionHost:
 
         asyncio.wrap_future(self._compute.call(lambda: None)).add_done_callback(freed)
 
+    def _look_for_steps(self) -> None:
+        """While there are sessions: make room for steps that wait for it, of which nobody is told."""
+        self._looks_for_steps = None
+        if not self._sessions:
+            return
+        if self._compute.steps_waiting_for_room:
+            self._end_longest_idle()
+        self._looks_for_steps = self._loop.call_later(LOOK_S, self._look_for_steps)
+
     def _end_longest_idle(self) -> None:
-        """Others wait for room: end the session that was idle longest, if that is long. One at a time:
-        what it frees may be enough.
+        """Others wait for room, with a session or a step of one: end the session that was idle longest, if
+        that is long. One at a time: what it frees may be enough.
         """
         if self._freeing or any(session.ended for session in self._sessions.values()):
             return

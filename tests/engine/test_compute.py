@@ -274,6 +274,30 @@ def test_a_crash_fails_its_batch_only(
         compute.stop()
 
 
+def test_a_bug_outside_a_batch_costs_what_is_in_hand_only(
+    compute: ComputeThread,
+    bloom: Tiny,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    calls: list[object] = []
+
+    def fail(interrupted: Callable[[], bool]) -> None:
+        calls.append(interrupted)
+        raise ZeroDivisionError("secret details of this machine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compute._executor, "advance", fail)
+        for session in "ab":
+            error = submitted(compute, step(session)).error
+            assert type(error) is RemoteError
+            assert "secret" not in str(error)
+        settle(compute)
+        assert len(calls) == 3, "once for each that came, and not over and over"
+    assert "secret" in caplog.text
+    assert close(submitted(compute, step("c", 4)).hidden, bloom.expected(rows(4)))
+
+
 def test_an_owner_that_fails_harms_no_other(
     compute: ComputeThread, bloom: Tiny, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -399,9 +423,11 @@ def test_a_step_waits_for_room_whichever_way_it_came(bloom: Tiny) -> None:
         compute.submit(step("b"), done("b"))
         settle(compute)
         assert finished.empty()
+        assert compute.steps_waiting_for_room == 1
         assert compute.run_now(step("a", 1, 3)) is None, "the thread would not hear of the room that it makes"
         compute.close_session("a")
         assert close(finished.get(timeout=TIMEOUT_S)[1].hidden, bloom.expected(rows(1)))
+        assert compute.steps_waiting_for_room == 0
     finally:
         compute.stop()
 
@@ -458,4 +484,5 @@ def test_inline(engine: Engine, bloom: Tiny) -> None:
     compute.close_session("a")
     assert engine.stats().sessions == 2
     assert compute.queue_s() == 0
+    assert compute.steps_waiting_for_room == 0
     compute.stop()

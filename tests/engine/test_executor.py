@@ -104,6 +104,11 @@ class Bench:
         while self.executor.wait_s() == 0.0:
             self.advance()
 
+    def drain_decodes(self) -> None:
+        """Run what decodes; prefill that is under way stays where it is."""
+        while self.executor._scheduler.decodes_ready:
+            self.advance(interrupted=True)
+
     def error(self, name: object) -> RemoteError | None:
         error = self.results[name].error
         assert error is None or isinstance(error, RemoteError)
@@ -559,6 +564,120 @@ def test_a_session_that_waits_for_room_can_be_closed(small: Bench) -> None:
     small.executor.close_session("full")
     small.drain()
     assert "a" not in small.results
+
+
+class Crowd(Bench):
+    """Sessions of one page each, which fill the cache and want a second one, all at once."""
+
+    def __init__(self, tiny: Tiny, monkeypatch: pytest.MonkeyPatch, sessions: int) -> None:
+        super().__init__(tiny, monkeypatch, kv_tokens=16 * sessions)
+        self.names = [f"{number:02}" for number in range(sessions)]
+        self.open(*self.names, max_length=32)
+        for name in self.names:
+            self.add(step(name, 16), ("prompt", name))
+        self.drain()
+        for name in self.names:
+            self.add(step(name, 1, 16), name)
+        self.drain()
+        assert self.executor.steps_parked == sessions
+
+    def next_ends(self) -> dict[object, bool]:
+        """Wait for the next steps to end: whether there was room for each."""
+        found: dict[object, bool] = {}
+        while not found:
+            wait_s = self.executor.wait_s()
+            assert wait_s is not None
+            self.now += wait_s
+            found = {name: self.error(name) is None for name in self.advance()}
+        return found
+
+
+def test_one_step_at_a_time_fails_so_that_others_go_on(bloom: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    crowd = Crowd(bloom, monkeypatch, 4)
+    assert crowd.next_ends() == {"03": False}
+    assert crowd.now == 110.0
+    assert type(crowd.error("03")) is CacheFullError
+    crowd.now += 0.5
+    crowd.executor.close_session("03")
+    assert crowd.next_ends() == {"00": True}
+    assert crowd.now == 110.5
+    assert crowd.next_ends() == {"02": False}
+    assert crowd.now == 111.0
+    crowd.executor.close_session("02")
+    assert crowd.next_ends() == {"01": True}
+    assert crowd.now == 111.0
+    assert crowd.executor.idle
+
+
+def test_without_room_all_fail_in_the_end(bloom: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One each second while that is possible; nobody waits for more than 30 s."""
+    crowd = Crowd(bloom, monkeypatch, 24)
+    for number in range(20):
+        assert crowd.next_ends() == {crowd.names[-1 - number]: False}
+        assert crowd.now == 110.0 + number
+    assert crowd.next_ends() == dict.fromkeys(crowd.names[:4], False)
+    assert crowd.now == 130.0
+    assert crowd.executor.idle
+    assert crowd.executor.steps_parked == 0
+
+
+def test_a_younger_step_keeps_its_own_time(small: Bench) -> None:
+    small.add(step("a", 60))
+    small.drain()
+    small.now += 9.5
+    small.add(step("b", 60))
+    small.drain()
+    small.now += 0.5
+    small.drain()
+    assert type(small.error("a")) is CacheFullError
+    assert "b" not in small.results
+    assert small.executor.wait_s() == 9.5
+
+
+# -- bugs --------------------------------------------------------------------------------------
+
+
+def test_after_a_bug_nothing_is_left_and_everybody_is_told(
+    small: Bench, bloom: Tiny, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small.open("gone", "bad", max_length=32)
+    small.add(step("gone", 16))
+    small.add(step("c", 10))
+    small.advance(interrupted=True)
+    small.executor.close_session("gone")
+    small.add(step("c", 1, 10), "behind")
+    small.add(step("a", 1), "parked")
+    small.drain_decodes()
+    small.add(step("bad", 1, 7))
+    small.add(step("full", 1, 95), "short")
+    assert small.executor.steps_parked == 1
+
+    def fail(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("secret details of this machine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(small.pace, "decoded", fail)
+        with pytest.raises(ZeroDivisionError) as raised:
+            small.advance()
+    ended = {owner: result.error for owner, result in small.executor.abandon(raised.value)}
+    assert {owner: type(error) for owner, error in ended.items()} == {
+        "bad": BadMessageError,
+        "c": RemoteError,
+        "behind": RemoteError,
+        "parked": RemoteError,
+        "short": RemoteError,
+    }
+    assert "secret" not in str(ended["c"])
+    assert "secret" in caplog.text
+    executor = small.executor
+    assert (executor.idle, executor.wait_s(), executor.steps_parked) == (True, None, 0)
+    assert executor.queue_s() == 0
+    executor.close_session("c")
+    assert small.engine.kv_tokens_free == 32, "what the closed session held too"
+    small.add(step("b", 20))
+    small.drain()
+    assert close(small.hidden("b"), bloom.expected(rows(20)))
+    assert executor.abandon(ZeroDivisionError()) == []
 
 
 # -- figures -----------------------------------------------------------------------------------

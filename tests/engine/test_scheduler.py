@@ -208,6 +208,22 @@ def test_a_parked_step_lets_others_pass_and_keeps_its_place() -> None:
     assert prefill(scheduler, 64) == {0: 20}
 
 
+def test_clearing_returns_every_step_once() -> None:
+    scheduler = filled(job(0, "a", 20), job(1, "b"), job(2, "b"), job(3, "c"), job(4, "d", 40))
+    (parked, running) = [portion.job for portion in scheduler.next_decodes()]
+    scheduler.park(parked)
+    scheduler.next_prefills(10)
+    assert scheduler.num_parked == 1
+    assert running.owner == 3
+    assert [each.owner for each in scheduler.clear()] == [0, 1, 2, 3, 4]
+    assert (len(scheduler), scheduler.num_parked) == (0, 0)
+    assert (scheduler.decode_steps, scheduler.prefill_rows) == (0, 0)
+    assert not scheduler.decodes_ready
+    assert not scheduler.prefill_ready
+    scheduler.add(job(5, "b"))
+    assert decodes(scheduler) == [[5]]
+
+
 def test_discarded_steps_do_not_run() -> None:
     scheduler = filled(job(0, "a"), job(1, "b"), job(2, "a"), job(3, "c", 20), job(4, "d"))
     (parked,) = (

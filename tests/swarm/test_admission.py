@@ -234,6 +234,45 @@ def test_as_few_idle_sessions_end_as_are_needed(swarm: LocalSwarm, slowly_s: flo
     swarm.run(work())
 
 
+def test_a_session_that_idles_makes_room_for_a_step_that_waits(
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No session is in the queue; a step of one that is open found no pages."""
+
+    async def work() -> None:
+        visitor = Visitor(swarm)
+        lazier, lazy, busy = [await visitor.open(40) for _ in range(3)]
+        await visitor.fill(lazier, 10)
+        await asyncio.sleep(30)
+        await visitor.fill(lazy, 10)
+        await asyncio.sleep(25)
+        await visitor.fill(busy, 10)
+        started = swarm.loop.time()
+        monkeypatch.setattr(InlineCompute, "steps_waiting_for_room", 1)
+        with pytest.raises(IdleError, match="others wait"):
+            await lazier.expect(Opened, timeout_s=100)
+        assert 4.5 <= swarm.loop.time() - started < 6, "when it had been idle for 60 s"
+        monkeypatch.setattr(InlineCompute, "steps_waiting_for_room", 0)
+        await asyncio.sleep(200)
+        assert host_of(swarm).num_sessions == 2, "nothing waits any more"
+        for channel in (lazy, busy):
+            await visitor.fill(channel, 10, step=1)
+
+    swarm.run(work())
+
+
+def test_a_server_without_sessions_looks_for_no_steps(swarm: LocalSwarm) -> None:
+    async def work() -> None:
+        for _ in range(2):
+            channel = await Visitor(swarm).open(40)
+            assert host_of(swarm)._looks_for_steps is not None
+            await channel.close()
+            await asyncio.sleep(2)
+            assert host_of(swarm)._looks_for_steps is None
+
+    swarm.run(work())
+
+
 def test_a_leaving_server_lets_nobody_wait(swarm: LocalSwarm) -> None:
     async def work() -> None:
         visitor = Visitor(swarm)
