@@ -85,7 +85,10 @@ class Prefiller:
 def prefill(path: str, address: str, prompt: int) -> None:
     """What the other process does."""
     rows = torch.randn(prompt, HIDDEN, generator=torch.Generator().manual_seed(2))
-    with AutoSwarmModelForCausalLM.from_pretrained(path, initial_peers=[address], progress=False) as model:
+    # The same prompt again is to be computed again.
+    with AutoSwarmModelForCausalLM.from_pretrained(
+        path, initial_peers=[address], progress=False, share_prefixes=False
+    ) as model:
         print("ready", flush=True)
         for _ in sys.stdin:
             with model.inference_session(max_length=prompt + 1) as session:
