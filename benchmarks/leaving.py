@@ -23,7 +23,7 @@ GIVE_UP_S = 60.0
 async def seconds_until_gone(swarm: Swarm, model: str, remaining: int) -> float:
     """Ask the directory until it lists only `remaining` servers."""
     started = time.perf_counter()
-    while len(await swarm.announcements(model)) > remaining:
+    while len(await swarm.view.announcements(model)) > remaining:
         if time.perf_counter() - started > GIVE_UP_S:
             raise SystemExit("the server is still listed")
         await asyncio.sleep(0.05)

@@ -67,6 +67,10 @@ class StreamClosedError(NetworkError):
     """The stream ended while something was still expected on it."""
 
 
+class CutOffError(RemoteProtocolError, StreamClosedError):
+    """The stream ended inside a message: the peer died, or broke the protocol."""
+
+
 class DeadlineError(NetworkError, TimeoutError):
     """Nothing came within the stated time."""
 

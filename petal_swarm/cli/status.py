@@ -74,8 +74,8 @@ async def ask(arguments: argparse.Namespace) -> Status:
     checkpoint = open_checkpoint(arguments.model)
     swarm = await Swarm.connect(config)
     try:
-        announcements = await swarm.announcements(checkpoint.model_key)
-        rtts_s = await swarm.measure(announcements)
+        announcements = await swarm.view.announcements(checkpoint.model_key)
+        rtts_s = await swarm.view.measure(announcements)
     finally:
         await swarm.close()
     announcements.sort(key=lambda a: (a.span, a.name, a.peer_id))

@@ -11,7 +11,8 @@ from petal_swarm.client.config import ClientConfig
 from petal_swarm.client.loading_bar import loading_bar
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.model import CLOSE_TIMEOUT_S, SwarmModelForCausalLM
-from petal_swarm.client.swarm import ModelRef, Swarm
+from petal_swarm.client.swarm import Swarm
+from petal_swarm.client.view import ModelRef
 from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.ends import load_ends
 

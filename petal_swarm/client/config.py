@@ -22,6 +22,11 @@ class ClientConfig:
     `prefill_chunk_tokens` cuts long prompts into steps of so many tokens; None chooses for each route.
     `wait_for_room_s` is how long to wait in the queue of a full server when no other serves its blocks.
 
+    When a server is lost in the middle of a session, another one is looked for during `repair_timeout_s`,
+    and each that is tried has `repair_open_timeout_s`. A server that is busy is left alone for
+    `retry_busy_s`. `max_log_bytes` bounds what all sessions together keep of what they sent, to send it
+    again; a session whose part was dropped cannot survive the loss of its first server.
+
     Raises:
         ConfigError: no initial peers, an unknown transport, or a number out of range.
     """
@@ -37,6 +42,10 @@ class ClientConfig:
     share_prefixes: bool = True
     prefill_chunk_tokens: int | None = None
     wait_for_room_s: float = 30.0
+    repair_timeout_s: float = 30.0
+    repair_open_timeout_s: float = 4.0
+    retry_busy_s: float = 5.0
+    max_log_bytes: int = 1 << 30
 
     def __post_init__(self) -> None:
         if not self.initial_peers:

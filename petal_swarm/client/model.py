@@ -20,7 +20,8 @@ from petal_swarm.client.cache import SwarmCache
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.packing import Packing, unique_rows
 from petal_swarm.client.session import InferenceSession
-from petal_swarm.client.swarm import ModelRef, Swarm
+from petal_swarm.client.swarm import Swarm
+from petal_swarm.client.view import ModelRef
 from petal_swarm.errors import ConfigError
 from petal_swarm.models.ends import Ends
 from petal_swarm.routing.route import Route

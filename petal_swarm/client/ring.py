@@ -1,111 +1,102 @@
-"""One session along one route: a stream to every hop, steps into the first, answers from the last."""
+"""One session along one route: a stream to every hop, steps into the first, answers from the last.
+
+Hops may be lost at any time. The ring notices, keeps what was sent, and lets `Repairer` find others; who
+waits for an answer only waits a little longer.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import secrets
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
+from petal_swarm.client.members import LinkFailedError, Member
 from petal_swarm.errors import (
-    BusyError,
-    CacheFullError,
+    BadMessageError,
+    BadTensorError,
     HopLostError,
-    NetworkError,
+    IdleError,
     PetalSwarmError,
+    RemoteError,
     RemoteProtocolError,
+    SessionTooLongError,
     StreamClosedError,
+    VersionMismatchError,
     remote_error,
 )
-from petal_swarm.net.channel import Channel
-from petal_swarm.net.transport import Transport
-from petal_swarm.routing.route import Hop, Route
-from petal_swarm.span import Span
-from petal_swarm.wire.connection import SESSION_TABLE, Role
-from petal_swarm.wire.messages import SESSION_ID_BYTES, Error, Message, Neighbour, Open, Opened, Output, Step
-from petal_swarm.wire.protocols import SESSION
+from petal_swarm.net.outbox import Link, Outbox
+from petal_swarm.routing.route import Route
+from petal_swarm.wire.messages import (
+    NO_STEP,
+    Error,
+    Leaving,
+    Lost,
+    Message,
+    Output,
+    Progress,
+    Rerouted,
+    Step,
+)
+from petal_swarm.wire.step_log import StepLog
 
-HOP_LOST_GRACE_S = 0.2
+logger = logging.getLogger(__name__)
 
+#: A link to the first hop on which nothing moves for so long is lost.
+STALL_S = 30.0
+#: Silence is suspicious after so many mean steps, within these bounds in seconds.
+QUIET_STEPS = 8.0
+MIN_QUIET_S = 0.1
+MAX_QUIET_S = 1.0
+#: What is being uploaded may take as long as over a slow home connection.
+SLOW_UPLOAD_BYTES_PER_S = 1.25e6
+_SMOOTHING = 0.1
 
-class OpenFailedError(PetalSwarmError):
-    """A hop of `span` could not be opened: `peer_id` is to be avoided. Handled by `Swarm.open_ring`."""
-
-    def __init__(self, peer_id: str, span: Span, error: PetalSwarmError) -> None:
-        super().__init__(str(error))
-        self.peer_id = peer_id
-        self.span = span
-        self.error = error
-
-    @property
-    def is_full(self) -> bool:
-        """Whether waiting may help."""
-        return isinstance(self.error, (CacheFullError, BusyError))
+#: Errors that the next server would answer with as well.
+_FINAL = (SessionTooLongError, VersionMismatchError)
+#: Errors by which a hop says that what came to it is wrong.
+_BLAMING = (BadMessageError, BadTensorError)
 
 
 class Ring:
-    """An open session. Made by `open`; all methods run in the event loop."""
+    """An open session; made by `Swarm.open_ring`. All methods run in the event loop.
 
-    def __init__(self, route: Route, channels: Sequence[Channel], opened: Sequence[Opened]) -> None:
-        self.route = route
-        self.max_batch_tokens = min(answer.max_batch_tokens for answer in opened)
-        self.dtypes = tuple(answer.dtype for answer in opened)
+    `keeper` is called, at most once at a time, when hops are gone, cut off, leaving or silent; it returns
+    once they are not, or calls `fail`.
+    """
+
+    def __init__(
+        self,
+        session: bytes,
+        route: Route,
+        members: Sequence[Member],
+        log: StepLog,
+        *,
+        keeper: Callable[[Ring], Awaitable[None]],
+    ) -> None:
+        self.session = session
         self.error: PetalSwarmError | None = None
-        self._channels = channels
+        self.repairs = 0
+        self.epoch = 0
+        self.members: list[Member] = []
         self._loop = asyncio.get_running_loop()
         self._pending: dict[int, asyncio.Future[Output]] = {}
-        for channel in channels:
-            self._listen(channel)
+        self._last_sent = NO_STEP
+        self._log = log
+        self._outbox = Outbox(log, self._stalled, stall_s=STALL_S)
+        self._keeper = keeper
+        self._keeping: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._watch: asyncio.TimerHandle | None = None
+        self._progress_s = self._loop.time()
+        self._unanswered_bytes = 0
+        self._step_s = 0.0
+        self.is_quiet = False
+        #: Whether the keeper is finding out already why nothing comes.
+        self.is_looked_into = False
+        self.adopt(members, route)
+        self.dtypes = tuple(member.opened.dtype for member in members)
 
-    @classmethod
-    async def open(
-        cls,
-        transport: Transport,
-        route: Route,
-        *,
-        model: str,
-        max_length: int,
-        timeout_s: float,
-        wait_s: float = 0.0,
-        share_prefixes: bool = False,
-    ) -> Ring:
-        """Open the session at every hop at once; returns when each is connected to the next.
-
-        A hop without room may let the session wait for `wait_s`, which comes on top of `timeout_s`.
-
-        Raises:
-            OpenFailedError: a hop is unreachable or refuses; none stays open.
-        """
-        session = secrets.token_bytes(SESSION_ID_BYTES)
-        hops: list[Hop | None] = [None, *route.hops, None]
-        attempts = []
-        for before, hop, after in zip(hops, route.hops, hops[2:], strict=False):
-            opening = Open(
-                session=session,
-                epoch=0,
-                model=model,
-                span=hop.span,
-                max_length=max_length,
-                upstream=before.peer_id if before else None,
-                next=Neighbour(after.peer_id, after.addresses) if after else None,
-                wait_s=wait_s,
-                share_prefixes=share_prefixes,
-            )
-            attempts.append(asyncio.create_task(_open_hop(transport, hop, opening, timeout_s)))
-        try:
-            answers = await asyncio.gather(*attempts)
-        except BaseException as error:
-            if isinstance(error, OpenFailedError) and isinstance(error.error, HopLostError):
-                await asyncio.wait(attempts, timeout=HOP_LOST_GRACE_S)  # it may be telling why itself
-            for attempt in attempts:
-                attempt.cancel()
-            for outcome in await asyncio.gather(*attempts, return_exceptions=True):
-                if isinstance(outcome, tuple):
-                    outcome[0].abort()
-                elif isinstance(outcome, OpenFailedError) and isinstance(error, OpenFailedError):
-                    error = _more_telling(error, outcome)
-            raise error from None
-        return cls(route, [channel for channel, _ in answers], [opened for _, opened in answers])
+    # -- steps -----------------------------------------------------------------------------------
 
     def send(self, step: Step) -> asyncio.Future[Output] | None:
         """Send a step to the first hop; the future is of the last hop's output, None if no rows are wanted.
@@ -117,8 +108,16 @@ class Ring:
             raise self.error
         answer = None
         if step.rows != "none":
+            if not self._pending:
+                self._progress_s = self._loop.time()
+                if self._watch is None:
+                    self._watch = self._loop.call_later(self.quiet_s, self._look)
             answer = self._pending[step.step] = self._loop.create_future()
-        self._channels[0].send(step)
+        self._last_sent = step.step
+        self._unanswered_bytes += len(step.payload)
+        self._outbox.send(step)
+        if self.is_broken and self._keeping is None:
+            self.wake()
         return answer
 
     async def exchange(self, steps: Iterable[Step]) -> list[Output | None]:
@@ -132,73 +131,238 @@ class Ring:
         answers = []
         for step in steps:
             answers.append(self.send(step))
-            if self._channels[0].congested:
-                with contextlib.suppress(NetworkError):  # `_listen` hears of it too
-                    await self._channels[0].drain()
+            if self._outbox.congested:
+                await self._outbox.drain()
         return [None if answer is None else await answer for answer in answers]
 
     async def close(self) -> None:
         """End the session at every hop. Idempotent; never raises for dead peers."""
-        self._fail(StreamClosedError("the session is closed"))
-        await asyncio.gather(*(channel.close() for channel in self._channels))
+        self.fail(StreamClosedError("the session is closed"))
+        if self._keeping is not None:
+            self._keeping.cancel()
+            await asyncio.gather(self._keeping, return_exceptions=True)
+        await self._outbox.close()
+        await asyncio.gather(*(member.channel.close() for member in self.members))
 
-    def _listen(self, channel: Channel) -> None:
-        """Take what one hop says: outputs, or why it ended."""
-
-        def on_message(message: Message) -> None:
-            if isinstance(message, Error):
-                error = remote_error(message.code, message.message, peer_id=channel.peer_id)
-                if not isinstance(error, HopLostError):
-                    raise error
-                # The lost hop may be telling why itself, on its own stream: that is worth a moment.
-                self._loop.call_later(HOP_LOST_GRACE_S, self._fail, error)
-                return
-            if not isinstance(message, Output) or channel is not self._channels[-1]:
-                raise RemoteProtocolError(f"peer {channel.peer_id} sent {message.type!r}")
-            answer = self._pending.pop(message.step, None)
-            if answer is not None and not answer.done():
-                answer.set_result(message)
-
-        def on_end(error: Exception | None) -> None:
-            if isinstance(error, PetalSwarmError):
-                self._fail(error)
-            else:
-                reason = f": {error}" if error else ""
-                self._fail(HopLostError(f"peer {channel.peer_id} is gone{reason}", peer_id=channel.peer_id))
-
-        channel.subscribe(on_message, on_end)
-
-    def _fail(self, error: PetalSwarmError) -> None:
+    def fail(self, error: PetalSwarmError) -> None:
+        """The session is over: whoever waits for an answer gets this error."""
         if self.error is None:
             self.error = error
+        if self._watch is not None:
+            self._watch.cancel()
+            self._watch = None
         for answer in self._pending.values():
             if not answer.done():
                 answer.set_exception(self.error)
                 answer.exception()  # seen: the one who waits raises it, if there is one
         self._pending.clear()
 
+    # -- what a repairer sees --------------------------------------------------------------------
 
-async def _open_hop(
-    transport: Transport, hop: Hop, opening: Open, timeout_s: float
-) -> tuple[Channel, Opened]:
-    channel: Channel | None = None
-    try:
-        stream = await transport.open_stream(
-            hop.peer_id, SESSION, addresses=hop.addresses, timeout_s=timeout_s
-        )
-        channel = Channel(stream, SESSION_TABLE, Role.DIALER)
-        channel.send(opening)
-        return channel, await channel.expect(Opened, timeout_s=timeout_s + opening.wait_s)
-    except BaseException as error:
-        if channel is not None:
-            channel.abort()
-        if not isinstance(error, PetalSwarmError):
-            raise
-        # A hop that reports the loss of its next one is not the one to avoid.
-        lost = opening.next if isinstance(error, HopLostError) else None
-        raise OpenFailedError(lost.peer_id if lost else hop.peer_id, hop.span, error) from error
+    @property
+    def route(self) -> Route:
+        """The hops now in use."""
+        return self._route
 
+    @property
+    def is_broken(self) -> bool:
+        """Whether a hop is gone or cut off from the one before it."""
+        return any(member.error is not None or member.is_cut for member in self.members)
 
-def _more_telling(first: OpenFailedError, second: OpenFailedError) -> OpenFailedError:
-    """Of two failures of one opening, the one that is not merely the other's consequence."""
-    return second if isinstance(first.error, HopLostError) else first
+    @property
+    def is_leaving(self) -> bool:
+        """Whether a hop wants to be replaced."""
+        return any(member.is_leaving for member in self.members)
+
+    @property
+    def answered(self) -> int:
+        """All steps up to this one are answered, or want no answer."""
+        return min(self._pending, default=self._last_sent + 1) - 1
+
+    @property
+    def last_sent(self) -> int:
+        return self._last_sent
+
+    @property
+    def log(self) -> StepLog:
+        return self._log
+
+    @property
+    def quiet_s(self) -> float:
+        """How long no answer may come before somebody asks why: it follows from the steps so far."""
+        steps_s = min(MAX_QUIET_S, max(MIN_QUIET_S, QUIET_STEPS * self._step_s))
+        return steps_s + self._unanswered_bytes / SLOW_UPLOAD_BYTES_PER_S
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether an answer is due."""
+        return bool(self._pending)
+
+    def adopt(self, members: Sequence[Member], route: Route) -> None:
+        """Go on along these hops, which are connected to each other; those no longer in use are left."""
+        kept = {id(member) for member in members}
+        known = {id(member) for member in self.members}
+        first = self.members[0] if self.members else None
+        for member in self.members:
+            if id(member) not in kept:
+                member.lose(HopLostError("it was replaced"))
+                member.channel.abort()
+        self.members = list(members)
+        self.max_batch_tokens = min(member.opened.max_batch_tokens for member in members)
+        self._route = route
+        for member in members:
+            member.is_cut = False
+            if id(member) not in known:
+                self._listen(member)
+        if members[0] is not first:
+            self._send_to(members[0])
+        self._progress_s = self._loop.time()
+        self.is_quiet = False
+
+    def mirror(self, member: Member) -> Link | None:
+        """Send all steps to another first hop as well; None if the first ones are not known any more."""
+        return self._outbox.connect(member.channel, member.link_epoch, after=member.opened.last_step)
+
+    def unmirror(self, link: Link) -> None:
+        """Send no more steps there."""
+        self._outbox.drop(link)
+
+    async def changed(self) -> None:
+        """Wait until something else is lost, or wants to leave, than what the keeper was called for."""
+        await self._changed.wait()
+
+    def lose(self, member: Member, error: PetalSwarmError) -> None:
+        """A hop is gone."""
+        if member.error is not None:
+            return
+        member.lose(error)
+        if self.error is None and member in self.members:
+            # Who is idle too long is not wanted now: it may come back when it has something to say.
+            self.wake(unless_idle=isinstance(error, IdleError))
+
+    def cut(self, member: Member) -> None:
+        """A hop is cut off from the one before it."""
+        if member.error is None and not member.is_cut:
+            member.is_cut = True
+            self.wake()
+
+    def wake(self, *, unless_idle: bool = False) -> None:
+        """There is something to repair."""
+        self._changed.set()
+        if self.error is None and self._keeping is None and not (unless_idle and not self._pending):
+            self._keeping = self._loop.create_task(self._keep())
+
+    # -- inside ----------------------------------------------------------------------------------
+
+    def _send_to(self, head: Member) -> None:
+        """Steps go to this first hop alone: all of them, unless it has them already as a mirror."""
+        mirrored = False
+        for link in list(self._outbox.links):
+            if link.channel is head.channel:
+                mirrored = True
+            else:
+                self._outbox.drop(link)
+        if not mirrored and self.mirror(head) is None:
+            self.fail(HopLostError("the first hop is gone, and the session too long to be sent again"))
+
+    async def _keep(self) -> None:
+        try:
+            while self.error is None and (self.is_broken or self.is_leaving or self.is_quiet):
+                self._changed.clear()
+                await self._keeper(self)
+        except PetalSwarmError as error:
+            self.fail(error)
+        except Exception as error:
+            logger.exception("a session could not be repaired")
+            self.fail(HopLostError(f"the session could not be repaired: {type(error).__name__}"))
+        finally:
+            self._keeping = None
+
+    def _look(self) -> None:
+        """A timer of its own while answers are due, not one for each step."""
+        self._watch = None
+        if not self._pending or self.error is not None:
+            return
+        quiet_s = self.quiet_s
+        left_s = self._progress_s + quiet_s - self._loop.time()
+        if left_s <= 0:
+            if not self.is_looked_into:
+                self.is_quiet = True
+                self.wake()
+            left_s = MAX_QUIET_S
+        self._watch = self._loop.call_later(left_s, self._look)
+
+    def _listen(self, member: Member) -> None:
+        """Take what one hop says: outputs, or why it ended."""
+
+        def on_message(message: Message) -> None:
+            if isinstance(message, Output):
+                self._take_output(member, message)
+            else:
+                self._hear(member, message)
+
+        def on_end(error: Exception | None) -> None:
+            if isinstance(error, RemoteError):
+                self._refused(member, error)
+                return
+            reason = f": {error}" if error else ""
+            self.lose(member, HopLostError(f"peer {member.peer_id} is gone{reason}", peer_id=member.peer_id))
+
+        member.channel.subscribe(on_message, on_end)
+
+    def _take_output(self, member: Member, output: Output) -> None:
+        if member is not self.members[-1]:
+            if member in self.members:
+                raise RemoteProtocolError(f"peer {member.peer_id} sent an output, and is not the last hop")
+            return
+        answer = self._pending.pop(output.step, None)
+        if answer is None or answer.done():
+            return
+        answer.set_result(output)
+        now = self._loop.time()
+        passed_s = now - self._progress_s
+        self._step_s += (passed_s - self._step_s) * (_SMOOTHING if self._step_s else 1.0)
+        self._progress_s = now
+        if not self._pending:
+            self._unanswered_bytes = 0
+
+    def _hear(self, member: Member, message: Message) -> None:
+        if isinstance(message, Error):
+            raise remote_error(message.code, message.message, peer_id=member.peer_id)
+        if isinstance(message, Rerouted):
+            member.rerouted(message.epoch)
+        elif isinstance(message, Progress):
+            member.progressed(message)
+        elif isinstance(message, Leaving):
+            if not member.is_leaving:
+                member.is_leaving = True
+                self.wake()
+        elif isinstance(message, Lost):
+            self._hear_lost(member, message)
+        else:
+            raise RemoteProtocolError(f"peer {member.peer_id} sent {message.type!r}")
+
+    def _hear_lost(self, member: Member, lost: Lost) -> None:
+        failure = LinkFailedError(lost.reason, replayable=lost.replayable)
+        if not lost.upstream and member.rerouted(lost.epoch, failure):
+            return
+        if member not in self.members:
+            return
+        index = self.members.index(member) + (not lost.upstream)
+        if index < len(self.members) and self.members[index].link_epoch == lost.epoch:
+            self.cut(self.members[index])
+
+    def _refused(self, member: Member, error: RemoteError) -> None:
+        """A hop ended the session with an error."""
+        if isinstance(error, _FINAL) or (isinstance(error, _BLAMING) and member is self.members[0]):
+            member.lose(error)
+            self.fail(error)
+            return
+        if isinstance(error, _BLAMING) and member in self.members:
+            before = self.members[self.members.index(member) - 1]
+            self.lose(before, HopLostError(f"what it sent on was refused: {error}", peer_id=before.peer_id))
+        self.lose(member, error)
+
+    def _stalled(self, link: Link) -> None:
+        if self._outbox.drop(link) and self.members[0].channel is link.channel:
+            self.lose(self.members[0], HopLostError("the first hop took nothing for too long"))

@@ -13,7 +13,8 @@ import torch
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.packing import Chunk, chunk_slices
 from petal_swarm.client.ring import Ring
-from petal_swarm.client.swarm import ModelRef, Swarm
+from petal_swarm.client.swarm import Swarm
+from petal_swarm.client.view import ModelRef
 from petal_swarm.errors import ConfigError, PetalSwarmError, RemoteProtocolError, SessionTooLongError
 from petal_swarm.routing.prefill import MIN_CHUNK_TOKENS, choose_chunk, stages_of
 from petal_swarm.routing.route import Route

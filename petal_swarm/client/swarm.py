@@ -1,42 +1,29 @@
-"""A client's view of the swarm: transport, directory, round trips, and sessions opened along routes."""
+"""A client's part in a swarm: joining it, and opening sessions along routes."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+import secrets
 
 from petal_swarm.client.config import ClientConfig
-from petal_swarm.client.ring import OpenFailedError, Ring
+from petal_swarm.client.members import OpenFailedError, open_hops
+from petal_swarm.client.repair import Repairer
+from petal_swarm.client.ring import Ring
+from petal_swarm.client.view import ModelRef, View
 from petal_swarm.directory.directory import Directory
-from petal_swarm.directory.remote import Pinger, RemoteDirectory
-from petal_swarm.errors import (
-    MissingBlocksError,
-    NetworkError,
-    PeerUnreachableError,
-)
+from petal_swarm.directory.remote import RemoteDirectory
+from petal_swarm.errors import MissingBlocksError, NetworkError, PeerUnreachableError
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.blocks import format_blocks
-from petal_swarm.routing.links import Measurements
-from petal_swarm.routing.route import Route, find_route
-from petal_swarm.wire.announcement import Announcement
+from petal_swarm.routing.route import Route
+from petal_swarm.wire.messages import SESSION_ID_BYTES
+from petal_swarm.wire.step_log import LogBudget
 
 logger = logging.getLogger(__name__)
 
-RETRY_LOOKUP_S = 0.5
 #: A session that can never fit is refused at once: who waits for less than this is not told of it.
 SAY_WAITING_AFTER_S = 0.5
-#: Nobody measures bandwidth yet. At 100 Mbit/s a token of BLOOM-176B takes 5 ms, less than most round trips.
-ASSUMED_BANDWIDTH_BYTES_PER_S = 12.5e6
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRef:
-    """What routing must know of a model."""
-
-    key: str
-    num_blocks: int
-    hidden_size: int
 
 
 class Swarm:
@@ -46,7 +33,8 @@ class Swarm:
         self.config = config
         self.transport = transport
         self.directory = directory
-        self._pinger = Pinger(transport)
+        self.view = View(config, transport, directory)
+        self._logs = LogBudget(config.max_log_bytes)
 
     @classmethod
     async def connect(cls, config: ClientConfig) -> Swarm:
@@ -88,47 +76,6 @@ class Swarm:
             raise
         return cls(config, transport, directory)
 
-    async def announcements(self, model: str) -> list[Announcement]:
-        """Who serves the model now."""
-        return await self.directory.lookup(model)
-
-    async def measure(self, announcements: list[Announcement]) -> dict[str, float]:
-        """Round trips to these peers in seconds, by peer id; those that do not answer are left out."""
-        return dict(await self._pinger.measure(announcements))
-
-    async def find_route(self, model: ModelRef, *, kv_tokens: int, avoid: frozenset[str]) -> Route:
-        """The fastest route; waits up to `wait_for_blocks_s` for blocks that nobody serves yet.
-
-        Raises:
-            MissingBlocksError: still nobody does.
-        """
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + self.config.wait_for_blocks_s
-        waiting = False
-        while True:
-            announcements = await self.announcements(model.key)
-            usable = [a for a in announcements if a.peer_id not in avoid]
-            rtts = await self.measure(usable)
-            try:
-                return find_route(
-                    usable,
-                    model.num_blocks,
-                    measurements=Measurements(
-                        client_rtts_s=rtts, default_bandwidth_bytes_per_s=ASSUMED_BANDWIDTH_BYTES_PER_S
-                    ),
-                    step_bytes=4 * model.hidden_size,
-                    kv_tokens=kv_tokens,
-                )
-            except MissingBlocksError as error:
-                if avoid or loop.time() >= deadline:
-                    raise MissingBlocksError(
-                        f"{error} (waited {self.config.wait_for_blocks_s:g} s)", error.blocks
-                    ) from None
-                if not waiting:
-                    logger.warning("%s; waiting up to %g s", error, self.config.wait_for_blocks_s)
-                waiting = True
-            await asyncio.sleep(RETRY_LOOKUP_S)
-
     async def open_ring(self, model: ModelRef, *, max_length: int) -> Ring:
         """Open a session along the fastest route, around servers that fail or refuse; finite attempts.
 
@@ -144,7 +91,9 @@ class Swarm:
         last: OpenFailedError | None = None
         for attempt in range(self.config.open_attempts):
             try:
-                route = await self.find_route(model, kv_tokens=max_length, avoid=frozenset(failed | full))
+                route = await self.view.find_route(
+                    model, kv_tokens=max_length, avoid=frozenset(failed | full)
+                )
             except MissingBlocksError:
                 if last is None:
                     raise
@@ -155,6 +104,10 @@ class Swarm:
                 logger.info("attempt %d: avoiding %s: %s", attempt + 1, error.peer_id, error)
                 last = error
                 (full if error.is_full else failed).add(error.peer_id)
+                if error.is_full:
+                    self.view.avoidance.busy(error.peer_id, self.config.retry_busy_s)
+                else:
+                    self.view.avoidance.failed(error.peer_id)
         assert last is not None
         if last.is_full and self.config.wait_for_room_s:
             return await self._open_when_free(model, max_length, last, failed)
@@ -167,7 +120,7 @@ class Swarm:
         wait_s = self.config.wait_for_room_s
         blocks = format_blocks(last.span.blocks())
         try:
-            route = await self.find_route(model, kv_tokens=max_length, avoid=frozenset(failed))
+            route = await self.view.find_route(model, kv_tokens=max_length, avoid=frozenset(failed))
         except MissingBlocksError:
             raise last.error from None
         said = asyncio.get_running_loop().call_later(
@@ -184,15 +137,11 @@ class Swarm:
     async def _open_along(
         self, route: Route, model: ModelRef, max_length: int, *, wait_s: float = 0.0
     ) -> Ring:
-        return await Ring.open(
-            self.transport,
-            route,
-            model=model.key,
-            max_length=max_length,
-            timeout_s=self.config.open_timeout_s,
-            wait_s=wait_s,
-            share_prefixes=self.config.share_prefixes,
-        )
+        session = secrets.token_bytes(SESSION_ID_BYTES)
+        repairer = Repairer(self.view, self.transport, model, max_length=max_length)
+        opening = repairer.opening_of(session, route.hops, wait_s=wait_s)
+        members = await open_hops(self.transport, route.hops, opening, self.config.open_timeout_s)
+        return Ring(session, route, members, self._logs.new_log(), keeper=repairer.keep)
 
     async def close(self) -> None:
         """Leave the swarm. Idempotent."""

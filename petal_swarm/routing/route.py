@@ -31,7 +31,7 @@ class Hop:
 
     Its figures are what the server announced: `step_s` is what a step costs here whatever its tokens,
     `token_s` what each token of a prompt adds. `link_bytes_per_s` is the bandwidth of the link into
-    this hop. Zero is unknown.
+    this hop. Zero is unknown. `dtype` and `quant` are what it computes in.
     """
 
     peer_id: str
@@ -41,6 +41,8 @@ class Hop:
     step_s: float = field(default=0.0, compare=False)
     token_s: float = field(default=0.0, compare=False)
     link_bytes_per_s: float = field(default=0.0, compare=False)
+    dtype: str = field(default="", compare=False)
+    quant: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         # Peer ids share their first characters, so the last ones tell them apart.
@@ -140,6 +142,8 @@ def _hop(server: Announcement, span: Span, link_bytes_per_s: float) -> Hop:
         step_s=step_s,
         token_s=token_s,
         link_bytes_per_s=link_bytes_per_s,
+        dtype=server.dtype,
+        quant=server.quant,
     )
 
 

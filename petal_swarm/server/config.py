@@ -92,7 +92,8 @@ class SessionLimits:
 
     `overcommit`: all open sessions together may have asked for so many times the KV cache. `max_wait_s`:
     in the queue for room. `max_opening`: streams that have not said yet what they are, or push into
-    a session that is not there yet. `idle_when_full_s`: while somebody waits for room.
+    a session that is not there yet. `idle_when_full_s`: while somebody waits for room. `repair_timeout_s`:
+    without a next hop. `max_log_bytes`: of what was sent on, kept in all sessions for a hop that takes over.
     """
 
     max_sessions: int = 512
@@ -109,3 +110,5 @@ class SessionLimits:
     idle_timeout_s: float = 1800.0
     idle_when_full_s: float = 60.0
     write_timeout_s: float = 30.0
+    repair_timeout_s: float = 60.0
+    max_log_bytes: int = 1 << 30

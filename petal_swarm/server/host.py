@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import secrets
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -30,8 +31,9 @@ from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.hosted import HostedSession, Overhead, error_message
 from petal_swarm.server.waiting_room import LOOK_S, WaitingRoom
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
-from petal_swarm.wire.messages import Neighbour, Open, Opened, PushOpen
+from petal_swarm.wire.messages import NO_STEP, Neighbour, Open, Opened, PushOpen
 from petal_swarm.wire.protocols import PUSH
+from petal_swarm.wire.step_log import LogBudget
 from petal_swarm.wire.tensors import dtype_name
 
 logger = logging.getLogger(__name__)
@@ -51,7 +53,7 @@ class SessionHost:
         self._model_key = model_key
         self._limits = limits
         self._sessions: dict[bytes, HostedSession] = {}
-        self._arrivals: dict[bytes, asyncio.Event] = {}
+        self._arrivals: dict[tuple[bytes, int], asyncio.Event] = {}
         self._changed = asyncio.Event()
         self._room = WaitingRoom(compute, limits, self._end_longest_idle)
         self._loop = asyncio.get_running_loop()
@@ -59,6 +61,7 @@ class SessionHost:
         self._opening = 0
         self._freeing = 0
         self._salt = secrets.token_bytes(16)
+        self._logs = LogBudget(limits.max_log_bytes)
         self.overhead = Overhead()
         self.draining = False
 
@@ -72,8 +75,13 @@ class SessionHost:
         return self._room.tokens_available
 
     async def drained(self) -> None:
-        """Wait until no session is left. Set `draining` first, or new ones will keep coming."""
+        """Ask all clients to go elsewhere, and wait until no session is left.
+
+        Set `draining` first, or new ones will keep coming.
+        """
         self._room.refuse_all(BusyError(_LEAVING))
+        for session in self._sessions.values():
+            session.announce_leaving()
         while self._sessions:
             self._changed.clear()
             await self._changed.wait()
@@ -86,7 +94,7 @@ class SessionHost:
                 opening = await channel.expect(Open, timeout_s=self._limits.open_timeout_s)
             async with self._open(opening, channel) as session:
                 channel.send(self._opened())
-                await self._run(session, channel)
+                await self._run(session)
 
     async def handle_push(self, stream: Stream) -> None:
         """The steps that a previous hop pushes into one session."""
@@ -95,12 +103,8 @@ class SessionHost:
             with self._being_opened():
                 opening = await channel.expect(PushOpen, timeout_s=self._limits.open_timeout_s)
                 session = await self._find(opening, channel.peer_id)
-            channel.send(self._opened())
-            try:
-                await session.take_steps(channel)
-            except Exception as error:
-                session.fail(error)
-                raise
+            channel.send(self._opened(session.last_step))
+            await session.take_steps(channel)
 
     @contextlib.contextmanager
     def _being_opened(self) -> Iterator[None]:
@@ -118,11 +122,18 @@ class SessionHost:
         """A session from admission to release, connected to its next hop."""
         self._check(opening)
         session = HostedSession(
-            opening, channel, compute=self._compute, limits=self._limits, overhead=self.overhead
+            opening,
+            channel,
+            compute=self._compute,
+            limits=self._limits,
+            overhead=self.overhead,
+            log=self._logs.new_log(),
+            dial=functools.partial(self._dial_next, opening),
+            on_reroute=lambda: self._announce_arrival(session),
         )
         request = Request(opening.session, channel.peer_id, opening.max_length)
         self._sessions[opening.session] = session
-        self._announce_arrival(opening.session)
+        self._announce_arrival(session)
         if self._looks_for_steps is None:
             self._looks_for_steps = self._loop.call_later(LOOK_S, self._look_for_steps)
         try:
@@ -149,8 +160,7 @@ class SessionHost:
         async with asyncio.timeout(self._limits.open_timeout_s):
             await asyncio.wrap_future(opened)
         session.admitted.set()
-        if opening.next is not None:
-            session.attach_next(await self._dial_next(opening, opening.next, wait_s))
+        await session.connect_next()
 
     def _prefix_scope(self, opening: Open) -> PrefixScope:
         """With whom a session shares prefixes: the first hop trusts what it computed, others one peer each.
@@ -191,17 +201,16 @@ class SessionHost:
         if longest.idle_s >= limit_s:
             longest.fail(IdleError(f"the session was idle for {limit_s:g} s, and others wait for its room"))
 
-    async def _run(self, session: HostedSession, channel: Channel) -> None:
+    async def _run(self, session: HostedSession) -> None:
         """Serve the session until the client leaves or something fails."""
-        first = session.opening.upstream is None
         work = [
-            asyncio.create_task(session.take_steps(channel) if first else session.watch_client()),
+            asyncio.create_task(session.serve_client()),
             asyncio.create_task(session.wait_ended()),
             asyncio.create_task(session.watch_idle()),
         ]
-        if session.opening.next is not None:
-            work.append(asyncio.create_task(session.watch_next()))
         try:
+            if self.draining:  # it has come while that was said to the others
+                session.announce_leaving()
             done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for task in work:
@@ -221,16 +230,18 @@ class SessionHost:
         if opening.session in self._sessions:
             raise BadMessageError("a session of this id is open already")
 
-    def _opened(self) -> Opened:
+    def _opened(self, last_step: int = NO_STEP) -> Opened:
         engine = self._compute.engine
         return Opened(
             dtype=dtype_name(engine.stack.dtype),
             max_batch_tokens=engine.max_batch_tokens,
             kv_tokens_free=engine.stats().kv_tokens_free,
+            last_step=last_step,
         )
 
-    async def _dial_next(self, opening: Open, following: Neighbour, wait_s: float) -> Channel:
+    async def _dial_next(self, opening: Open, following: Neighbour, epoch: int) -> tuple[Channel, Opened]:
         """A push stream to the next hop, which answers when it has room too: at most `wait_s` later."""
+        wait_s = min(opening.wait_s, self._limits.max_wait_s)
         try:
             stream = await self._transport.open_stream(
                 following.peer_id, PUSH, addresses=following.addresses, timeout_s=self._limits.dial_timeout_s
@@ -241,42 +252,45 @@ class SessionHost:
             raise HopLostError(f"no way to the next hop {following.peer_id}") from error
         channel = Channel(stream, PUSH_TABLE, Role.DIALER)
         try:
-            channel.send(PushOpen(opening.session, opening.epoch))
-            await channel.expect(Opened, timeout_s=self._limits.open_timeout_s + wait_s)
+            channel.send(PushOpen(opening.session, epoch))
+            return channel, await channel.expect(Opened, timeout_s=self._limits.open_timeout_s + wait_s)
         except BaseException as error:
             channel.abort()
             if not isinstance(error, PetalSwarmError):
                 raise
             raise HopLostError(f"the next hop {following.peer_id} refused: {error}") from error
-        return channel
 
     async def _find(self, opening: PushOpen, peer_id: str) -> HostedSession:
-        """The session of a push stream, which may arrive before the client's `open`, and before there is
-        room for the session.
+        """The session of a push stream, which may arrive before the client's `open` or `reroute`, and before
+        there is room for the session.
         """
-        if opening.session not in self._sessions:
-            arrival = self._arrivals.setdefault(opening.session, asyncio.Event())
+
+        def expecting() -> HostedSession | None:
+            session = self._sessions.get(opening.session)
+            if session is None or (session.upstream, session.source_epoch) != (peer_id, opening.epoch):
+                return None
+            return session
+
+        if expecting() is None:
+            awaited = (opening.session, opening.epoch)
+            arrival = self._arrivals.setdefault(awaited, asyncio.Event())
             try:
                 async with asyncio.timeout(self._limits.open_timeout_s):
                     await arrival.wait()
             except TimeoutError:
-                if self._arrivals.get(opening.session) is arrival:
-                    del self._arrivals[opening.session]
-        session = self._sessions.get(opening.session)
+                if self._arrivals.get(awaited) is arrival:
+                    del self._arrivals[awaited]
+        session = expecting()
         if session is not None:
             await session.admitted.wait()
-        if (
-            session is None
-            or session.ended
-            or session.opening.upstream != peer_id
-            or session.opening.epoch != opening.epoch
-        ):
-            # One answer for all three, so that nobody learns of others' sessions.
+            session = expecting()
+        if session is None or session.ended:
+            # One answer for all, so that nobody learns of others' sessions.
             raise UnknownSessionError("no session of this id expects steps from you")
         return session
 
-    def _announce_arrival(self, session: bytes) -> None:
-        arrival = self._arrivals.pop(session, None)
+    def _announce_arrival(self, session: HostedSession) -> None:
+        arrival = self._arrivals.pop((session.opening.session, session.source_epoch), None)
         if arrival is not None:
             arrival.set()
 

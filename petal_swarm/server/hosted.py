@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable
 
 from petal_swarm.engine.compute import Compute
 from petal_swarm.engine.steps import StepRequest, StepResult
@@ -16,7 +17,6 @@ from petal_swarm.errors import (
     HopLostError,
     IdleError,
     NetworkError,
-    PetalSwarmError,
     ProtocolError,
     RemoteError,
     TooSlowError,
@@ -25,18 +25,27 @@ from petal_swarm.errors import (
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.server.config import SessionLimits
+from petal_swarm.server.downstream import Dial, Downstream
 from petal_swarm.server.prefix_steps import PrefixSteps
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import (
+    NO_STEP,
     Error,
     FindPrefix,
+    Leaving,
+    Lost,
     Message,
     Open,
     Output,
     PrefixFound,
+    Probe,
+    Progress,
+    Reroute,
+    Rerouted,
     Step,
     TensorMeta,
 )
+from petal_swarm.wire.step_log import StepLog
 from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
 
 logger = logging.getLogger(__name__)
@@ -58,7 +67,11 @@ class Overhead:
 
 
 class HostedSession:
-    """The hop's side of a session. Lives in the event loop; the engine runs its steps in another thread."""
+    """The hop's side of a session. Lives in the event loop; the engine runs its steps in another thread.
+
+    Its neighbours in the ring may be lost and replaced; the session ends with the client's stream, with
+    an error of its own, or when nobody has replaced a lost neighbour for too long.
+    """
 
     def __init__(
         self,
@@ -68,18 +81,43 @@ class HostedSession:
         compute: Compute,
         limits: SessionLimits,
         overhead: Overhead,
+        log: StepLog,
+        dial: Dial,
+        on_reroute: Callable[[], None],
     ) -> None:
         self.opening = opening
+        #: Who may push steps into this session now, and as which epoch.
+        self.upstream = opening.upstream
+        self.source_epoch = opening.epoch
         self._client = client
         self._compute = compute
         self._limits = limits
         self._overhead = overhead
+        self._on_reroute = on_reroute
         self._loop = asyncio.get_running_loop()
-        self._next: Channel | None = None
+        self._log = log
+        self._downstream: Downstream | None = None
+        if opening.next is not None:
+            self._downstream = Downstream(
+                log,
+                dial,
+                tell=self._tell,
+                on_change=self._next_changed,
+                answered=self._prefix_answered,
+                stall_s=limits.write_timeout_s,
+            )
+        #: The last hop: whether it only fills its KV cache for now, and what it will answer if it is needed.
+        self._is_spare = opening.spare
+        self._answered = opening.answered
+        self._unanswered: list[Output] = []
+        self._epoch = opening.epoch
         self._source: Channel | None = None
         self._source_ended: asyncio.Future[None] | None = None
+        self._client_ended: asyncio.Future[None] = self._loop.create_future()
         self._throttled: asyncio.Task[None] | None = None
-        self._last_step = -1
+        self._unrepaired: asyncio.TimerHandle | None = None
+        self.last_step = NO_STEP
+        self._last_done = NO_STEP
         self._last_active = math.inf  # to wait for room, or for the next hop, is not to be idle
         self._in_flight = 0
         self._bytes_in_flight = 0
@@ -100,29 +138,33 @@ class HostedSession:
     def ended(self) -> bool:
         return self._ended.is_set()
 
-    def attach_next(self, channel: Channel) -> None:
-        """Results of this hop go to `channel`, a push stream to the next hop."""
-        self._next = channel
+    async def connect_next(self) -> None:
+        """Connect to the next hop, if one follows and this is no spare.
+
+        Raises:
+            HopLostError: it cannot be reached, or refuses.
+        """
+        if self._downstream is None or self.opening.next is None or self._is_spare:
+            return
+        channel = await self._downstream.connect(self.opening.next, self.opening.epoch)
         if self._prefixes is not None:
             self._prefixes.attach_next(channel)
 
-    async def take_steps(self, source: Channel) -> None:
-        """Take steps from `source` until it or the session ends; reads no faster than results leave.
+    async def serve_client(self) -> None:
+        """Take what the client says until it leaves: where steps go, and, at the first hop, the steps.
 
         Steps are handled as the bytes come, without a task between: that saves a wake-up for each.
 
         Raises:
             RemoteProtocolError, RemoteError: a message or step that is not valid.
         """
-        if self.ended:
-            return
-        self._source = source
-        ended = self._source_ended = self._loop.create_future()
+        if self.opening.upstream is None:
+            self._source = self._client
+        ended = self._client_ended
 
         def on_message(message: Message) -> None:
-            if not self.ended:  # else it has come after that
-                self._submit(message)
-                self._throttle()
+            if not self.ended:
+                self._hear(message)
 
         def on_end(error: Exception | None) -> None:
             if ended.done():
@@ -132,17 +174,135 @@ class HostedSession:
             else:
                 ended.set_exception(error)
 
+        self._client.subscribe(on_message, on_end)
+        await ended
+
+    def _hear(self, message: Message) -> None:
+        """One message of the client."""
+        if isinstance(message, Step):
+            if self._source is not self._client:
+                raise BadMessageError("steps of this session come from its upstream hop")
+            self._submit(message)
+            self._throttle()
+        elif isinstance(message, Probe):
+            self._tell(Progress(message.number, self.last_step, self._last_done))
+        elif isinstance(message, Reroute):
+            self._reroute(message)
+        else:
+            raise BadMessageError(f"expected a step, got {message.type!r}")
+
+    def _reroute(self, told: Reroute) -> None:
+        if told.epoch <= self._epoch and not (told.next and told.epoch == self._epoch):
+            raise BadMessageError(f"epoch {told.epoch} comes after epoch {self._epoch}")
+        self._epoch = told.epoch
+        if told.upstream is not None:
+            if self.opening.upstream is None:
+                raise BadMessageError("the first hop gets its steps from the client")
+            self._leave_source()
+            self.upstream, self.source_epoch = told.upstream, told.epoch
+            self._on_reroute()
+        if told.answered is not None and self._downstream is None:
+            self._answer_from(told.answered)
+        if told.next is None:
+            self._tell(Rerouted(told.epoch))
+        elif self._downstream is None:
+            raise BadMessageError("the last hop has no next one")
+        else:
+            if self._prefixes is not None:
+                self._prefixes.give_up_next()
+            self._is_spare = False
+            self._downstream.reroute(told.next, told.epoch, also=told.also)
+
+    def _answer_from(self, answered: int) -> None:
+        """The last hop, until now a spare, answers the client from here on."""
+        self._is_spare = False
+        self._answered = answered
+        held, self._unanswered = self._unanswered, []
+        for output in held:
+            if output.step > answered:
+                self._tell(output)
+
+    def _leave_source(self) -> None:
+        """Take nothing more from the hop before this one."""
+        if self._source is not None:
+            self._source.abort()
+            self._source = None
+        if self._source_ended is not None and not self._source_ended.done():
+            self._source_ended.set_result(None)
+
+    def _tell(self, message: Message) -> None:
+        """Say something to the client, who may have just ended the session."""
+        if not self.ended:
+            with contextlib.suppress(ProtocolError):
+                self._client.send(message)
+
+    def announce_leaving(self) -> None:
+        """Ask the client to let another server take this one's place."""
+        self._tell(Leaving())
+
+    def _prefix_answered(self, message: PrefixFound) -> None:
+        if self._prefixes is not None:
+            self._prefixes.answered(message)
+
+    def _next_changed(self) -> None:
+        """The next hop is lost, or there is a new one."""
+        assert self._downstream is not None
+        self._room.set()  # whoever waits for a lost link to drain
+        if self._unrepaired is not None:
+            self._unrepaired.cancel()
+            self._unrepaired = None
+        if self._downstream.is_connected or self.ended:
+            return
+        if self._prefixes is not None:
+            self._prefixes.give_up_next()
+        limit_s = self._limits.repair_timeout_s
+        lost = HopLostError(f"the next hop was lost, and not replaced for {limit_s:g} s")
+        self._unrepaired = self._loop.call_later(limit_s, self.fail, lost)
+
+    async def take_steps(self, source: Channel) -> None:
+        """Take the steps that the hop before this one pushes, until it, the session or its turn ends.
+
+        Raises:
+            RemoteProtocolError, RemoteError: a message or step that is not valid; the session has ended.
+        """
+        if self.ended:
+            return
+        self._leave_source()
+        self._source = source
+        epoch = self.source_epoch
+        ended = self._source_ended = self._loop.create_future()
+
+        def on_message(message: Message) -> None:
+            if not self.ended and self._source is source:  # else it has come after that
+                self._submit(message)
+                self._throttle()
+
+        def on_end(error: Exception | None) -> None:
+            if ended.done():
+                return
+            if error is None or isinstance(error, NetworkError):
+                ended.set_result(None)
+            else:
+                ended.set_exception(error)
+
         source.subscribe(on_message, on_end)
         try:
             await ended
+        except Exception as error:
+            self.fail(error)
+            raise
         finally:
-            self._source = self._source_ended = None
+            if self._source is source:
+                self._source = self._source_ended = None
+                self._tell(
+                    Lost(epoch, upstream=True, replayable=True, reason=f"no more steps from {source.peer_id}")
+                )
 
     def _throttle(self) -> None:
         """Let the sender wait when too much is being computed, or results do not get away."""
         if self._source is None:
             return
-        if self._throttled is None and (self._full or self._output.congested):
+        if self._throttled is None and (self._full or self._congested):
             self._source.pause()
             self._throttled = self._loop.create_task(self._resume_when_free(self._source))
 
@@ -152,7 +312,10 @@ class HostedSession:
                 self._room.clear()
                 await self._room.wait()
             async with asyncio.timeout(self._limits.write_timeout_s):
-                await self._output.drain()
+                if self._downstream is not None:
+                    await self._downstream.outbox.drain()
+                else:
+                    await self._client.drain()
             source.resume()
         except (NetworkError, TimeoutError) as error:
             self.fail(error)
@@ -168,8 +331,10 @@ class HostedSession:
         )
 
     @property
-    def _output(self) -> Channel:
-        return self._next or self._client
+    def _congested(self) -> bool:
+        if self._downstream is not None:
+            return self._downstream.outbox.congested
+        return self._client.congested
 
     async def watch_idle(self) -> None:
         """Wait until no step has come for too long, then end the session.
@@ -195,28 +360,10 @@ class HostedSession:
         limits = self._limits
         if self._source is not None:
             may_take_long = self.opening.upstream is not None or self._source.receiving
-            if self._last_step >= 0 or may_take_long:
+            if self.last_step >= 0 or may_take_long:
                 return limits.idle_timeout_s
         waiting_s = min(self.opening.wait_s, limits.max_wait_s)
         return min(limits.idle_timeout_s, limits.first_step_timeout_s + waiting_s)
-
-    async def watch_next(self) -> None:
-        """Wait for the next hop to fail, and tell the client so."""
-        assert self._next is not None
-        try:
-            while isinstance(message := await self._next.receive(), PrefixFound):
-                if self._prefixes is not None:
-                    self._prefixes.answered(message)
-            reason = message.message if isinstance(message, Error) else "it ended the stream"
-        except PetalSwarmError as error:
-            reason = str(error)
-        self.fail(HopLostError(f"the next hop {self._next.peer_id} is gone: {reason}"))
-
-    async def watch_client(self) -> None:
-        """Wait for the client to leave; at a hop that gets its steps from another, it must not send any."""
-        message = await self._client.receive()
-        if message is not None:
-            raise BadMessageError("steps of this session come from its upstream hop")
 
     def fail(self, error: Exception, step: int | None = None) -> None:
         """End the session with an error to the client."""
@@ -231,10 +378,13 @@ class HostedSession:
         self._end()
         if self._throttled is not None:
             self._throttled.cancel()
+        if self._unrepaired is not None:
+            self._unrepaired.cancel()
         if self._prefixes is not None:
             self._prefixes.close()
-        if self._next is not None:
-            await self._next.close()
+        if self._downstream is not None:
+            await self._downstream.close()
+        self._log.close()
 
     async def wait_ended(self) -> None:
         await self._ended.wait()
@@ -245,22 +395,24 @@ class HostedSession:
             self._room.set()
             if self._source_ended is not None and not self._source_ended.done():
                 self._source_ended.set_result(None)
+            if not self._client_ended.done():
+                self._client_ended.set_result(None)
             self._compute.close_session(self.opening.session)
 
     def _submit(self, message: Message) -> None:
         """Check what can be checked here and hand the step to the engine."""
         if isinstance(message, FindPrefix) and self._prefixes is not None and self._source is not None:
-            if message.epoch == self.opening.epoch:
+            if message.epoch == self.source_epoch:
                 self._prefixes.ask(message, self._source)
             return
         if not isinstance(message, Step):
             raise BadMessageError(f"expected a step, got {message.type!r}")
-        if message.epoch < self.opening.epoch:
+        if message.epoch < self.source_epoch:
             return
-        if message.epoch > self.opening.epoch or message.step <= self._last_step:
+        if message.epoch > self.source_epoch or message.step <= self.last_step:
             raise BadMessageError(
                 f"step {message.step} of epoch {message.epoch} came after"
-                f" step {self._last_step} of epoch {self.opening.epoch}"
+                f" step {self.last_step} of epoch {self.source_epoch}"
             )
         if message.tensor.shape[0] > self._compute.engine.max_batch_tokens:
             raise BadTensorError(
@@ -268,7 +420,7 @@ class HostedSession:
                 f" {self._compute.engine.max_batch_tokens}"
             )
         arrived = time.perf_counter()
-        self._last_step = message.step
+        self.last_step = message.step
         self._in_flight += 1
         self._bytes_in_flight += message.tensor.nbytes
         if self._prefixes is not None and self._prefixes.takes(message):
@@ -284,7 +436,7 @@ class HostedSession:
             slices=step.slices,
             hidden=decode_tensor(step.tensor, step.payload),
             forks=step.forks,
-            rows=step.rows if self.opening.next is None else "all",
+            rows=step.rows if self._downstream is None else "all",
             keys=step.keys,
             peer=self._client.peer_id,
         )
@@ -347,17 +499,16 @@ class HostedSession:
         if step.tensor.shape[0] <= OVERHEAD_TOKENS:
             self._overhead.add(elapsed - result.compute_s - result.queued_s - held_s)
         trace = (*step.trace, elapsed)
-        try:
-            if self._next is not None:
-                step.tensor, step.payload, step.trace, step.keys = meta, payload, trace, result.keys
-                self._next.send(step)
-            elif step.rows != "none":
-                self._client.send(
-                    Output(step=step.step, epoch=step.epoch, tensor=meta, payload=payload, trace=trace)
-                )
-        except ProtocolError as error:
-            # The neighbour has just ended the stream with an error of its own, which its reader reports.
-            self.fail(HopLostError(str(error)), step.step)
+        self._last_done = step.step
+        if self._downstream is not None:
+            step.tensor, step.payload, step.trace, step.keys = meta, payload, trace, result.keys
+            self._downstream.outbox.send(step)
+        elif step.rows != "none" and step.step > self._answered:
+            output = Output(step=step.step, epoch=step.epoch, tensor=meta, payload=payload, trace=trace)
+            if self._is_spare:
+                self._unanswered.append(output)
+            else:
+                self._tell(output)
 
 
 def error_message(error: BaseException, step: int | None = None) -> Error:
@@ -380,7 +531,10 @@ def _encode(step: Step, result: StepResult) -> tuple[StepResult, tuple[TensorMet
     if result.hidden is None:
         return result, None
     try:
-        return result, encode_tensor(result.hidden.to(DTYPES[step.tensor.dtype]))
+        hidden = result.hidden.to(DTYPES[step.tensor.dtype])
+        if hidden.untyped_storage().nbytes() > hidden.nbytes:
+            hidden = hidden.clone()  # it is kept for a while, and the rest of its batch should not be
+        return result, encode_tensor(hidden)
     except Exception as error:
         logger.exception("the result of a step cannot be sent")
         failure = RemoteError(f"the server failed to compute: {type(error).__name__}")

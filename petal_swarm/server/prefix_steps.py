@@ -39,7 +39,7 @@ class PrefixSteps:
         self._owner = owner
         self._compute = compute
         self._first = owner.opening.upstream is None
-        self._epoch = owner.opening.epoch
+        self._epoch = owner.opening.epoch  # of the first link, the only one that is asked
         self._session = owner.opening.session
         self._next: Channel | None = None
         self._held: deque[tuple[Step | FindPrefix, float]] = deque()
@@ -54,6 +54,12 @@ class PrefixSteps:
 
     def attach_next(self, channel: Channel) -> None:
         self._next = channel
+
+    def give_up_next(self) -> None:
+        """The next hop is lost or another one: whatever it holds, ask for nothing more."""
+        self._next_is_silent = True
+        if self._asked is not None and not self._asked[1].done():
+            self._asked[1].set_result(())
 
     def takes(self, step: Step) -> bool:
         """Whether `step` must wait here: behind others, or since it may start with a known prefix."""
@@ -173,9 +179,11 @@ class PrefixSteps:
         except TimeoutError:
             # Its answer may still come, and more questions would only queue up there.
             self._next_is_silent = True
-            behind = (0,) * len(asked)
+            behind = ()
         finally:
             self._asked = None
+        if self._next_is_silent:
+            return [0] * len(pages)
         if len(behind) != len(asked):
             raise HopLostError(f"the next hop {self._next.peer_id} gave an answer that fits no question")
         for index, count in zip(asked, behind, strict=True):

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Final, TypeAlias
 
-from petal_swarm.errors import LocalProtocolError, RemoteProtocolError
+from petal_swarm.errors import CutOffError, LocalProtocolError, RemoteProtocolError
 from petal_swarm.wire.frames import Buffer, FrameDecoder
 from petal_swarm.wire.messages import (
     Error,
     FindPrefix,
+    Leaving,
     Listing,
     ListRequest,
+    Lost,
     Message,
     Open,
     Opened,
@@ -26,7 +28,11 @@ from petal_swarm.wire.messages import (
     Ping,
     Pong,
     PrefixFound,
+    Probe,
+    Progress,
     PushOpen,
+    Reroute,
+    Rerouted,
     Step,
     decode,
     encode,
@@ -59,7 +65,13 @@ SESSION_TABLE: Final[Table] = {
     (State.OPENING, Role.LISTENER, Opened): State.OPEN,
     (State.OPENING, Role.LISTENER, Error): State.ENDED,
     (State.OPEN, Role.DIALER, Step): State.OPEN,
+    (State.OPEN, Role.DIALER, Reroute): State.OPEN,
+    (State.OPEN, Role.DIALER, Probe): State.OPEN,
     (State.OPEN, Role.LISTENER, Output): State.OPEN,
+    (State.OPEN, Role.LISTENER, Rerouted): State.OPEN,
+    (State.OPEN, Role.LISTENER, Lost): State.OPEN,
+    (State.OPEN, Role.LISTENER, Leaving): State.OPEN,
+    (State.OPEN, Role.LISTENER, Progress): State.OPEN,
     (State.OPEN, Role.LISTENER, Error): State.ENDED,
 }
 
@@ -116,7 +128,7 @@ class Connection:
         """
         if not len(data):
             if self._decoder.mid_frame:
-                raise RemoteProtocolError("the stream ended inside a frame")
+                raise CutOffError("the stream ended inside a frame")
             self._events.append(StreamEnded())
             return
         for frame in self._decoder.feed(data):

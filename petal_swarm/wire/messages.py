@@ -7,9 +7,9 @@ anything missing, mistyped or out of range. Tensors stay bytes here; `tensors.py
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias, TypeVar, get_args
 
 from petal_swarm.errors import LocalProtocolError, RemoteProtocolError, UnknownVersionError
 from petal_swarm.span import Slice, Span
@@ -18,11 +18,15 @@ from petal_swarm.wire.announcement import MAX_ADDRESSES, span_from_list
 from petal_swarm.wire.frames import Buffer, Frame, encode_frame
 from petal_swarm.wire.protocols import VERSION
 
+T = TypeVar("T")
+
 SESSION_ID_BYTES = 16
 MAX_POSITION = 1 << 30
 MAX_EXTENT = 1 << 31
 MAX_SEQUENCES = 1024
 MAX_STEP = 1 << 53
+#: Before the first step.
+NO_STEP = -1
 MAX_HOPS = 1024
 MAX_WAIT_S = 600
 MAX_ANNOUNCEMENTS = 512
@@ -127,7 +131,8 @@ class Open:
 
     `upstream` is None at the first hop, `next` at the last. `wait_s` is how long the client will wait
     for room, in seconds. With `share_prefixes` the session may start behind a prefix that another session
-    has left, and leaves its own.
+    has left, and leaves its own. The last hop answers the steps after `answered` only: earlier ones are
+    sent again to fill its KV cache. A `spare` sends nothing on until a `Reroute` tells it to.
     """
 
     type: ClassVar[str] = "open"
@@ -140,6 +145,8 @@ class Open:
     next: Neighbour | None = None
     share_prefixes: bool = False
     wait_s: float = 0.0
+    answered: int = NO_STEP
+    spare: bool = False
     version: int = VERSION
 
     def to_header(self) -> dict[str, Any]:
@@ -149,6 +156,8 @@ class Open:
             "session": self.session,
             "epoch": self.epoch,
             "share_prefixes": self.share_prefixes,
+            "answered": self.answered,
+            "spare": self.spare,
             "model": self.model,
             "span": [self.span.start, self.span.end],
             "max_length": self.max_length,
@@ -167,14 +176,12 @@ class Open:
             model=fields.text(header, "model", limit=256),
             span=span_from_list(header.get("span")),
             max_length=fields.integer(header, "max_length", 1, MAX_POSITION),
-            upstream=fields.text(header, "upstream", limit=128)
-            if header.get("upstream") is not None
-            else None,
-            next=Neighbour.from_header(fields.mapping(header, "next"))
-            if header.get("next") is not None
-            else None,
+            upstream=_optional(header, "upstream", lambda: fields.text(header, "upstream", limit=128)),
+            next=_optional(header, "next", lambda: Neighbour.from_header(fields.mapping(header, "next"))),
             share_prefixes=fields.flag(header, "share_prefixes", False),
             wait_s=fields.number(header, "wait_s", 0, MAX_WAIT_S, 0.0),
+            answered=fields.integer(header, "answered", NO_STEP, MAX_STEP, NO_STEP),
+            spare=fields.flag(header, "spare", False),
         )
 
 
@@ -201,12 +208,16 @@ class PushOpen:
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """Answer to `Open` and `PushOpen`: ready for steps. `dtype` is what the blocks compute in."""
+    """Answer to `Open` and `PushOpen`: ready for the steps after `last_step`, which arrived earlier.
+
+    `dtype` is what the blocks compute in.
+    """
 
     type: ClassVar[str] = "opened"
     dtype: str = "float32"
     max_batch_tokens: int = 1
     kv_tokens_free: int = 0
+    last_step: int = NO_STEP
 
     def to_header(self) -> dict[str, Any]:
         return {
@@ -214,6 +225,7 @@ class Opened:
             "dtype": self.dtype,
             "max_batch_tokens": self.max_batch_tokens,
             "kv_tokens_free": self.kv_tokens_free,
+            "last_step": self.last_step,
         }
 
     @classmethod
@@ -222,6 +234,145 @@ class Opened:
             dtype=fields.choice(frame.header, "dtype", tuple(DTYPE_BYTES), "float32"),
             max_batch_tokens=fields.integer(frame.header, "max_batch_tokens", 1, 1 << 40, 1),
             kv_tokens_free=fields.integer(frame.header, "kv_tokens_free", 0, 1 << 40, 0),
+            last_step=fields.integer(frame.header, "last_step", NO_STEP, MAX_STEP, NO_STEP),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reroute:
+    """Client to a hop: its neighbours in the ring change; each new link is of `epoch`.
+
+    `upstream`: steps come from this peer from now on, and no more from the one before. `next`: results go
+    there, from the first that it lacks on; `also` keeps the present next hop beside it. `answered`: this is
+    the last hop, and answers the client the steps after that one. None leaves a thing as it is.
+    """
+
+    type: ClassVar[str] = "reroute"
+    epoch: int
+    upstream: str | None = None
+    next: Neighbour | None = None
+    also: bool = False
+    answered: int | None = None
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "epoch": self.epoch,
+            "upstream": self.upstream,
+            "next": self.next.to_header() if self.next else None,
+            "also": self.also,
+            "answered": self.answered,
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Reroute:
+        header = frame.header
+        return cls(
+            epoch=fields.integer(header, "epoch", 0, MAX_STEP),
+            upstream=_optional(header, "upstream", lambda: fields.text(header, "upstream", limit=128)),
+            next=_optional(header, "next", lambda: Neighbour.from_header(fields.mapping(header, "next"))),
+            also=fields.flag(header, "also", False),
+            answered=_optional(
+                header, "answered", lambda: fields.integer(header, "answered", NO_STEP, MAX_STEP)
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rerouted:
+    """Answer to `Reroute`: it is done, and the new next hop, if there is one, takes steps."""
+
+    type: ClassVar[str] = "rerouted"
+    epoch: int
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "epoch": self.epoch}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Rerouted:
+        return cls(fields.integer(frame.header, "epoch", 0, MAX_STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """A hop to its client: the link of `epoch`, to the next hop or from the `upstream`, is gone.
+
+    The session lives on here and waits for a `Reroute`. Where not all that was sent to the next hop is
+    still known, another one cannot take its place: then it is not `replayable`.
+    """
+
+    type: ClassVar[str] = "lost"
+    epoch: int
+    upstream: bool = False
+    replayable: bool = True
+    reason: str = ""
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "epoch": self.epoch,
+            "upstream": self.upstream,
+            "replayable": self.replayable,
+            "reason": self.reason[: fields.MAX_TEXT],
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Lost:
+        return cls(
+            fields.integer(frame.header, "epoch", 0, MAX_STEP),
+            fields.flag(frame.header, "upstream", False),
+            fields.flag(frame.header, "replayable", True),
+            fields.text(frame.header, "reason", ""),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """A hop to its client: this server wants to leave; another one should take its place."""
+
+    type: ClassVar[str] = "leaving"
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Leaving:
+        return cls()
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Client to a hop: are you there, and how far?"""
+
+    type: ClassVar[str] = "probe"
+    number: int
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "number": self.number}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Probe:
+        return cls(fields.integer(frame.header, "number", 0, MAX_STEP))
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Answer to `Probe`: the last step that has arrived, and the last that is computed."""
+
+    type: ClassVar[str] = "progress"
+    number: int
+    arrived: int
+    done: int
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "number": self.number, "arrived": self.arrived, "done": self.done}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Progress:
+        return cls(
+            fields.integer(frame.header, "number", 0, MAX_STEP),
+            fields.integer(frame.header, "arrived", NO_STEP, MAX_STEP),
+            fields.integer(frame.header, "done", NO_STEP, MAX_STEP),
         )
 
 
@@ -452,6 +603,12 @@ Message: TypeAlias = (
     Open
     | PushOpen
     | Opened
+    | Reroute
+    | Rerouted
+    | Lost
+    | Leaving
+    | Probe
+    | Progress
     | Step
     | FindPrefix
     | PrefixFound
@@ -517,6 +674,11 @@ def _version(header: Mapping[str, Any]) -> int:
     if version != VERSION:
         raise UnknownVersionError(f"protocol version {version} is not spoken here, only {VERSION}")
     return version
+
+
+def _optional(header: Mapping[str, Any], name: str, read: Callable[[], T]) -> T | None:
+    """A field that may be absent or null."""
+    return None if header.get(name) is None else read()
 
 
 def _is_extent(value: Any) -> bool:

@@ -12,7 +12,8 @@ import torch
 from petal_swarm.client.config import ClientConfig
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.model import SwarmModelForCausalLM
-from petal_swarm.client.swarm import ModelRef, Swarm
+from petal_swarm.client.swarm import Swarm
+from petal_swarm.client.view import ModelRef
 from petal_swarm.directory.memory import MemoryDirectory, MemoryRegistry
 from petal_swarm.engine.compute import InlineCompute
 from petal_swarm.models.checkpoint import open_checkpoint

@@ -293,7 +293,7 @@ def test_a_leaving_server_lets_nobody_wait(swarm: LocalSwarm) -> None:
 
 def test_an_announcement_says_what_a_new_session_gets_and_says_it_soon(swarm: LocalSwarm) -> None:
     async def announced() -> int:
-        (found,) = await swarm.models[0]._swarm.announcements(swarm.checkpoint.model_key)
+        (found,) = await swarm.models[0]._swarm.view.announcements(swarm.checkpoint.model_key)
         return found.kv_tokens_free
 
     async def work() -> None:

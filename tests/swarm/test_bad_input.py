@@ -23,13 +23,14 @@ from petal_swarm.errors import (
     VersionMismatchError,
     WrongModelError,
     WrongSpanError,
+    remote_error,
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.memory import MemoryTransport
 from petal_swarm.span import Slice, Span
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
 from petal_swarm.wire.frames import PREFIX, encode_frame
-from petal_swarm.wire.messages import Open, Opened, Output, PushOpen, Step, TensorMeta
+from petal_swarm.wire.messages import Error, Leaving, Open, Opened, Output, PushOpen, Step, TensorMeta
 from petal_swarm.wire.protocols import PUSH, SESSION
 from petal_swarm.wire.tensors import encode_tensor
 from tests.checkpoints import VOCABULARY, reference
@@ -66,7 +67,12 @@ class Intruder:
         meta, payload = encode_tensor(hidden)
         fields = {"step": 0, "epoch": 0, "slices": slices, "tensor": meta, "payload": payload} | changes
         channel.send(Step(**fields))
-        return await channel.expect(Output, timeout_s=5)
+        while isinstance(message := await channel.receive(), Leaving):
+            pass
+        if isinstance(message, Error):
+            raise remote_error(message.code, message.message)
+        assert isinstance(message, Output), message
+        return message
 
     async def raw(self, data: bytes, *, after_open: bool) -> None:
         """Send bytes as they are, end the stream, and wait until the server has done with it."""

@@ -131,11 +131,12 @@ def test_a_long_prompt_waits_with_the_client_and_not_in_buffers(
                     assert server._host is not None
                     for hosted in server._host._sessions.values():
                         highest["steps"] = max(highest["steps"], hosted._in_flight)
-                        unsent = hosted._output._stream.unsent_bytes
-                        highest["unsent"] = max(highest["unsent"], unsent)
+                        links = hosted._downstream.outbox.links if hosted._downstream else ()
+                        for link in links:
+                            highest["unsent"] = max(highest["unsent"], link.channel._stream.unsent_bytes)
                 ring = session._ring
                 if ring is not None:
-                    highest["unsent"] = max(highest["unsent"], ring._channels[0]._stream.unsent_bytes)
+                    highest["unsent"] = max(highest["unsent"], ring.members[0].channel._stream.unsent_bytes)
                 highest["ahead"] = max(highest["ahead"], len(counts) - swarm.loop.time())
                 await asyncio.sleep(0.25)
 

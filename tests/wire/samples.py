@@ -19,14 +19,17 @@ from petal_swarm.wire.messages import (
     MAX_SEQUENCES,
     MAX_STEP,
     MAX_WAIT_S,
+    NO_STEP,
     PAGE_KEY_BYTES,
     PAGE_TOKENS,
     ROWS,
     SESSION_ID_BYTES,
     Error,
     FindPrefix,
+    Leaving,
     Listing,
     ListRequest,
+    Lost,
     Message,
     Neighbour,
     Open,
@@ -36,7 +39,11 @@ from petal_swarm.wire.messages import (
     Ping,
     Pong,
     PrefixFound,
+    Probe,
+    Progress,
     PushOpen,
+    Reroute,
+    Rerouted,
     Step,
     TensorMeta,
 )
@@ -57,6 +64,7 @@ def integers(low: int, high: int) -> st.SearchStrategy[int]:
 
 
 steps = integers(0, MAX_STEP)
+last_steps = integers(NO_STEP, MAX_STEP)
 sessions = st.binary(min_size=SESSION_ID_BYTES, max_size=SESSION_ID_BYTES)
 address_lists = st.lists(texts(MAX_TEXT), max_size=3).map(tuple) | st.just(("/ip4/::",) * MAX_ADDRESSES)
 traces = st.lists(st.floats(0, 1e9), max_size=4).map(tuple)
@@ -119,6 +127,8 @@ opens = st.builds(
     next=st.none() | neighbours,
     share_prefixes=st.booleans(),
     wait_s=st.floats(0, MAX_WAIT_S),
+    answered=last_steps,
+    spare=st.booleans(),
 )
 push_opens = st.builds(PushOpen, session=sessions, epoch=steps)
 openeds = st.builds(
@@ -126,6 +136,18 @@ openeds = st.builds(
     dtype=st.sampled_from(sorted(DTYPE_BYTES)),
     max_batch_tokens=integers(1, 1 << 40),
     kv_tokens_free=integers(0, 1 << 40),
+    last_step=last_steps,
+)
+reroutes = st.builds(
+    Reroute,
+    epoch=steps,
+    upstream=st.none() | texts(128),
+    next=st.none() | neighbours,
+    also=st.booleans(),
+    answered=st.none() | last_steps,
+)
+losses = st.builds(
+    Lost, epoch=steps, upstream=st.booleans(), replayable=st.booleans(), reason=texts(MAX_TEXT)
 )
 outputs = st.builds(
     lambda step, epoch, tensor, trace: Output(step, epoch, *tensor, trace), steps, steps, tensors(), traces
@@ -145,6 +167,12 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
     PrefixFound: answers,
     Opened: openeds,
     Step: step_messages(),
+    Reroute: reroutes,
+    Rerouted: st.builds(Rerouted, steps),
+    Lost: losses,
+    Leaving: st.just(Leaving()),
+    Probe: st.builds(Probe, steps),
+    Progress: st.builds(Progress, steps, last_steps, last_steps),
     Output: outputs,
     Error: errors,
     Ping: st.just(Ping()),
@@ -189,6 +217,12 @@ EXAMPLES: dict[type[Message], Message] = {
         share_prefixes=True,
     ),
     PushOpen: PushOpen(session=bytes(16), epoch=1),
+    Reroute: Reroute(3, upstream="peer-1", next=Neighbour("peer-3", ("/ip4/127.0.0.1/tcp/4",)), answered=4),
+    Rerouted: Rerouted(3),
+    Lost: Lost(2, upstream=True, replayable=False, reason="gone"),
+    Leaving: Leaving(),
+    Probe: Probe(7),
+    Progress: Progress(7, 12, -1),
     Opened: Opened("float16", 512, 4096),
     Step: Step(
         step=5,

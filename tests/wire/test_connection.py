@@ -24,8 +24,10 @@ from petal_swarm.wire.connection import (
 from petal_swarm.wire.messages import (
     Error,
     FindPrefix,
+    Leaving,
     Listing,
     ListRequest,
+    Lost,
     Message,
     Open,
     Opened,
@@ -33,7 +35,11 @@ from petal_swarm.wire.messages import (
     Ping,
     Pong,
     PrefixFound,
+    Probe,
+    Progress,
     PushOpen,
+    Reroute,
+    Rerouted,
     Step,
     encode,
 )
@@ -49,6 +55,19 @@ FLOWS: list[tuple[str, Flow]] = [
     (
         "session",
         [(D, Open), (L, Opened), (D, Step), (D, Step), (L, Output), (D, Step), (L, Output), (L, Error)],
+    ),
+    (
+        "session",
+        [
+            (D, Open),
+            (L, Opened),
+            (L, Leaving),
+            (L, Lost),
+            (D, Reroute),
+            (L, Rerouted),
+            (D, Probe),
+            (L, Progress),
+        ],
     ),
     ("session", [(D, Open), (L, Error)]),
     ("session", [(L, Error)]),

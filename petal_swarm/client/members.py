@@ -1,0 +1,196 @@
+"""The hops of a ring as the client knows them, and how one is opened."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from petal_swarm.errors import (
+    BusyError,
+    CacheFullError,
+    HopLostError,
+    PetalSwarmError,
+    ProtocolError,
+)
+from petal_swarm.net.channel import Channel
+from petal_swarm.net.transport import Transport
+from petal_swarm.routing.route import Hop
+from petal_swarm.span import Span
+from petal_swarm.wire.connection import SESSION_TABLE, Role
+from petal_swarm.wire.messages import Message, Neighbour, Open, Opened, Progress, Reroute
+from petal_swarm.wire.protocols import SESSION
+
+HOP_LOST_GRACE_S = 0.2
+
+
+class OpenFailedError(PetalSwarmError):
+    """A hop of `span` could not be opened: `peer_id` is to be avoided."""
+
+    def __init__(self, peer_id: str, span: Span, error: PetalSwarmError) -> None:
+        super().__init__(str(error))
+        self.peer_id = peer_id
+        self.span = span
+        self.error = error
+
+    @property
+    def is_full(self) -> bool:
+        """Whether waiting may help."""
+        return isinstance(self.error, (CacheFullError, BusyError))
+
+
+class LinkFailedError(PetalSwarmError):
+    """A hop could not be connected to its new next one; if not `replayable`, to no other either."""
+
+    def __init__(self, reason: str, *, replayable: bool) -> None:
+        super().__init__(reason)
+        self.replayable = replayable
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One open hop. `link_epoch` is that of the link by which steps come to it."""
+
+    hop: Hop
+    channel: Channel
+    opened: Opened
+    link_epoch: int
+    #: Why it is gone, once it is.
+    error: PetalSwarmError | None = None
+    #: The link into it is gone, though the hop may be there.
+    is_cut: bool = False
+    is_leaving: bool = False
+    _rerouted: dict[int, asyncio.Future[None]] = field(default_factory=dict)
+    _probed: dict[int, asyncio.Future[Progress]] = field(default_factory=dict)
+
+    @property
+    def peer_id(self) -> str:
+        return self.hop.peer_id
+
+    def neighbour(self) -> Neighbour:
+        return neighbour(self.hop)
+
+    async def reroute(self, told: Reroute, timeout_s: float) -> None:
+        """Tell the hop of its new neighbours, and wait until it has found them.
+
+        Raises:
+            LinkFailedError: it could not.
+            HopLostError: it is gone itself, or says nothing.
+        """
+        answer = self._rerouted[told.epoch] = asyncio.get_running_loop().create_future()
+        try:
+            if self.error is not None:
+                raise self._gone()
+            with contextlib.suppress(ProtocolError):  # it has just ended the session
+                self.channel.send(told)
+            async with asyncio.timeout(timeout_s):
+                await answer
+        except TimeoutError:
+            raise HopLostError(f"peer {self.peer_id} did not answer within {timeout_s:g} s") from None
+        finally:
+            del self._rerouted[told.epoch]
+
+    def rerouted(self, epoch: int, error: PetalSwarmError | None = None) -> bool:
+        """The answer of the hop has come; whether somebody waits for it."""
+        answer = self._rerouted.get(epoch)
+        if answer is None:
+            return False
+        if not answer.done():
+            answer.set_result(None) if error is None else answer.set_exception(error)
+        return True
+
+    async def probe(self, message: Message, number: int) -> Progress:
+        """Send a probe of that number and wait for its answer."""
+        answer = self._probed[number] = asyncio.get_running_loop().create_future()
+        try:
+            if self.error is not None:
+                raise self._gone()
+            with contextlib.suppress(ProtocolError):
+                self.channel.send(message)
+            progress: Progress = await answer
+            return progress
+        finally:
+            del self._probed[number]
+
+    def progressed(self, progress: Progress) -> None:
+        """A probe was answered."""
+        answer = self._probed.get(progress.number)
+        if answer is not None and not answer.done():
+            answer.set_result(progress)
+
+    def lose(self, error: PetalSwarmError) -> None:
+        """The hop is gone: nobody need wait for its answers."""
+        self.error = error
+        waiting: list[asyncio.Future[None] | asyncio.Future[Progress]] = [
+            *self._rerouted.values(),
+            *self._probed.values(),
+        ]
+        for answer in waiting:
+            if not answer.done():
+                answer.set_exception(self._gone())
+
+    def _gone(self) -> HopLostError:
+        return HopLostError(f"peer {self.peer_id} is gone: {self.error}", peer_id=self.peer_id)
+
+
+def neighbour(hop: Hop) -> Neighbour:
+    """What others are told of a hop to reach it."""
+    return Neighbour(hop.peer_id, hop.addresses)
+
+
+async def open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: float) -> Member:
+    """Open one hop; a hop without room may let the session wait for `opening.wait_s` on top of `timeout_s`.
+
+    Raises:
+        OpenFailedError: it, or the hop that it shall send to, is unreachable or refuses.
+    """
+    channel: Channel | None = None
+    try:
+        stream = await transport.open_stream(
+            hop.peer_id, SESSION, addresses=hop.addresses, timeout_s=timeout_s
+        )
+        channel = Channel(stream, SESSION_TABLE, Role.DIALER)
+        channel.send(opening)
+        opened = await channel.expect(Opened, timeout_s=timeout_s + opening.wait_s)
+        return Member(hop, channel, opened, opening.epoch)
+    except BaseException as error:
+        if channel is not None:
+            channel.abort()
+        if not isinstance(error, PetalSwarmError):
+            raise
+        # A hop that reports the loss of its next one is not the one to avoid.
+        lost = opening.next if isinstance(error, HopLostError) else None
+        raise OpenFailedError(lost.peer_id if lost else hop.peer_id, hop.span, error) from error
+
+
+async def open_hops(
+    transport: Transport, hops: Sequence[Hop], opening: Callable[[int], Open], timeout_s: float
+) -> list[Member]:
+    """Open a whole route at once; `opening(i)` is for hop i. Returns when each is connected to the next.
+
+    Raises:
+        OpenFailedError: a hop failed; none stays open.
+    """
+    attempts = [
+        asyncio.create_task(open_hop(transport, hop, opening(index), timeout_s))
+        for index, hop in enumerate(hops)
+    ]
+    try:
+        return list(await asyncio.gather(*attempts))
+    except BaseException as error:
+        if isinstance(error, OpenFailedError) and isinstance(error.error, HopLostError):
+            await asyncio.wait(attempts, timeout=HOP_LOST_GRACE_S)  # it may be telling why itself
+        for attempt in attempts:
+            attempt.cancel()
+        for outcome in await asyncio.gather(*attempts, return_exceptions=True):
+            if isinstance(outcome, Member):
+                outcome.channel.abort()
+            elif isinstance(outcome, OpenFailedError) and isinstance(error, OpenFailedError):
+                error = _more_telling(error, outcome)
+        raise error from None
+
+
+def _more_telling(first: OpenFailedError, second: OpenFailedError) -> OpenFailedError:
+    """Of two failures of one opening, the one that is not merely the other's consequence."""
+    return second if isinstance(first.error, HopLostError) else first

@@ -1,0 +1,179 @@
+"""What a client knows of a swarm: who serves what, how far away, and who is to be avoided."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import product
+
+from petal_swarm.client.avoidance import Avoidance
+from petal_swarm.client.config import ClientConfig
+from petal_swarm.directory.directory import Directory
+from petal_swarm.directory.remote import Pinger, measure_rtt
+from petal_swarm.errors import MissingBlocksError, PetalSwarmError
+from petal_swarm.net.transport import Transport
+from petal_swarm.routing.links import Measurements
+from petal_swarm.routing.route import Hop, Route, find_route
+from petal_swarm.span import Span
+from petal_swarm.wire.announcement import Announcement
+
+logger = logging.getLogger(__name__)
+
+RETRY_LOOKUP_S = 0.5
+#: Nobody measures bandwidth yet. At 100 Mbit/s a token of BLOOM-176B takes 5 ms, less than most round trips.
+ASSUMED_BANDWIDTH_BYTES_PER_S = 12.5e6
+#: In a hurry, what was heard of the swarm so long ago is good enough for a first try.
+RECENT_S = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRef:
+    """What routing must know of a model."""
+
+    key: str
+    num_blocks: int
+    hidden_size: int
+
+
+class View:
+    """Lives in one event loop; closes nothing that it was given."""
+
+    def __init__(self, config: ClientConfig, transport: Transport, directory: Directory) -> None:
+        self.config = config
+        self._transport = transport
+        self._directory = directory
+        self._pinger = Pinger(transport)
+        self._heard: dict[str, tuple[list[Announcement], float]] = {}
+        self.avoidance = Avoidance(now=_now)
+
+    async def announcements(self, model: str) -> list[Announcement]:
+        """Who serves the model now."""
+        found = await self._directory.lookup(model)
+        self._heard[model] = (found, _now())
+        return found
+
+    async def measure(self, announcements: list[Announcement]) -> dict[str, float]:
+        """Round trips to these peers in seconds, by peer id; those that do not answer are left out."""
+        return dict(await self._pinger.measure(announcements))
+
+    async def is_there(self, hop: Hop, timeout_s: float) -> bool:
+        """Whether a server answers a ping in time; whatever else it is busy with."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await measure_rtt(self._transport, hop.peer_id, hop.addresses, timeout_s=timeout_s)
+        except (PetalSwarmError, TimeoutError):
+            return False
+        return True
+
+    async def find_route(self, model: ModelRef, *, kv_tokens: int, avoid: frozenset[str]) -> Route:
+        """The fastest route; waits up to `wait_for_blocks_s` for blocks that nobody serves yet.
+
+        Peers that failed lately are used only where nobody else is left, those in `avoid` never.
+
+        Raises:
+            MissingBlocksError: still nobody does.
+        """
+        deadline = _now() + self.config.wait_for_blocks_s
+        waiting = False
+        while True:
+            known = await self.announcements(model.key)
+            usable = self._without(known, avoid | self.avoidance.banned)
+            rtts = await self.measure(usable)
+            try:
+                try:
+                    fresh = self._without(usable, self.avoidance.peers())
+                    return self._fastest(model, fresh, rtts, kv_tokens=kv_tokens)
+                except MissingBlocksError:
+                    return self._fastest(model, usable, rtts, kv_tokens=kv_tokens)
+            except MissingBlocksError as error:
+                if avoid or _now() >= deadline:
+                    raise MissingBlocksError(
+                        f"{error} (waited {self.config.wait_for_blocks_s:g} s)", error.blocks
+                    ) from None
+                if not waiting:
+                    logger.warning("%s; waiting up to %g s", error, self.config.wait_for_blocks_s)
+                waiting = True
+            await asyncio.sleep(RETRY_LOOKUP_S)
+
+    async def find_part(
+        self,
+        model: ModelRef,
+        span: Span,
+        *,
+        kv_tokens: int,
+        avoid: frozenset[str],
+        like: Collection[Hop],
+        min_batch_tokens: int,
+        fresh: bool,
+        before: str | None = None,
+        after: str | None = None,
+    ) -> Route:
+        """Who could compute the blocks of `span` in place of others, between the hops `before` and `after`.
+
+        Servers that compute in the dtype and quantization of one in `like` are preferred, since their
+        results are the same. Does not wait; unless `fresh`, what was heard lately may do.
+
+        Raises:
+            MissingBlocksError: nobody could.
+        """
+        heard, heard_s = self._heard.get(model.key, ([], 0.0))
+        if fresh or not heard or _now() - heard_s > RECENT_S:
+            heard = await self.announcements(model.key)
+        able = [a for a in heard if a.max_batch_tokens >= min_batch_tokens]
+        kinds = {(hop.dtype, hop.quant) for hop in like}
+        alike = [a for a in able if (a.dtype, a.quant) in kinds]
+        rtts = self._pinger.known(a.peer_id for a in able)
+        failure: MissingBlocksError | None = None
+        for those, avoided in product((alike, able), (self.avoidance.peers(), self.avoidance.banned)):
+            try:
+                route = self._fastest(
+                    model,
+                    self._without(those, avoid | avoided),
+                    rtts,
+                    kv_tokens=kv_tokens,
+                    span=span,
+                    before=before,
+                    after=after,
+                )
+            except MissingBlocksError as error:
+                failure = failure or error
+                continue
+            if those is able and alike != able:
+                logger.warning(
+                    "blocks %s are now computed in another precision than before: answers may differ", span
+                )
+            return route
+        assert failure is not None
+        raise failure
+
+    def _fastest(
+        self,
+        model: ModelRef,
+        usable: list[Announcement],
+        rtts_s: dict[str, float],
+        *,
+        kv_tokens: int,
+        span: Span | None = None,
+        before: str | None = None,
+        after: str | None = None,
+    ) -> Route:
+        return find_route(
+            usable,
+            span or model.num_blocks,
+            measurements=Measurements(
+                client_rtts_s=rtts_s, default_bandwidth_bytes_per_s=ASSUMED_BANDWIDTH_BYTES_PER_S
+            ),
+            step_bytes=4 * model.hidden_size,
+            kv_tokens=kv_tokens,
+            before=before,
+            after=after,
+        )
+
+    def _without(self, known: list[Announcement], avoided: frozenset[str]) -> list[Announcement]:
+        return [announcement for announcement in known if announcement.peer_id not in avoided]
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
