@@ -65,10 +65,8 @@ def servers(model: Path | str, spans: Sequence[str], *options: str) -> Iterator[
     running: list[RunningServer] = []
     try:
         for index, span in enumerate(spans):
-            join = ["--initial-peers", running[0].address] if running else ["--new-swarm"]
-            command = [sys.executable, "-m", "petal_swarm.cli.run_server", str(model), *join]
-            command += ["--blocks", span, "--name", f"server-{index}", "--quant", "none", *options]
-            running.append(_start([*command, "--listen", "/ip4/127.0.0.1/tcp/0"]))
+            joined = [running[0].address] if running else []
+            running.append(start_server(model, span, joined, "--name", f"server-{index}", *options))
         yield running
     finally:
         for server in running:
@@ -80,7 +78,11 @@ def servers(model: Path | str, spans: Sequence[str], *options: str) -> Iterator[
                 os.killpg(server.process.pid, signal.SIGKILL)
 
 
-def _start(command: list[str]) -> RunningServer:
+def start_server(model: Path | str, span: str, initial_peers: Sequence[str], *options: str) -> RunningServer:
+    """A `run_server` process on loopback that is ready; without initial peers it starts a swarm."""
+    join = ["--initial-peers", *initial_peers] if initial_peers else ["--new-swarm"]
+    command = [sys.executable, "-m", "petal_swarm.cli.run_server", str(model), *join]
+    command += ["--blocks", span, "--quant", "none", *options, "--listen", "/ip4/127.0.0.1/tcp/0"]
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True

@@ -41,8 +41,10 @@ logger = logging.getLogger(__name__)
 
 #: Several streams tell of one death; whoever heard the first waits for the others.
 GATHER_S = 0.02
-#: A hop that says nothing for so long when it is asked is gone.
-PROBE_TIMEOUT_S = 1.0
+#: A hop that says nothing when it is asked, for so many mean steps within these bounds, is gone.
+MAX_PROBE_S = 1.0
+MIN_PROBE_S = 0.5
+PROBE_STEPS = 8.0
 #: Two neighbours that both answer, and nothing goes from one to the other for so long.
 STUCK_S = 1.0
 #: A living hop that computes nothing for so long; it may wait for room in its KV cache for 30 s.
@@ -96,8 +98,9 @@ class Repairer:
         """No answer has come for too long: ask every hop whether it is there, and how far."""
         ring.is_quiet, ring.is_looked_into = False, True
         members = list(ring.members)
+        timeout_s = min(MAX_PROBE_S, max(MIN_PROBE_S, PROBE_STEPS * ring.step_s))
         self._probes += 1
-        asked = [asyncio.create_task(self._ask(member, self._probes)) for member in members]
+        asked = [asyncio.create_task(self._ask(member, self._probes, timeout_s)) for member in members]
         try:
             found = await asyncio.gather(*asked)
         finally:
@@ -146,16 +149,16 @@ class Repairer:
         self._stood_still[index] = (progress, since)
         return now - since
 
-    async def _ask(self, member: Member, number: int) -> tuple[int, ...] | None:
+    async def _ask(self, member: Member, number: int, timeout_s: float) -> tuple[int, ...] | None:
         """How far a hop is: the last step that came and the last that was done. Or only that it is there,
         if steps on the way keep the question waiting; None if it is not.
         """
         probing = asyncio.create_task(member.probe(Probe(number), number))
-        pinging = asyncio.create_task(self._view.is_there(member.hop, PROBE_TIMEOUT_S))
+        pinging = asyncio.create_task(self._view.is_there(member.hop, timeout_s))
         try:
             await asyncio.wait({probing, pinging}, return_when=asyncio.FIRST_COMPLETED)
             if not probing.done() and pinging.result():
-                await asyncio.wait({probing}, timeout=PROBE_TIMEOUT_S / 4)
+                await asyncio.wait({probing}, timeout=timeout_s / 4)
             if probing.done() and probing.exception() is None:
                 return (probing.result().arrived, probing.result().done)
             return () if member.error is None and await pinging else None
@@ -254,6 +257,7 @@ class Repairer:
                     epoch,
                     upstream=_peer_id(before) if new_upstream and before else None,
                     next=_neighbour(after) if new_next and after else None,
+                    answered=answered,
                 )
                 work.append(self._reroute(node, told, after))
         opened = iter(await self._all(ring, work))
@@ -404,7 +408,7 @@ class Repairer:
                 if link is None:
                     raise LinkFailedError("the session is too long to be sent again", replayable=False)
             else:
-                told = Reroute(epoch, next=spares[0].neighbour(), also=True)
+                told = Reroute(epoch, next=spares[0].neighbour(), also=True, answered=ring.answered)
                 await before.reroute(told, self._timeout_s)
             await self._catch_up(ring, spares[-1])
             await self._take_over(ring, leaving, before, after, spares)

@@ -89,7 +89,8 @@ class Ring:
         self._watch: asyncio.TimerHandle | None = None
         self._progress_s = self._loop.time()
         self._unanswered_bytes = 0
-        self._step_s = 0.0
+        #: Running mean of the time between two answers that were due.
+        self.step_s = 0.0
         self.is_quiet = False
         #: Whether the keeper is finding out already why nothing comes.
         self.is_looked_into = False
@@ -190,7 +191,7 @@ class Ring:
     @property
     def quiet_s(self) -> float:
         """How long no answer may come before somebody asks why: it follows from the steps so far."""
-        steps_s = min(MAX_QUIET_S, max(MIN_QUIET_S, QUIET_STEPS * self._step_s))
+        steps_s = min(MAX_QUIET_S, max(MIN_QUIET_S, QUIET_STEPS * self.step_s))
         return steps_s + self._unanswered_bytes / SLOW_UPLOAD_BYTES_PER_S
 
     @property
@@ -221,7 +222,13 @@ class Ring:
 
     def mirror(self, member: Member) -> Link | None:
         """Send all steps to another first hop as well; None if the first ones are not known any more."""
-        return self._outbox.connect(member.channel, member.link_epoch, after=member.opened.last_step)
+        return self._outbox.connect(
+            member.channel,
+            member.link_epoch,
+            after=member.opened.last_step,
+            done=self.answered,
+            max_rows=member.opened.max_batch_tokens,
+        )
 
     def unmirror(self, link: Link) -> None:
         """Send no more steps there."""
@@ -321,7 +328,7 @@ class Ring:
         answer.set_result(output)
         now = self._loop.time()
         passed_s = now - self._progress_s
-        self._step_s += (passed_s - self._step_s) * (_SMOOTHING if self._step_s else 1.0)
+        self.step_s += (passed_s - self.step_s) * (_SMOOTHING if self.step_s else 1.0)
         self._progress_s = now
         if not self._pending:
             self._unanswered_bytes = 0

@@ -9,8 +9,11 @@ from collections.abc import Callable
 
 from petal_swarm.errors import NetworkError, PetalSwarmError, ProtocolError
 from petal_swarm.net.channel import Channel
-from petal_swarm.wire.messages import Step
+from petal_swarm.wire.messages import NO_STEP, Step
 from petal_swarm.wire.step_log import StepLog
+
+#: Larger steps would keep the hops behind the first one waiting.
+MAX_REPLAY_ROWS = 512
 
 
 class Link:
@@ -82,9 +85,14 @@ class Outbox:
         for link in self.links:
             link.send(step)
 
-    def connect(self, channel: Channel, epoch: int, *, after: int) -> Link | None:
-        """Send `channel` the steps after that number, and all to come; None if some are known no more."""
-        missing = self.log.after(after)
+    def connect(
+        self, channel: Channel, epoch: int, *, after: int, done: int = NO_STEP, max_rows: int = 1
+    ) -> Link | None:
+        """Send `channel` the steps after that number, and all to come; None if some are known no more.
+
+        See `StepLog.after` for `done` and `max_rows`.
+        """
+        missing = self.log.after(after, done=done, max_rows=min(max_rows, MAX_REPLAY_ROWS))
         if missing is None:
             return None
         link = Link(channel, epoch, after, stalled=self._on_stall, stall_s=self._stall_s)

@@ -10,7 +10,7 @@ from typing import TypeAlias
 from petal_swarm.errors import HopLostError, PetalSwarmError, RemoteProtocolError
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.outbox import Link, Outbox
-from petal_swarm.wire.messages import Error, Lost, Message, Neighbour, Opened, PrefixFound, Rerouted
+from petal_swarm.wire.messages import NO_STEP, Error, Lost, Message, Neighbour, Opened, PrefixFound, Rerouted
 from petal_swarm.wire.step_log import StepLog
 
 logger = logging.getLogger(__name__)
@@ -49,8 +49,12 @@ class Downstream:
     def is_connected(self) -> bool:
         return bool(self.outbox.links)
 
-    async def connect(self, following: Neighbour, epoch: int, *, also: bool = False) -> Channel:
+    async def connect(
+        self, following: Neighbour, epoch: int, *, also: bool = False, done: int = NO_STEP
+    ) -> Channel:
         """Send everything that `following` lacks to it, and what is to come; `also` to those before it.
+
+        Of steps up to `done` nobody wants the results any more.
 
         Raises:
             HopLostError: it cannot be reached, refuses, or lacks what is not known here any more.
@@ -58,7 +62,9 @@ class Downstream:
         channel, opened = await self._dial(following, epoch)
         if not also:
             self._drop_all()
-        link = self.outbox.connect(channel, epoch, after=opened.last_step)
+        link = self.outbox.connect(
+            channel, epoch, after=opened.last_step, done=done, max_rows=opened.max_batch_tokens
+        )
         if link is None:
             channel.abort()
             raise HopLostError(GONE)
@@ -66,7 +72,7 @@ class Downstream:
         self._on_change()
         return channel
 
-    def reroute(self, following: Neighbour, epoch: int, *, also: bool) -> None:
+    def reroute(self, following: Neighbour, epoch: int, *, also: bool, done: int) -> None:
         """As `connect`, in a task; the client hears `rerouted`, or that the link is lost."""
         known = [
             link
@@ -80,13 +86,13 @@ class Downstream:
             return
         for earlier in self._tasks:
             earlier.cancel()
-        task = asyncio.get_running_loop().create_task(self._reroute(following, epoch, also))
+        task = asyncio.get_running_loop().create_task(self._reroute(following, epoch, also, done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _reroute(self, following: Neighbour, epoch: int, also: bool) -> None:
+    async def _reroute(self, following: Neighbour, epoch: int, also: bool, done: int) -> None:
         try:
-            await self.connect(following, epoch, also=also)
+            await self.connect(following, epoch, also=also, done=done)
         except PetalSwarmError as error:
             self._tell(self._lost(epoch, str(error)))
         else:

@@ -211,7 +211,8 @@ class HostedSession:
             if self._prefixes is not None:
                 self._prefixes.give_up_next()
             self._is_spare = False
-            self._downstream.reroute(told.next, told.epoch, also=told.also)
+            done = NO_STEP if told.answered is None else told.answered
+            self._downstream.reroute(told.next, told.epoch, also=told.also, done=done)
 
     def _answer_from(self, answered: int) -> None:
         """The last hop, until now a spare, answers the client from here on."""

@@ -243,8 +243,9 @@ class Reroute:
     """Client to a hop: its neighbours in the ring change; each new link is of `epoch`.
 
     `upstream`: steps come from this peer from now on, and no more from the one before. `next`: results go
-    there, from the first that it lacks on; `also` keeps the present next hop beside it. `answered`: this is
-    the last hop, and answers the client the steps after that one. None leaves a thing as it is.
+    there, from the first that it lacks on; `also` keeps the present next hop beside it. `answered`: the
+    client has had all answers up to this step; the last hop owes it those after that, and a replay may
+    join those before. None leaves a thing as it is.
     """
 
     type: ClassVar[str] = "reroute"

@@ -6,9 +6,10 @@ Positions are absolute, so the same steps in the same order give the same KV cac
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from petal_swarm.wire.messages import NO_STEP, Step
+from petal_swarm.span import Slice
+from petal_swarm.wire.messages import DTYPE_BYTES, NO_STEP, Step, TensorMeta
 
 #: What an entry costs besides its payload.
 _ENTRY_BYTES = 512
@@ -76,13 +77,18 @@ class StepLog:
         self.nbytes += nbytes
         self._budget._grown(nbytes)
 
-    def after(self, number: int) -> Sequence[Step] | None:
-        """The steps with a greater number, in order; None if not all of them are known."""
+    def after(self, number: int, *, done: int = NO_STEP, max_rows: int = 1) -> list[Step] | None:
+        """The steps with a greater number, in order; None if not all of them are known.
+
+        Those up to `done`, of which nobody wants the results any more, are joined to steps of up to
+        `max_rows` rows: a thousand tokens of decoding are then computed as fast as a prompt.
+        """
         if number >= self.last_step:
-            return ()
+            return []
         if not self.complete:
             return None
-        return self._steps[bisect_right(self._numbers, number) :]
+        first, joined = bisect_right(self._numbers, number), bisect_right(self._numbers, done)
+        return [*join_steps(self._steps[first:joined], max_rows), *self._steps[max(first, joined) :]]
 
     @property
     def max_rows(self) -> int:
@@ -102,3 +108,54 @@ class StepLog:
         """The session has ended. Idempotent."""
         self.give_up()
         self._budget._closed(self)
+
+
+def join_steps(steps: Sequence[Step], max_rows: int) -> Iterator[Step]:
+    """Fewer steps that leave the same KV cache behind, and return no rows.
+
+    Steps that append to what the one before them has left become one, with the number of the last.
+    """
+    waiting: list[Step] = []
+    ends: dict[int, int] = {}
+    rows = 0
+    for step in steps:
+        appends = step.forks is None and all(
+            position == ends.get(sequence, position) for sequence, position, _ in step.slices
+        )
+        fits = rows + step.tensor.shape[0] <= max_rows
+        if waiting and not (appends and fits and step.tensor.dtype == waiting[0].tensor.dtype):
+            yield _join(waiting)
+            waiting, ends, rows = [], {}, 0
+        waiting.append(step)
+        rows += step.tensor.shape[0]
+        for sequence, position, length in step.slices:
+            ends[sequence] = position + length
+    if waiting:
+        yield _join(waiting)
+
+
+def _join(steps: list[Step]) -> Step:
+    first, last = steps[0], steps[-1]
+    if len(steps) == 1:
+        return first
+    columns = first.tensor.shape[1]
+    row_bytes = columns * DTYPE_BYTES[first.tensor.dtype]
+    starts: dict[int, int] = {}
+    lengths: dict[int, int] = {}
+    parts: dict[int, list[memoryview]] = {}
+    for step in steps:
+        payload, offset = memoryview(step.payload), 0
+        for sequence, position, length in step.slices:
+            starts.setdefault(sequence, position)
+            lengths[sequence] = lengths.get(sequence, 0) + length
+            parts.setdefault(sequence, []).append(payload[offset : offset + length * row_bytes])
+            offset += length * row_bytes
+    return Step(
+        step=last.step,
+        epoch=last.epoch,
+        slices=tuple(Slice(sequence, start, lengths[sequence]) for sequence, start in starts.items()),
+        tensor=TensorMeta(first.tensor.dtype, (sum(lengths.values()), columns)),
+        payload=b"".join(part for sequence in starts for part in parts[sequence]),
+        rows="none",
+        forks=first.forks,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +15,8 @@ from petal_swarm.client.model import SwarmModelForCausalLM
 from petal_swarm.client.swarm import Swarm
 from petal_swarm.client.view import ModelRef
 from petal_swarm.directory.memory import MemoryDirectory, MemoryRegistry
-from petal_swarm.engine.compute import InlineCompute
+from petal_swarm.engine.compute import Compute, InlineCompute
+from petal_swarm.engine.engine import Engine
 from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.ends import load_ends
 from petal_swarm.net.memory import Link, MemoryNetwork, MemoryTransport, VirtualClockLoop
@@ -29,7 +30,16 @@ T = TypeVar("T")
 class LocalSwarm:
     """`spans` are served from the start, one server each; close it, or use it as a context manager."""
 
-    def __init__(self, model: Path, spans: list[str], *, seed: int = 0, **settings: Any) -> None:
+    def __init__(
+        self,
+        model: Path,
+        spans: list[str],
+        *,
+        seed: int = 0,
+        compute: Callable[[Engine], Compute] = InlineCompute,
+        **settings: Any,
+    ) -> None:
+        self._compute = compute
         self.loop = VirtualClockLoop()
         self._thread = LoopThread(self.loop, background=False)
         self.network = MemoryNetwork(seed, Link(latency_s=0.005, jitter_s=0.002))
@@ -107,6 +117,6 @@ class LocalSwarm:
         config = ServerConfig(model="unused", new_swarm=True, blocks=blocks, **values)
         transport = self.network.transport()
         directory = MemoryDirectory(self.registry, identity=transport.identity)
-        server = await Server.start(config, self.checkpoint, transport, directory, compute=InlineCompute)
+        server = await Server.start(config, self.checkpoint, transport, directory, compute=self._compute)
         self.servers.append(server)
         return server
