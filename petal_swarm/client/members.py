@@ -10,19 +10,22 @@ from dataclasses import dataclass, field
 from petal_swarm.errors import (
     BusyError,
     CacheFullError,
+    DeadlineError,
     HopLostError,
     PetalSwarmError,
     ProtocolError,
+    RemoteProtocolError,
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.route import Hop
 from petal_swarm.span import Span
 from petal_swarm.wire.connection import SESSION_TABLE, Role
-from petal_swarm.wire.messages import Message, Neighbour, Open, Opened, Progress, Reroute
+from petal_swarm.wire.messages import Message, Neighbour, Open, Opened, Progress, Recall, Recalled, Reroute
 from petal_swarm.wire.protocols import SESSION
 
 HOP_LOST_GRACE_S = 0.2
+MAX_RECALLED = 64
 
 
 class OpenFailedError(PetalSwarmError):
@@ -63,6 +66,7 @@ class Member:
     is_leaving: bool = False
     _rerouted: dict[int, asyncio.Future[None]] = field(default_factory=dict)
     _probed: dict[int, asyncio.Future[Progress]] = field(default_factory=dict)
+    _recalls: dict[int, tuple[list[Recalled], asyncio.Future[None]]] = field(default_factory=dict)
 
     @property
     def peer_id(self) -> str:
@@ -119,12 +123,51 @@ class Member:
         if answer is not None and not answer.done():
             answer.set_result(progress)
 
+    async def recall(self, question: Recall, timeout_s: float) -> list[Recalled]:
+        """What the hop says of earlier steps; empty if it does not know.
+
+        Raises:
+            HopLostError: it is gone.
+            DeadlineError: it says nothing.
+        """
+        found: list[Recalled] = []
+        answer = asyncio.get_running_loop().create_future()
+        self._recalls[question.number] = (found, answer)
+        try:
+            if self.error is not None:
+                raise self._gone()
+            with contextlib.suppress(ProtocolError):
+                self.channel.send(question)
+            async with asyncio.timeout(timeout_s):
+                await answer
+        except TimeoutError:
+            raise DeadlineError(f"peer {self.peer_id} recalled nothing within {timeout_s:g} s") from None
+        finally:
+            del self._recalls[question.number]
+        return [recalled for recalled in found if recalled.slices]
+
+    def recalled(self, message: Recalled) -> None:
+        """A part of an answer has come.
+
+        Raises:
+            RemoteProtocolError: more of it than a hop may send.
+        """
+        found, answer = self._recalls.get(message.number, (None, None))
+        if found is None or answer is None:
+            return
+        if len(found) >= MAX_RECALLED:
+            raise RemoteProtocolError(f"peer {self.peer_id} recalls more than it was asked for")
+        found.append(message)
+        if not message.more and not answer.done():
+            answer.set_result(None)
+
     def lose(self, error: PetalSwarmError) -> None:
         """The hop is gone: nobody need wait for its answers."""
         self.error = error
         waiting: list[asyncio.Future[None] | asyncio.Future[Progress]] = [
             *self._rerouted.values(),
             *self._probed.values(),
+            *(answer for _, answer in self._recalls.values()),
         ]
         for answer in waiting:
             if not answer.done():

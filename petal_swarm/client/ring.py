@@ -34,6 +34,7 @@ from petal_swarm.wire.messages import (
     Message,
     Output,
     Progress,
+    Recalled,
     Rerouted,
     Step,
 )
@@ -340,6 +341,8 @@ class Ring:
             member.rerouted(message.epoch)
         elif isinstance(message, Progress):
             member.progressed(message)
+        elif isinstance(message, Recalled):
+            member.recalled(message)
         elif isinstance(message, Leaving):
             if not member.is_leaving:
                 member.is_leaving = True

@@ -27,6 +27,7 @@ from petal_swarm.net.channel import Channel
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.downstream import Dial, Downstream
 from petal_swarm.server.prefix_steps import PrefixSteps
+from petal_swarm.server.recall import Receipts, answer
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import (
     NO_STEP,
@@ -40,6 +41,7 @@ from petal_swarm.wire.messages import (
     PrefixFound,
     Probe,
     Progress,
+    Recall,
     Reroute,
     Rerouted,
     Step,
@@ -107,6 +109,7 @@ class HostedSession:
                 stall_s=limits.write_timeout_s,
             )
         #: The last hop: whether it only fills its KV cache for now, and what it will answer if it is needed.
+        self._receipts = Receipts()
         self._is_spare = opening.spare
         self._answered = opening.answered
         self._unanswered: list[Output] = []
@@ -188,6 +191,9 @@ class HostedSession:
             self._tell(Progress(message.number, self.last_step, self._last_done))
         elif isinstance(message, Reroute):
             self._reroute(message)
+        elif isinstance(message, Recall):
+            for recalled in answer(message, self._log, self._receipts):
+                self._tell(recalled)
         else:
             raise BadMessageError(f"expected a step, got {message.type!r}")
 
@@ -422,6 +428,7 @@ class HostedSession:
             )
         arrived = time.perf_counter()
         self.last_step = message.step
+        self._receipts.keep(message)
         self._in_flight += 1
         self._bytes_in_flight += message.tensor.nbytes
         if self._prefixes is not None and self._prefixes.takes(message):

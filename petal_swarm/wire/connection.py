@@ -31,6 +31,8 @@ from petal_swarm.wire.messages import (
     Probe,
     Progress,
     PushOpen,
+    Recall,
+    Recalled,
     Reroute,
     Rerouted,
     Step,
@@ -72,6 +74,8 @@ SESSION_TABLE: Final[Table] = {
     (State.OPEN, Role.LISTENER, Lost): State.OPEN,
     (State.OPEN, Role.LISTENER, Leaving): State.OPEN,
     (State.OPEN, Role.LISTENER, Progress): State.OPEN,
+    (State.OPEN, Role.DIALER, Recall): State.OPEN,
+    (State.OPEN, Role.LISTENER, Recalled): State.OPEN,
     (State.OPEN, Role.LISTENER, Error): State.ENDED,
 }
 

@@ -377,6 +377,83 @@ class Progress:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Recall:
+    """Client to a hop, to audit a neighbour: the steps `first` to `last` that it sent on, or `received`."""
+
+    type: ClassVar[str] = "recall"
+    number: int
+    received: bool
+    first: int
+    last: int
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "number": self.number,
+            "received": self.received,
+            "first": self.first,
+            "last": self.last,
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Recall:
+        header = frame.header
+        return cls(
+            fields.integer(header, "number", 0, MAX_STEP),
+            fields.flag(header, "received", False),
+            fields.integer(header, "first", 0, MAX_STEP),
+            fields.integer(header, "last", 0, MAX_STEP),
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recalled:
+    """Answer to `Recall`: one of its steps, or several joined to one. Without slices: no more are known.
+
+    The last message of an answer has `more` = False.
+    """
+
+    type: ClassVar[str] = "recalled"
+    number: int
+    more: bool
+    step: int
+    slices: tuple[Slice, ...]
+    tensor: TensorMeta
+    payload: Buffer
+    forks: tuple[int, ...] | None = None
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "number": self.number,
+            "more": self.more,
+            "step": self.step,
+            "slices": self.slices,
+            "tensor": self.tensor.to_header(),
+            "forks": self.forks,
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Recalled:
+        header = frame.header
+        slices = fields.items(header, "slices", _slice, limit=MAX_SEQUENCES)
+        tensor = TensorMeta.from_frame(frame)
+        if sum(piece.length for piece in slices) != tensor.shape[0]:
+            raise RemoteProtocolError("field 'slices': lengths do not add up to the tensor's rows")
+        return cls(
+            fields.integer(header, "number", 0, MAX_STEP),
+            fields.flag(header, "more", False),
+            fields.integer(header, "step", 0, MAX_STEP),
+            slices,
+            tensor,
+            frame.payload,
+            _optional(
+                header, "forks", lambda: fields.items(header, "forks", _sequence, limit=MAX_SEQUENCES, low=1)
+            ),
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Step:
     """Packed hidden states for the blocks of the next hop.
@@ -610,6 +687,8 @@ Message: TypeAlias = (
     | Leaving
     | Probe
     | Progress
+    | Recall
+    | Recalled
     | Step
     | FindPrefix
     | PrefixFound
@@ -630,7 +709,7 @@ def encode(message: Message) -> list[Buffer]:
     Raises:
         LocalProtocolError: the message is over the protocol's bounds.
     """
-    if isinstance(message, (Step, Output)):
+    if isinstance(message, (Step, Output, Recalled)):
         return encode_frame(message.to_header(), message.payload)
     if isinstance(message, Listing):
         return encode_frame(message.to_header(), _join_records(message.records))

@@ -42,6 +42,8 @@ from petal_swarm.wire.messages import (
     Probe,
     Progress,
     PushOpen,
+    Recall,
+    Recalled,
     Reroute,
     Rerouted,
     Step,
@@ -173,6 +175,12 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
     Leaving: st.just(Leaving()),
     Probe: st.builds(Probe, steps),
     Progress: st.builds(Progress, steps, last_steps, last_steps),
+    Recall: st.builds(Recall, steps, st.booleans(), steps, steps),
+    Recalled: step_messages().map(
+        lambda step: Recalled(
+            step.epoch, step.rows == "all", step.step, step.slices, step.tensor, step.payload, step.forks
+        )
+    ),
     Output: outputs,
     Error: errors,
     Ping: st.just(Ping()),
@@ -223,6 +231,16 @@ EXAMPLES: dict[type[Message], Message] = {
     Leaving: Leaving(),
     Probe: Probe(7),
     Progress: Progress(7, 12, -1),
+    Recall: Recall(2, received=True, first=3, last=9),
+    Recalled: Recalled(
+        2,
+        False,
+        9,
+        (Slice(1, 10, 2), Slice(0, 0, 1)),
+        TensorMeta("float16", (3, 2)),
+        bytes(range(12)),
+        (1, 1),
+    ),
     Opened: Opened("float16", 512, 4096),
     Step: Step(
         step=5,

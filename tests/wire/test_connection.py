@@ -67,6 +67,8 @@ FLOWS: list[tuple[str, Flow]] = [
             (L, Rerouted),
             (D, Probe),
             (L, Progress),
+            (D, Recall),
+            (L, Recalled),
         ],
     ),
     ("session", [(D, Open), (L, Error)]),
