@@ -32,6 +32,8 @@ class Network:
         self.strangers = {identity.peer_id for identity in strangers}
         self.dialled: list[str] = []
         self.met = 0
+        self.refusals: dict[str, str] = {}
+        self.clock_offsets_s: dict[str, float] = {}
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
         peer_id = split_address(address)[1]
@@ -44,6 +46,9 @@ class Network:
 
     async def ping(self, peer_id: str) -> bool:
         return peer_id in self.up
+
+    def refusal(self, peer_id: str) -> str | None:
+        return self.refusals.get(peer_id)
 
     async def meet_neighbours(self) -> None:
         self.met += 1
