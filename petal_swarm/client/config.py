@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.wire.messages import MAX_WAIT_S
@@ -21,6 +22,8 @@ class ClientConfig:
     the servers' KV caches, and leave their own; see `docs/threat-model.md` for what that reveals.
     `prefill_chunk_tokens` cuts long prompts into steps of so many tokens; None chooses for each route.
     `wait_for_room_s` is how long to wait in the queue of a full server when no other serves its blocks.
+    `swarm_key` is the file of a private swarm's key. `identity` is a file that keeps the peer id, made if
+    missing; without it every client has a new one.
 
     Raises:
         ConfigError: no initial peers, an unknown transport, or a number out of range.
@@ -37,6 +40,8 @@ class ClientConfig:
     share_prefixes: bool = True
     prefill_chunk_tokens: int | None = None
     wait_for_room_s: float = 30.0
+    swarm_key: str | Path | None = None
+    identity: str | Path | None = None
 
     def __post_init__(self) -> None:
         if not self.initial_peers:
