@@ -48,9 +48,9 @@ def about_offsets(offsets_s: Mapping[str, float]) -> str | None:
 
 
 def duration(seconds: float) -> str:
-    """`3588` -> `59.8 min`."""
+    """`90` -> `1.5 min`."""
     for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
+        if round(seconds / size, 1) >= 1:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.1f} s"
 

@@ -93,6 +93,25 @@ def test_when_nobody_lets_us_in_the_error_says_why() -> None:
     assert "\n" not in message
 
 
+def test_why_a_peer_is_of_another_swarm_is_passed_on() -> None:
+    network = Network(strangers=(CAROL,))
+    network.refusals[CAROL.peer_id] = "peer carol: this swarm is private"
+    with pytest.raises(
+        PeerUnreachableError, match=r"^cannot join the swarm: peer carol: this swarm is private$"
+    ):
+        asyncio.run(members(network, CAROL).join(timeout_s=1))
+
+
+def test_a_clock_that_is_off_is_told_when_joining(caplog: pytest.LogCaptureFixture) -> None:
+    network = Network(BOB)
+    network.clock_offsets_s = {BOB.peer_id: 0.2}
+    asyncio.run(members(network, BOB).join(timeout_s=1))
+    assert caplog.text == ""
+    network.clock_offsets_s = {BOB.peer_id: -3600.0}
+    asyncio.run(members(network, BOB).join(timeout_s=1))
+    assert f"this machine's clock is 1.0 h ahead of that of peer {BOB.peer_id}" in caplog.text
+
+
 def test_rejoining_also_asks_servers_seen_since_and_only_so_often() -> None:
     async def run() -> None:
         network = Network(BOB)
