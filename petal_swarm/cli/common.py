@@ -79,7 +79,7 @@ def add_key_option(swarm: argparse._ArgumentGroup) -> None:
         "--swarm-key",
         metavar="FILE",
         help="take part in the private swarm of this key (petal-swarm key new makes one); nobody without"
-        " it can use the swarm, join it or see who is in it",
+        " it can use the swarm, join it or ask it anything",
     )
 
 

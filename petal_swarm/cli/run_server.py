@@ -28,7 +28,7 @@ EXAMPLES = """\
   run_server ./my-model --initial-peers ADDR --blocks 0:12 --device cuda --name my-gpu
       host given blocks of a local checkpoint
   petal-swarm key new swarm.key; run_server MODEL --new-swarm --swarm-key swarm.key
-      a private swarm: only who has the key can use it, join it or see who is in it
+      a private swarm: only who has the key can use it, or join it
 
 When it serves, it prints `ready ADDRESS` on stdout: give that address to others.
 Ctrl-C or SIGTERM lets running sessions end, then leaves; a second one leaves at once."""

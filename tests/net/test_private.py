@@ -132,6 +132,32 @@ def test_members_subscribe() -> None:
     run(scenario)
 
 
+def test_what_came_along_with_the_proof_is_not_lost() -> None:
+    async def scenario() -> None:
+        room = Room(KEY)
+        got: list[bytes] = []
+
+        async def subscriber(stream: Stream) -> None:
+            stream.subscribe(got.append)
+            await asyncio.sleep(1)
+
+        await room.serve(subscriber)
+        member = room.network.transport()
+        stream = await member.open_stream(room.listener.peer_id, X, timeout_s=5)
+        stream.write(member_frame(KEY.proof(Side.DIALER, X, member.peer_id, room.listener.peer_id)), b"one")
+        stream.write(b"two")
+        await asyncio.sleep(0.5)
+        assert got == [b"one", b"two"]
+
+    run(scenario)
+
+
+def test_no_memory_is_taken_for_a_payload_that_a_stranger_announces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private, "FrameDecoder", None)
+    head = b"".join(map(bytes, encode(Ping())))
+    assert private._told(head[:4] + b"\x04\0\0\0" + head[8:]) == private.IN_OPEN_SWARM
+
+
 @pytest.mark.parametrize("key", [None, OTHER_KEY])
 def test_a_stranger_is_told_so_and_never_reaches_the_handler(
     key: SwarmKey | None, caplog: pytest.LogCaptureFixture
@@ -194,6 +220,8 @@ def test_a_liar_is_not_believed_however_it_answers() -> None:
             for _ in range(2):
                 with pytest.raises(StrangerError):
                     await stream.read()
+            with pytest.raises(StreamClosedError):
+                await stream.drain()
             subscribed: list[bytes] = []
             (await room.dial(member)).subscribe(subscribed.append)
             await asyncio.sleep(1)
