@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 
 HERE = Path(__file__).parent
 READY_S = 20
-CLIENT_S = 30
+CLIENT_S = 75
 SERVER = (sys.executable, "-m", "petal_swarm.cli.run_server")
 
 
