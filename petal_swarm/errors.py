@@ -47,6 +47,22 @@ class RemoteProtocolError(ProtocolError):
     """By the peer: bytes or messages that are not allowed."""
 
 
+class BadRecordError(RemoteProtocolError):
+    """By the peer `peer_id`, who signed it: a record that says what it may not."""
+
+    def __init__(self, message: str, peer_id: str) -> None:
+        super().__init__(message)
+        self.peer_id = peer_id
+
+
+class StaleRecordError(BadRecordError):
+    """A record from another time than now: expired `late_s` ago; if negative, that much too far ahead."""
+
+    def __init__(self, message: str, peer_id: str, late_s: float) -> None:
+        super().__init__(message, peer_id)
+        self.late_s = late_s
+
+
 class UnknownVersionError(RemoteProtocolError):
     """By the peer: a message of a protocol version that is not spoken here."""
 
@@ -69,6 +85,10 @@ class StreamClosedError(NetworkError):
 
 class CutOffError(RemoteProtocolError, StreamClosedError):
     """The stream ended inside a message: the peer died, or broke the protocol."""
+
+
+class StrangerError(NetworkError):
+    """The peer is there, and has not shown that it has the key of this private swarm."""
 
 
 class DeadlineError(NetworkError, TimeoutError):
@@ -169,6 +189,18 @@ class HopLostError(RemoteError):
     code = "hop-lost"
 
 
+class PrivateSwarmError(RemoteError):
+    """The peer is in a private swarm, and we have not shown that we have its key."""
+
+    code = "private-swarm"
+
+
+class NotAllowedError(RemoteError):
+    """The peer serves only those that its owner has named, and we are not one."""
+
+    code = "not-allowed"
+
+
 _BY_CODE: dict[str, type[RemoteError]] = {
     cls.code: cls
     for cls in (
@@ -185,6 +217,8 @@ _BY_CODE: dict[str, type[RemoteError]] = {
         IdleError,
         TooSlowError,
         HopLostError,
+        PrivateSwarmError,
+        NotAllowedError,
     )
 }
 

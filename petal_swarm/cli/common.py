@@ -58,11 +58,28 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="addresses of servers, as they print them after `ready`",
     )
+    add_key_option(swarm)
+    swarm.add_argument(
+        "--identity",
+        metavar="FILE",
+        help="keep the peer id in FILE, for servers with --allow-peer; made if missing (default: a new one"
+        " each time)",
+    )
     swarm.add_argument(
         "--transport",
         default="auto",
         choices=("auto", "p2pd", "libp2p"),
         help="p2pd: the Go libp2p daemon (Linux x86-64); libp2p: pure Python, anywhere (default: auto)",
+    )
+
+
+def add_key_option(swarm: argparse._ArgumentGroup) -> None:
+    """`--swarm-key`, alike for servers and clients."""
+    swarm.add_argument(
+        "--swarm-key",
+        metavar="FILE",
+        help="take part in the private swarm of this key (petal-swarm key new makes one); nobody without"
+        " it can use the swarm, join it or ask it anything",
     )
 
 
@@ -143,6 +160,8 @@ def load_client(arguments: argparse.Namespace) -> Any:
         arguments.model,
         initial_peers=arguments.initial_peers,
         transport=arguments.transport,
+        swarm_key=arguments.swarm_key,
+        identity=arguments.identity,
         wait_for_blocks_s=arguments.wait_s,
         progress=sys.stderr.isatty(),
     )

@@ -14,6 +14,7 @@ COMMANDS = {
     "run-server": ("run_server", "host some blocks of a model for everybody"),
     "generate": ("generate", "answer one prompt with the swarm"),
     "chat": ("chat", "talk with the swarm"),
+    "key": ("key", "make the key of a private swarm"),
     "status": ("status", "who serves which blocks, how fast, how busy"),
 }
 HELP = """\

@@ -9,7 +9,14 @@ import os
 import sys
 from pathlib import Path
 
-from petal_swarm.cli.common import new_parser, not_negative, peer_address, positive, run_program
+from petal_swarm.cli.common import (
+    add_key_option,
+    new_parser,
+    not_negative,
+    peer_address,
+    positive,
+    run_program,
+)
 
 EXAMPLES = """\
   run_server bigscience/bloom-560m --new-swarm
@@ -20,6 +27,8 @@ EXAMPLES = """\
       join a swarm, taking the blocks that it needs most
   run_server ./my-model --initial-peers ADDR --blocks 0:12 --device cuda --name my-gpu
       host given blocks of a local checkpoint
+  petal-swarm key new swarm.key; run_server MODEL --new-swarm --swarm-key swarm.key
+      a private swarm: only who has the key can use it, or join it
 
 When it serves, it prints `ready ADDRESS` on stdout: give that address to others.
 Ctrl-C or SIGTERM lets running sessions end, then leaves; a second one leaves at once."""
@@ -58,6 +67,16 @@ def _add_swarm_options(swarm: argparse._ArgumentGroup) -> None:
         type=peer_address,
         default=[],
         help="addresses of servers to join",
+    )
+    add_key_option(swarm)
+    swarm.add_argument(
+        "--allow-peer",
+        metavar="PEER_ID",
+        action="append",
+        default=[],
+        help="open sessions for this peer only, and for others so named (repeatable; a client keeps its"
+        " peer id with --identity, and `petal-swarm key peer-id` tells it). Sessions that these peers run"
+        " through several servers work if all of them allow it. Others still see that the server is there",
     )
     swarm.add_argument("--name", default="", help="what others see in `petal-swarm status`")
     swarm.add_argument(
@@ -154,6 +173,8 @@ def run(arguments: argparse.Namespace) -> int:
         listen=tuple(arguments.listen),
         announce=tuple(arguments.announce),
         identity=arguments.identity,
+        swarm_key=arguments.swarm_key,
+        allow_peers=tuple(arguments.allow_peer),
         device=arguments.device,
         dtype=arguments.dtype,
         quant=arguments.quant,

@@ -17,6 +17,8 @@ from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.net.addresses import is_loopback
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.p2pd import P2pdTransport
+from petal_swarm.net.private import PrivateTransport
+from petal_swarm.net.swarm_key import load_swarm_key
 from petal_swarm.server.config import ServerConfig
 from petal_swarm.server.server import Server
 
@@ -57,6 +59,7 @@ async def serve(config: ServerConfig) -> int:
 
 async def start(config: ServerConfig) -> tuple[Server, P2pdTransport]:
     """Everything between the arguments and a serving server; leaves nothing behind if it fails."""
+    key = load_swarm_key(config.swarm_key)
     checkpoint = await asyncio.to_thread(open_checkpoint, config.model)
     identity = Identity.load_or_create(config.identity) if config.identity else Identity.generate()
     try:
@@ -75,13 +78,14 @@ async def start(config: ServerConfig) -> tuple[Server, P2pdTransport]:
         ) from None
     try:
         directory = await DhtDirectory.create(
-            transport, identity=identity, initial_peers=config.initial_peers, client_mode=False
+            transport, identity=identity, initial_peers=config.initial_peers, client_mode=False, key=key
         )
     except BaseException:
         await transport.close()
         raise
     with loading_bar("loading blocks", shown=sys.stderr.isatty()) as report:
-        return await Server.start(config, checkpoint, transport, directory, progress=report), transport
+        peer = PrivateTransport(transport, key) if key else transport
+        return await Server.start(config, checkpoint, peer, directory, progress=report), transport
 
 
 async def leave(server: Server, signals: Signals) -> None:
@@ -108,10 +112,11 @@ def describe(server: Server) -> None:
     address = best_address(server.addresses)
     kept = server.announcement()
     weights = kept.dtype if kept.quant == "none" else f"{kept.quant} weights, {kept.dtype}"
+    key = f" --swarm-key {server.config.swarm_key}" if server.config.swarm_key else ""
     print(
         f"serving blocks {server.span} of {server.checkpoint.name} ({weights},"
         f" room for {kept.kv_tokens} tokens of KV cache)\n"
-        f"join with: run_server {server.config.model} --initial-peers {address}",
+        f"join with: run_server {server.config.model}{key} --initial-peers {address}",
         file=sys.stderr,
     )
     if all(map(is_loopback, server.addresses)):

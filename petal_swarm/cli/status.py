@@ -70,7 +70,12 @@ async def ask(arguments: argparse.Namespace) -> Status:
     from petal_swarm.client.swarm import Swarm
     from petal_swarm.models.checkpoint import open_checkpoint
 
-    config = ClientConfig(initial_peers=tuple(arguments.initial_peers), transport=arguments.transport)
+    config = ClientConfig(
+        initial_peers=tuple(arguments.initial_peers),
+        transport=arguments.transport,
+        swarm_key=arguments.swarm_key,
+        identity=arguments.identity,
+    )
     checkpoint = open_checkpoint(arguments.model)
     swarm = await Swarm.connect(config)
     try:

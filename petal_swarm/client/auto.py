@@ -15,6 +15,7 @@ from petal_swarm.client.swarm import Swarm
 from petal_swarm.client.view import ModelRef
 from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.ends import load_ends
+from petal_swarm.net.swarm_key import load_swarm_key
 
 CONNECT_MARGIN_S = 30.0
 
@@ -42,7 +43,8 @@ class AutoSwarmModelForCausalLM:
             transport: `p2pd`, `libp2p`, or `auto` for what works here.
             dtype, device: of embeddings and LM head.
             progress: show a progress bar while reading.
-            settings: further fields of `ClientConfig`, and `revision`, `cache_dir`, `token` for the Hub.
+            settings: further fields of `ClientConfig`, such as `swarm_key`, the file of a private swarm's
+                key; and `revision`, `cache_dir`, `token` for the Hub.
 
         Raises:
             UnknownModelError, UnsupportedArchitectureError, CheckpointError: the model cannot be read.
@@ -52,6 +54,7 @@ class AutoSwarmModelForCausalLM:
         hub = {name: settings.pop(name) for name in ("revision", "cache_dir", "token") if name in settings}
         peers = (initial_peers,) if isinstance(initial_peers, str) else tuple(initial_peers)
         config = ClientConfig(initial_peers=peers, transport=transport, **settings)
+        load_swarm_key(config.swarm_key)  # a bad one is told before minutes of reading
         checkpoint = open_checkpoint(model, **hub)
         with loading_bar(f"loading {checkpoint.name}", shown=progress) as report:
             ends = load_ends(checkpoint, dtype=dtype, device=device, progress=report)

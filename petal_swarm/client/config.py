@@ -6,6 +6,7 @@ import importlib.util
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from petal_swarm.errors import ConfigError
 from petal_swarm.wire.messages import MAX_WAIT_S
@@ -21,6 +22,8 @@ class ClientConfig:
     the servers' KV caches, and leave their own; see `docs/threat-model.md` for what that reveals.
     `prefill_chunk_tokens` cuts long prompts into steps of so many tokens; None chooses for each route.
     `wait_for_room_s` is how long to wait in the queue of a full server when no other serves its blocks.
+    `swarm_key` is the file of a private swarm's key. `identity` is a file that keeps the peer id, made if
+    missing; without it every client has a new one.
 
     When a server is lost in the middle of a session, another one is looked for during `repair_timeout_s`,
     and each that is tried has `repair_open_timeout_s`. A server that is busy is left alone for
@@ -46,6 +49,8 @@ class ClientConfig:
     repair_open_timeout_s: float = 4.0
     retry_busy_s: float = 5.0
     max_log_bytes: int = 1 << 30
+    swarm_key: str | Path | None = None
+    identity: str | Path | None = None
 
     def __post_init__(self) -> None:
         if not self.initial_peers:

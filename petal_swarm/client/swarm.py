@@ -14,6 +14,9 @@ from petal_swarm.client.view import ModelRef, View
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import RemoteDirectory
 from petal_swarm.errors import MissingBlocksError, NetworkError, PeerUnreachableError
+from petal_swarm.net.identity import Identity
+from petal_swarm.net.private import PrivateTransport
+from petal_swarm.net.swarm_key import SwarmKey, load_swarm_key
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.routing.route import Route
@@ -41,15 +44,17 @@ class Swarm:
         """Join as a client.
 
         Raises:
-            ConfigError: an address or the transport cannot be used.
+            ConfigError: an address, the transport, the swarm key or the identity cannot be used.
             PeerUnreachableError: none of the initial peers answers.
         """
+        key = load_swarm_key(config.swarm_key)
+        identity = Identity.load_or_create(config.identity) if config.identity else None
         if config.choose_transport() == "libp2p":
-            return await cls._connect_libp2p(config)
+            return await cls._connect_libp2p(config, identity, key)
         from petal_swarm.directory.dht import DhtDirectory
         from petal_swarm.net.p2pd import P2pdTransport
 
-        transport = await P2pdTransport.create(listen=())
+        transport = await P2pdTransport.create(identity=identity, listen=())
         try:
             directory = await DhtDirectory.create(
                 transport,
@@ -57,19 +62,23 @@ class Swarm:
                 initial_peers=config.initial_peers,
                 client_mode=True,
                 join_timeout_s=config.connect_timeout_s,
+                key=key,
             )
         except BaseException:
             await transport.close()
             raise
-        return cls(config, transport, directory)
+        return cls(config, PrivateTransport(transport, key) if key else transport, directory)
 
     @classmethod
-    async def _connect_libp2p(cls, config: ClientConfig) -> Swarm:
+    async def _connect_libp2p(
+        cls, config: ClientConfig, identity: Identity | None, key: SwarmKey | None
+    ) -> Swarm:
         from petal_swarm.net.libp2p import Libp2pTransport
 
-        transport = await Libp2pTransport.create()
+        peer = await Libp2pTransport.create(identity=identity)
+        transport = PrivateTransport(peer, key) if key else peer
         try:
-            directory = RemoteDirectory(transport, config.initial_peers)
+            directory = RemoteDirectory(transport, config.initial_peers, key=key)
             await _reach_any(transport, config)
         except BaseException:
             await transport.close()

@@ -7,8 +7,11 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from petal_swarm.directory import clocks
 from petal_swarm.directory.records import read_record
-from petal_swarm.errors import RemoteProtocolError
+from petal_swarm.errors import BadRecordError, RemoteProtocolError, StaleRecordError
+from petal_swarm.net.complaints import Complaints
+from petal_swarm.net.swarm_key import SwarmKey
 from petal_swarm.wire.announcement import Announcement
 
 logger = logging.getLogger(__name__)
@@ -30,13 +33,23 @@ class RecordBook:
 
     A peer that has left stays in the book as a tombstone (state "left"), which outlives all its
     earlier records; so a source that has not heard of it yet cannot bring the peer back. A record
-    that is already in the book is not verified again.
+    that is already in the book is not verified again. With a `key` only records of that swarm are good.
     """
 
-    def __init__(self, model: str, *, now: Callable[[], float], limit: int = MAX_PEERS) -> None:
+    def __init__(
+        self,
+        model: str,
+        *,
+        now: Callable[[], float],
+        limit: int = MAX_PEERS,
+        key: SwarmKey | None = None,
+        complaints: Complaints | None = None,
+    ) -> None:
         self._model = model
         self._now = now
         self._limit = limit
+        self._key = key
+        self._complaints = complaints or Complaints(logger)
         self._entries: dict[str, _Entry] = {}
 
     def add(self, record: bytes, *, own: bool = False) -> None:
@@ -48,7 +61,7 @@ class RecordBook:
             RemoteProtocolError: see `read_record`; or it is of another model, or the book is full.
         """
         now = self._now()
-        announcement, expires_at = read_record(record, now=now)
+        announcement, expires_at = read_record(record, now=now, key=self._key)
         peer_id = announcement.peer_id
         if announcement.model != self._model:
             raise RemoteProtocolError(
@@ -67,9 +80,13 @@ class RecordBook:
             self._entries[peer_id] = _Entry(announcement, expires_at, record)
 
     async def merge(self, records: Iterable[bytes], *, source: str) -> int:
-        """Add all that are good; those that are not are logged and left out. Returns how many were good."""
+        """Add all that are good, and say of the others once for each peer why they are left out.
+
+        `source` is who told them, for people. Returns how many were good.
+        """
         known = {entry.record for entry in self._entries.values()}
         good = 0
+        stale: list[StaleRecordError] = []
         for count, record in enumerate(dict.fromkeys(records)):
             if record in known:
                 good += 1
@@ -79,8 +96,16 @@ class RecordBook:
             try:
                 self.add(record)
                 good += 1
+            except StaleRecordError as error:
+                if not clocks.is_ordinary(error):
+                    stale.append(error)
             except RemoteProtocolError as error:
-                logger.debug("from %s: %s", source, error)
+                # Whoever did not sign it is not to blame.
+                about = error.peer_id if isinstance(error, BadRecordError) else source
+                self._complaints.about(about, "ignored, as told by %s: %s", source, error)
+        if stale:
+            for peer_id, complaint in clocks.about_records(stale, good=good, source=source).items():
+                self._complaints.about(peer_id, "%s", complaint)
         return good
 
     def announcements(self) -> list[Announcement]:
@@ -107,14 +132,18 @@ class RecordBook:
 class Bookshelf:
     """A `RecordBook` for each of the models asked for lately."""
 
-    def __init__(self, *, now: Callable[[], float], limit: int = 64) -> None:
+    def __init__(self, *, now: Callable[[], float], limit: int = 64, key: SwarmKey | None = None) -> None:
         self._now = now
         self._limit = limit
+        self._key = key
+        self._complaints = Complaints(logger)
         self._books: dict[str, RecordBook] = {}
 
     def book(self, model: str) -> RecordBook:
         """The model's book; past the limit the one that was unused for longest is forgotten."""
-        book = self._books.pop(model, None) or RecordBook(model, now=self._now)
+        book = self._books.pop(model, None)
+        if book is None:
+            book = RecordBook(model, now=self._now, key=self._key, complaints=self._complaints)
         self._books[model] = book
         if len(self._books) > self._limit:
             del self._books[next(iter(self._books))]

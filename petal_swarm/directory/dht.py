@@ -20,6 +20,7 @@ from petal_swarm.errors import ConfigError, NetworkError, PeerUnreachableError
 from petal_swarm.net.addresses import split_address
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.p2pd import P2pdTransport
+from petal_swarm.net.swarm_key import SwarmKey
 from petal_swarm.wire.announcement import Announcement
 
 if TYPE_CHECKING:
@@ -52,13 +53,14 @@ class DhtDirectory:
         initial_peers: Sequence[str],
         client_mode: bool,
         now: Callable[[], float],
+        key: SwarmKey | None,
     ) -> None:
         self._transport = transport
         self._node = node
-        self._signer = RecordSigner(identity, now=now) if identity else None
+        self._signer = RecordSigner(identity, now=now, key=key) if identity else None
         self._membership = Membership(transport, node, initial_peers)
         self._client_mode = client_mode
-        self._shelf = Bookshelf(now=now)
+        self._shelf = Bookshelf(now=now, key=key)
         self._replicas: dict[str, tuple[float, list[Any]]] = {}
         self._stores: set[asyncio.Task[Any]] = set()
         self._closed = False
@@ -73,15 +75,18 @@ class DhtDirectory:
         client_mode: bool,
         join_timeout_s: float = JOIN_TIMEOUT_S,
         now: Callable[[], float] = time.time,
+        key: SwarmKey | None = None,
     ) -> DhtDirectory:
         """Join the DHT at `initial_peers` (multiaddrs); a first server has none, and starts one.
+
+        With a `key` it is that of a private swarm, which strangers can neither read nor write.
 
         `identity` must be the transport's, and may be None for a client, which then cannot announce.
         Some initial peers may be down; that is logged.
 
         Raises:
             ConfigError: an address that is none, a client without initial peers, another's identity.
-            PeerUnreachableError: no initial peer is in the DHT and answers within `join_timeout_s`.
+            PeerUnreachableError: no initial peer is in this DHT and answers within `join_timeout_s`.
         """
         if identity is not None and identity.peer_id != transport.peer_id:
             raise ConfigError(f"the identity is of {identity.peer_id}, the transport of {transport.peer_id}")
@@ -91,7 +96,7 @@ class DhtDirectory:
             split_address(address)
         from petal_swarm.directory.kademlia import KademliaNode
 
-        node = await KademliaNode.create(transport.p2p, client_mode=client_mode, now=now)
+        node = await KademliaNode.create(transport.p2p, client_mode=client_mode, now=now, key=key)
         self = cls(
             transport,
             node,
@@ -99,6 +104,7 @@ class DhtDirectory:
             initial_peers=initial_peers,
             client_mode=client_mode,
             now=now,
+            key=key,
         )
         try:
             if initial_peers:
@@ -129,10 +135,10 @@ class DhtDirectory:
             if True in answers or not replicas:
                 break
         if True not in answers and (answers or self._client_mode):
-            reason = "refused the announcement; is this machine's clock right?"
-            raise NetworkError(
-                f"the DHT's nodes {reason if False in answers else 'do not answer'} ({len(answers)} asked)"
-            )
+            if False not in answers:
+                raise NetworkError(f"the DHT's nodes do not answer ({len(answers)} asked)")
+            clock = self._membership.clock_complaint() or "is this machine's clock right?"
+            raise NetworkError(f"the DHT's nodes refused the announcement ({len(answers)} asked); {clock}")
 
     async def lookup(self, model: str) -> list[Announcement]:
         announcements = (await self._read(model)).announcements()

@@ -28,6 +28,7 @@ class Directory(Protocol):
 
         Raises:
             PeerUnreachableError: there is nobody left to ask.
+            PrivateSwarmError, StrangerError: those who could be asked are of another swarm.
         """
         ...
 
@@ -39,6 +40,7 @@ class Directory(Protocol):
 
         Raises:
             PeerUnreachableError: there is nobody left to ask.
+            PrivateSwarmError, StrangerError: those who could be asked are of another swarm.
         """
         ...
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,8 +30,10 @@ from hivemind.dht.traverse import traverse_dht
 from hivemind.p2p import PeerID
 from hivemind.proto import dht_pb2
 
+from petal_swarm.directory.guard import GuardedP2P
 from petal_swarm.directory.validator import FlatSerializer, SignedRecordValidator, node_id_of
 from petal_swarm.errors import RemoteProtocolError
+from petal_swarm.net.swarm_key import SwarmKey
 
 logger = logging.getLogger(__name__)
 
@@ -65,17 +67,21 @@ class _Walk:
 class KademliaNode:
     """One member of the DHT; in client mode one that asks and is not asked."""
 
-    def __init__(self, node: DHTNode) -> None:
+    def __init__(self, node: DHTNode, guard: GuardedP2P) -> None:
         self._node = node
+        self._guard = guard
         self._tasks: set[asyncio.Task[Any]] = set()
         #: Peers with a call that a walk has given up waiting for, and which has not ended yet.
         self._silent: set[PeerID] = set()
 
     @classmethod
-    async def create(cls, p2p: Any, *, client_mode: bool, now: Callable[[], float]) -> KademliaNode:
-        """Take part in the DHT by this daemon; it knows nobody until `join`."""
+    async def create(
+        cls, p2p: Any, *, client_mode: bool, now: Callable[[], float], key: SwarmKey | None = None
+    ) -> KademliaNode:
+        """Take part in the DHT of `key` by this daemon; it knows nobody until `join`."""
+        guard = GuardedP2P(p2p, key, now=now)
         node = await DHTNode.create(
-            p2p=p2p,
+            p2p=guard,
             node_id=node_id_of(p2p.peer_id),
             bucket_size=BUCKET_SIZE,
             wait_timeout=CALL_TIMEOUT_S,
@@ -88,18 +94,27 @@ class KademliaNode:
             cache_refresh_before_expiry=0,
             reuse_get_requests=False,
             client_mode=client_mode,
-            record_validator=SignedRecordValidator(now=now),
+            record_validator=SignedRecordValidator(now=now, key=key),
         )
         # Others may still ask this node to cache, and a cached dictionary that expires later hides the
         # stored one from everybody who asks: one record of a stranger would hide all servers.
         node.protocol.cache.maxsize = 0
         node.protocol.serializer = FlatSerializer
-        return cls(node)
+        return cls(node, guard)
 
     @property
     def isolated(self) -> bool:
         """Whether no other node is known."""
         return not self._node.protocol.routing_table.uid_to_peer_id
+
+    @property
+    def clock_offsets_s(self) -> Mapping[str, float]:
+        """By how many seconds the clocks of peers that were pinged are ahead of this machine's."""
+        return self._guard.clock_offsets_s
+
+    def refusal(self, peer_id: str) -> str | None:
+        """Why a peer that is there has no part in this swarm's DHT, if that is known."""
+        return self._guard.refusals.get(peer_id)
 
     async def ping(self, peer_id: str) -> bool:
         """Get to know a connected peer; False if it is no node of the DHT, or does not answer."""

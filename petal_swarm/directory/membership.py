@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
+from petal_swarm.directory import clocks
 from petal_swarm.errors import ConfigError, NetworkError, PeerUnreachableError
 from petal_swarm.net.transport import Transport
 from petal_swarm.wire.announcement import Announcement
@@ -82,7 +83,13 @@ class Membership:
             raise PeerUnreachableError(f"cannot join the swarm: {'; '.join(failures)}")
         for reason in failures:
             logger.warning("joined the DHT without one of the peers: %s", reason)
+        if complaint := self.clock_complaint():
+            logger.warning("%s", complaint)
         await self._node.meet_neighbours()
+
+    def clock_complaint(self) -> str | None:
+        """What to say about this machine's clock, after what the peers joined by said of theirs."""
+        return clocks.about_offsets(self._node.clock_offsets_s)
 
     def start_rejoining(self) -> asyncio.Task[None] | None:
         """Join again by those known, one attempt at a time; None where there is nothing to wait for."""
@@ -121,4 +128,6 @@ class Membership:
             return f"no answer from {address} within {timeout_s:g} s"
         except (NetworkError, ConfigError) as error:
             return f"{error}" if address in str(error) else f"{address}: {error}"
-        return f"{address} accepts connections, but does not answer as a node of the DHT"
+        return self._node.refusal(peer_id) or (
+            f"{address} accepts connections, but does not answer as a node of the DHT"
+        )

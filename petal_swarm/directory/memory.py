@@ -9,15 +9,17 @@ from petal_swarm.directory.book import Bookshelf
 from petal_swarm.directory.records import RecordSigner
 from petal_swarm.errors import ConfigError
 from petal_swarm.net.identity import Identity
+from petal_swarm.net.swarm_key import SwarmKey
 from petal_swarm.wire.announcement import Announcement
 
 
 class MemoryRegistry:
     """What all `MemoryDirectory` objects of one swarm share. `now` is in seconds, from any epoch."""
 
-    def __init__(self, *, now: Callable[[], float] = time.time) -> None:
+    def __init__(self, *, now: Callable[[], float] = time.time, key: SwarmKey | None = None) -> None:
         self.now = now
-        self.shelf = Bookshelf(now=now, limit=1 << 20)
+        self.key = key
+        self.shelf = Bookshelf(now=now, limit=1 << 20, key=key)
 
 
 class MemoryDirectory:
@@ -25,7 +27,7 @@ class MemoryDirectory:
 
     def __init__(self, registry: MemoryRegistry, *, identity: Identity | None = None) -> None:
         self._registry = registry
-        self._signer = RecordSigner(identity, now=registry.now) if identity else None
+        self._signer = RecordSigner(identity, now=registry.now, key=registry.key) if identity else None
 
     async def announce(self, announcement: Announcement, *, ttl_s: float) -> None:
         if self._signer is None:

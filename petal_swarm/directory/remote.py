@@ -10,9 +10,16 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from petal_swarm.directory.book import Bookshelf
-from petal_swarm.errors import ConfigError, PeerUnreachableError, PetalSwarmError
+from petal_swarm.errors import (
+    ConfigError,
+    PeerUnreachableError,
+    PetalSwarmError,
+    PrivateSwarmError,
+    StrangerError,
+)
 from petal_swarm.net.addresses import split_address
 from petal_swarm.net.channel import Channel
+from petal_swarm.net.swarm_key import SwarmKey
 from petal_swarm.net.transport import Transport
 from petal_swarm.wire.announcement import Announcement
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
@@ -37,6 +44,7 @@ class _Contact:
     addresses: tuple[str, ...]
     initial: bool
     failures: int = 0
+    refusal: PetalSwarmError | None = None
 
 
 class RemoteDirectory:
@@ -46,9 +54,14 @@ class RemoteDirectory:
     """
 
     def __init__(
-        self, transport: Transport, initial_peers: Sequence[str], *, now: Callable[[], float] = time.time
+        self,
+        transport: Transport,
+        initial_peers: Sequence[str],
+        *,
+        now: Callable[[], float] = time.time,
+        key: SwarmKey | None = None,
     ) -> None:
-        """`initial_peers` are multiaddrs, each ending in `/p2p/PEER_ID`.
+        """`initial_peers` are multiaddrs, each ending in `/p2p/PEER_ID`; `key` is that of a private swarm.
 
         Raises:
             ConfigError: there are none, or one is not such an address.
@@ -63,7 +76,7 @@ class RemoteDirectory:
             known = self._contacts.get(peer_id)
             addresses = (*known.addresses, address) if known else (address,)
             self._contacts[peer_id] = _Contact(peer_id, addresses, initial=True)
-        self._shelf = Bookshelf(now=now)
+        self._shelf = Bookshelf(now=now, key=key)
 
     async def announce(self, announcement: Announcement, *, ttl_s: float) -> None:
         raise ConfigError("only a member of the DHT can announce; use the p2pd transport")
@@ -103,6 +116,9 @@ class RemoteDirectory:
             if pending:
                 await asyncio.wait(pending)
         if not answers:
+            for contact in self._contacts.values():
+                if contact.refusal is not None:
+                    raise contact.refusal
             raise PeerUnreachableError(
                 f"none of {len(self._contacts)} known peers answers; "
                 f"is one of these still up? {', '.join(self._initial_peers)}"
@@ -114,9 +130,11 @@ class RemoteDirectory:
                 listing = await self._request_listing(contact, model)
         except (PetalSwarmError, TimeoutError) as error:
             contact.failures += 1
+            contact.refusal = error if isinstance(error, (PrivateSwarmError, StrangerError)) else None
             logger.info("directory: peer %s did not answer: %s", contact.peer_id, error or "timeout")
             return False
         contact.failures = 0
+        contact.refusal = None
         await self._shelf.book(model).merge(listing.records, source=contact.peer_id)
         return True
 

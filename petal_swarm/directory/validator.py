@@ -16,8 +16,11 @@ from hivemind.dht.validation import DHTRecord, RecordValidatorBase
 from hivemind.p2p import PeerID
 from hivemind.utils import MSGPackSerializer
 
-from petal_swarm.directory.records import CLOCK_SLACK_S, MAX_TTL_S, open_record
-from petal_swarm.errors import RemoteProtocolError
+from petal_swarm.directory.guard import CALLER
+from petal_swarm.directory.records import CLOCK_SLACK_S, MAX_TTL_S, open_record, stale
+from petal_swarm.errors import BadRecordError, RemoteProtocolError, StaleRecordError
+from petal_swarm.net.complaints import Complaints
+from petal_swarm.net.swarm_key import SwarmKey
 
 logger = logging.getLogger(__name__)
 
@@ -42,24 +45,46 @@ class SignedRecordValidator(RecordValidatorBase):  # type: ignore[misc]
     That is under its model's key, under its peer id as subkey, for no longer than was signed. A record
     that has expired by less than the clocks' slack passes, and is then dropped by the storage:
     hivemind judges dictionaries as a whole, and one late record must not take the others with it.
+    With a `key`, records of that swarm only. Why one is refused is said once for each peer.
     """
 
-    def __init__(self, *, now: Callable[[], float]) -> None:
+    def __init__(self, *, now: Callable[[], float], key: SwarmKey | None = None) -> None:
         self._now = now
+        self._key = key
+        self._complaints = Complaints(logger)
 
     def validate(self, record: DHTRecord) -> bool:
         try:
-            announcement, expires_at = open_record(record.value)
+            self._check(record)
+        except StaleRecordError as error:
+            self._complaints.about(
+                error.peer_id, "refused to store: %s: its clock or this machine's is wrong", error
+            )
+        except BadRecordError as error:
+            self._complaints.about(error.peer_id, "refused to store: %s", error)
         except RemoteProtocolError as error:
-            logger.debug("refused to store: %s", error)
-            return False
+            caller = CALLER.get()
+            self._complaints.about(caller, "refused to store for peer %s: %s", caller, error)
+        else:
+            return True
+        return False
+
+    def _check(self, record: DHTRecord) -> None:
+        """
+        Raises:
+            RemoteProtocolError: it is not to be stored; where somebody signed it, a `BadRecordError`.
+        """
+        announcement, expires_at = open_record(record.value, key=self._key)
+        peer_id = announcement.peer_id
+        if (
+            record.key != key_of(announcement.model).to_bytes()
+            or record.subkey != msgpack.packb(peer_id)
+            or record.expiration_time != expires_at
+        ):
+            raise RemoteProtocolError(f"announcement of {peer_id} in the place, or for the time, of another")
         now = self._now()
-        return bool(
-            record.key == key_of(announcement.model).to_bytes()
-            and record.subkey == msgpack.packb(announcement.peer_id)
-            and record.expiration_time == expires_at
-            and now - CLOCK_SLACK_S < expires_at <= now + MAX_TTL_S + CLOCK_SLACK_S
-        )
+        if not now - CLOCK_SLACK_S < expires_at <= now + MAX_TTL_S + CLOCK_SLACK_S:
+            raise stale(peer_id, expires_at, now)
 
 
 class FlatSerializer(MSGPackSerializer):  # type: ignore[misc]

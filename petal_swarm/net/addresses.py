@@ -17,11 +17,16 @@ def split_address(address: str) -> tuple[str, str]:
         ConfigError: it does not start with `/` or does not end in `/p2p/PEER_ID`.
     """
     base, separator, peer_id = address.strip().rpartition("/p2p/")
-    if not separator or not base.startswith("/") or not _PEER_ID.fullmatch(peer_id):
+    if not separator or not base.startswith("/") or not is_peer_id(peer_id):
         raise ConfigError(
             f"a peer's address looks like /ip4/1.2.3.4/tcp/31330/p2p/PEER_ID, got {address!r:.200}"
         )
     return base, peer_id
+
+
+def is_peer_id(text: str) -> bool:
+    """Whether this may be a peer id, as far as its letters tell."""
+    return _PEER_ID.fullmatch(text) is not None
 
 
 def join_address(base: str, peer_id: str) -> str:

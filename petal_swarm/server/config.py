@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from petal_swarm.errors import ConfigError
-from petal_swarm.net.addresses import is_loopback
+from petal_swarm.net.addresses import is_loopback, is_peer_id
 from petal_swarm.span import Span
 from petal_swarm.wire.messages import MAX_PAGES, PAGE_TOKENS
 
@@ -24,7 +24,8 @@ EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 class ServerConfig:
     """Settings of one server; the names are those of `run_server --help`.
 
-    Without a `cache_dir` nothing is kept for the next start.
+    Without a `cache_dir` nothing is kept for the next start. `swarm_key` is the file of a private swarm's
+    key. Only `allow_peers` may open sessions, if there are any.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -38,6 +39,8 @@ class ServerConfig:
     listen: tuple[str, ...] = ()
     announce: tuple[str, ...] = ()
     identity: str | None = None
+    swarm_key: str | None = None
+    allow_peers: tuple[str, ...] = ()
     device: str = "auto"
     dtype: str = "auto"
     quant: str = "auto"
@@ -54,6 +57,9 @@ class ServerConfig:
             raise ConfigError(
                 "give --new-swarm to start a swarm, or --initial-peers ADDR to join one (and not both)"
             )
+        for peer_id in self.allow_peers:
+            if not is_peer_id(peer_id):
+                raise ConfigError(f"--allow-peer takes a peer id such as 12D3Koo..., got {peer_id!r:.100}")
         if self.blocks is not None and self.num_blocks is not None:
             raise ConfigError("give --blocks or --num-blocks, not both")
         for name, value in (

@@ -20,8 +20,9 @@ from petal_swarm.errors import ConfigError, PetalSwarmError
 from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.checkpoint import Checkpoint
 from petal_swarm.models.stack import BlockStack, load_blocks
-from petal_swarm.net.transport import Transport
+from petal_swarm.net.transport import StreamHandler, Transport
 from petal_swarm.routing.placement import choose_span
+from petal_swarm.server.allowed import only_for
 from petal_swarm.server.capacity import CapacityFile, calibrate
 from petal_swarm.server.config import ServerConfig, SessionLimits
 from petal_swarm.server.hardware import (
@@ -176,7 +177,10 @@ class Server:
         )
         await self._transport.serve(DIRECTORY, DirectoryService(self._directory).handle)
         await self._transport.serve(PUSH, self._host.handle_push)
-        await self._transport.serve(SESSION, self._host.handle_session)
+        sessions: StreamHandler = self._host.handle_session
+        if self.config.allow_peers:
+            sessions = only_for(self.config.allow_peers, sessions)
+        await self._transport.serve(SESSION, sessions)
         self._announcer.update(self.announcement())
         await self._announcer.refresh_now()
         self._tasks.append(asyncio.create_task(self._update_figures(self._announcer)))

@@ -13,6 +13,9 @@ from petal_swarm.wire import fields
 MAX_ADDRESSES = 16
 MAX_NEIGHBOURS = 64
 MAX_BLOCKS = 100_000
+MAX_PEER_ID = 128
+#: Announced bandwidths are divided by.
+MIN_BANDWIDTH_BYTES_PER_S = 1.0
 STATES = ("joining", "serving", "left")
 
 
@@ -76,14 +79,18 @@ class Announcement:
         """
         if not isinstance(header, dict):
             raise RemoteProtocolError("an announcement must be a map")
+        peer_id = fields.text(header, "peer_id", limit=MAX_PEER_ID)
         rtts = fields.mapping(header, "next_rtts_s") if "next_rtts_s" in header else {}
         if len(rtts) > MAX_NEIGHBOURS:
             raise RemoteProtocolError(f"field 'next_rtts_s': more than {MAX_NEIGHBOURS} entries")
+        kv_tokens = fields.integer(header, "kv_tokens", 0, 1 << 40, 0)
         return cls(
-            peer_id=fields.text(header, "peer_id", limit=128),
+            peer_id=peer_id,
             model=fields.text(header, "model", limit=256),
             span=span_from_list(header.get("span")),
-            addresses=fields.items(header, "addresses", fields.as_text, limit=MAX_ADDRESSES),
+            addresses=fields.items(
+                header, "addresses", lambda value: _own_address(value, peer_id), limit=MAX_ADDRESSES
+            ),
             name=fields.text(header, "name", "", limit=64),
             state=fields.choice(header, "state", STATES, "serving"),
             dtype=fields.text(header, "dtype", "float32", limit=32),
@@ -92,12 +99,14 @@ class Announcement:
             step_time_s=fields.number(header, "step_time_s", 0, 1e4, 0.0),
             prefill_tokens_per_s=fields.number(header, "prefill_tokens_per_s", 0, 1e12, 0.0),
             queue_s=fields.number(header, "queue_s", 0, 1e6, 0.0),
-            kv_tokens_free=fields.integer(header, "kv_tokens_free", 0, 1 << 40, 0),
-            kv_tokens=fields.integer(header, "kv_tokens", 0, 1 << 40, 0),
+            kv_tokens_free=fields.integer(header, "kv_tokens_free", 0, kv_tokens, 0),
+            kv_tokens=kv_tokens,
             max_batch_tokens=fields.integer(header, "max_batch_tokens", 0, 1 << 40, 0),
-            bandwidth_bytes_per_s=fields.number(header, "bandwidth_bytes_per_s", 0, 1e15, 0.0),
+            bandwidth_bytes_per_s=_bandwidth(header),
             next_rtts_s={
-                fields.as_text(peer): fields.number(rtts, peer, 0, 1e4)
+                fields.text({"peer_id": peer}, "peer_id", limit=MAX_PEER_ID): fields.number(
+                    rtts, peer, 0, 1e4
+                )
                 for peer in rtts
                 if isinstance(peer, str)
             },
@@ -116,6 +125,25 @@ def span_from_list(value: Any) -> Span:
         return Span(start, end)
     except ConfigError as error:
         raise RemoteProtocolError(f"field 'span': {error}") from None
+
+
+def _own_address(value: Any, peer_id: str) -> str:
+    """An address that leads to the peer itself. It is dialled, logged and shown, so nothing odd is in it."""
+    address = fields.as_text(value)
+    if not (address.startswith("/") and address.endswith(f"/p2p/{peer_id}")):
+        raise RemoteProtocolError(f"field 'addresses': {fields.shown(address)} is no address of that peer")
+    if not address.isascii() or not address.isprintable() or " " in address:
+        raise RemoteProtocolError(f"field 'addresses': {fields.shown(address)} has odd characters")
+    return address
+
+
+def _bandwidth(header: fields.Header) -> float:
+    value = fields.number(header, "bandwidth_bytes_per_s", 0, 1e15, 0.0)
+    if 0 < value < MIN_BANDWIDTH_BYTES_PER_S:
+        raise RemoteProtocolError(
+            f"field 'bandwidth_bytes_per_s': 0, or at least {MIN_BANDWIDTH_BYTES_PER_S:g}, not {value:g}"
+        )
+    return value
 
 
 def _block_index(value: Any) -> int:

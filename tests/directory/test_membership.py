@@ -32,6 +32,8 @@ class Network:
         self.strangers = {identity.peer_id for identity in strangers}
         self.dialled: list[str] = []
         self.met = 0
+        self.refusals: dict[str, str] = {}
+        self.clock_offsets_s: dict[str, float] = {}
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
         peer_id = split_address(address)[1]
@@ -44,6 +46,9 @@ class Network:
 
     async def ping(self, peer_id: str) -> bool:
         return peer_id in self.up
+
+    def refusal(self, peer_id: str) -> str | None:
+        return self.refusals.get(peer_id)
 
     async def meet_neighbours(self) -> None:
         self.met += 1
@@ -86,6 +91,25 @@ def test_when_nobody_lets_us_in_the_error_says_why() -> None:
     assert f"no answer from {address(BOB)} within 0.02 s" in message
     assert f"{address(CAROL)} accepts connections, but does not answer as a node" in message
     assert "\n" not in message
+
+
+def test_why_a_peer_is_of_another_swarm_is_passed_on() -> None:
+    network = Network(strangers=(CAROL,))
+    network.refusals[CAROL.peer_id] = "peer carol: this swarm is private"
+    with pytest.raises(
+        PeerUnreachableError, match=r"^cannot join the swarm: peer carol: this swarm is private$"
+    ):
+        asyncio.run(members(network, CAROL).join(timeout_s=1))
+
+
+def test_a_clock_that_is_off_is_told_when_joining(caplog: pytest.LogCaptureFixture) -> None:
+    network = Network(BOB)
+    network.clock_offsets_s = {BOB.peer_id: 0.2}
+    asyncio.run(members(network, BOB).join(timeout_s=1))
+    assert caplog.text == ""
+    network.clock_offsets_s = {BOB.peer_id: -3600.0}
+    asyncio.run(members(network, BOB).join(timeout_s=1))
+    assert f"this machine's clock is 1.0 h ahead of that of peer {BOB.peer_id}" in caplog.text
 
 
 def test_rejoining_also_asks_servers_seen_since_and_only_so_often() -> None:

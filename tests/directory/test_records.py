@@ -17,8 +17,15 @@ from petal_swarm.directory.records import (
     read_record,
     sign_record,
 )
-from petal_swarm.errors import ConfigError, LocalProtocolError, RemoteProtocolError
+from petal_swarm.errors import (
+    BadRecordError,
+    ConfigError,
+    LocalProtocolError,
+    RemoteProtocolError,
+    StaleRecordError,
+)
 from petal_swarm.net.identity import Identity
+from petal_swarm.net.swarm_key import SwarmKey
 from petal_swarm.wire.messages import MAX_RECORD_BYTES
 
 from .samples import START_S, Clock, announcement
@@ -144,7 +151,46 @@ def test_an_announcement_that_others_would_refuse_is_not_signed() -> None:
     with pytest.raises(LocalProtocolError, match=r"would be refused.*block_time_s"):
         sign_record(announcement(ALICE, block_time_s=float("nan")), ALICE, expires_at=START_S)
     with pytest.raises(ConfigError, match="announce fewer addresses"):
-        sign_record(announcement(ALICE, addresses=("/dns/" + "x" * 900,) * 16), ALICE, expires_at=START_S)
+        sign_record(
+            announcement(ALICE, addresses=(f"/dns/{'x' * 900}/p2p/{ALICE.peer_id}",) * 16),
+            ALICE,
+            expires_at=START_S,
+        )
+
+
+KEY, OTHER_KEY = SwarmKey.generate(), SwarmKey.generate()
+
+
+def test_a_record_of_a_private_swarm_is_good_in_that_swarm_only() -> None:
+    record = RecordSigner(ALICE, now=Clock(), key=KEY).sign(announcement(ALICE), ttl_s=12)[0]
+    assert read_record(record, now=START_S, key=KEY) == (announcement(ALICE), START_S + 12)
+    for key in (OTHER_KEY, None):
+        with pytest.raises(RemoteProtocolError, match="not signed by that peer"):
+            read_record(record, now=START_S, key=key)
+    with pytest.raises(RemoteProtocolError, match=f"{ALICE.peer_id}' was made without this swarm's key"):
+        read_record(RECORD, now=START_S, key=KEY)
+
+
+def test_what_is_wrong_with_a_signed_record_is_told_of_its_peer() -> None:
+    body, _ = msgpack.unpackb(RECORD)
+    content = msgpack.unpackb(body)
+    content["announcement"]["block_time_s"] = 1e300
+    absurd = msgpack.packb(content)
+    record = msgpack.packb([absurd, ALICE.sign(b"petal-swarm/1/announcement\n" + absurd)])
+    with pytest.raises(BadRecordError, match=f"{ALICE.peer_id}: field 'block_time_s'") as caught:
+        open_record(record)
+    assert caught.value.peer_id == ALICE.peer_id
+    stolen = msgpack.packb([absurd, BOB.sign(b"petal-swarm/1/announcement\n" + absurd)])
+    with pytest.raises(RemoteProtocolError, match="not signed") as caught_stolen:
+        open_record(stolen)
+    assert not isinstance(caught_stolen.value, BadRecordError)
+
+
+@pytest.mark.parametrize(("off_s", "late_s"), [(3600, 3588), (-3600, -3552)])
+def test_how_far_a_record_is_from_now(off_s: float, late_s: float) -> None:
+    with pytest.raises(StaleRecordError) as caught:
+        read_record(RECORD, now=START_S + off_s)
+    assert (caught.value.peer_id, caught.value.late_s) == (ALICE.peer_id, late_s)
 
 
 def test_each_record_of_a_signer_outlives_the_one_before() -> None:

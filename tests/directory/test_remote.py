@@ -12,8 +12,9 @@ from petal_swarm.directory.memory import MemoryDirectory, MemoryRegistry
 from petal_swarm.directory.records import sign_record
 from petal_swarm.directory.remote import Pinger, RemoteDirectory, measure_rtt
 from petal_swarm.directory.service import DirectoryService
-from petal_swarm.errors import ConfigError, PeerUnreachableError
+from petal_swarm.errors import ConfigError, PeerUnreachableError, PrivateSwarmError
 from petal_swarm.net.identity import Identity
+from petal_swarm.net.refusal import refuse
 from petal_swarm.net.transport import Stream, StreamHandler
 
 from .samples import MODEL, START_S, Clock, PairedStream, announcement, stream_pair
@@ -110,6 +111,16 @@ def test_listings_are_merged_and_verified() -> None:
     forged[-1] ^= 1
     network = Network({ALICE.peer_id: lists(record(ALICE), bytes(forged)), BOB.peer_id: lists(record(BOB))})
     assert look_up(network, ALICE, BOB) == [(ALICE.peer_id, "serving"), (BOB.peer_id, "serving")]
+
+
+def test_what_a_private_swarm_answers_is_the_error() -> None:
+    async def refuses(stream: Stream) -> None:
+        await refuse(stream, PrivateSwarmError, "this swarm is private")
+
+    with pytest.raises(PrivateSwarmError, match="this swarm is private"):
+        look_up(Network({ALICE.peer_id: refuses}), ALICE, BOB)
+    network = Network({ALICE.peer_id: refuses, BOB.peer_id: lists(record(BOB))})
+    assert look_up(network, ALICE, BOB) == [(BOB.peer_id, "serving")]
 
 
 def test_the_tombstone_of_one_beats_the_late_view_of_another() -> None:

@@ -20,7 +20,7 @@ from petal_swarm.directory.dht import DhtDirectory
 from petal_swarm.directory.records import read_record, sign_record
 from petal_swarm.directory.remote import Pinger, RemoteDirectory
 from petal_swarm.directory.service import DirectoryService
-from petal_swarm.errors import ConfigError, PeerUnreachableError
+from petal_swarm.errors import ConfigError, NetworkError, PeerUnreachableError
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.p2pd import P2pdTransport
 from petal_swarm.span import Span
@@ -371,6 +371,38 @@ def test_a_swarm_that_cannot_be_reached_is_one_clear_error(run: Run) -> None:
             await transport.close()
 
     run(scenario())
+
+
+@pytest.mark.parametrize(("off_s", "how"), [(3600, "1.0 h ahead of"), (-3600, "1.0 h behind")])
+def test_a_clock_that_is_an_hour_off_is_told_on_both_sides(
+    run: Run, swarm: Swarm, caplog: pytest.LogCaptureFixture, off_s: float, how: str
+) -> None:
+    async def scenario() -> None:
+        identity = Identity.generate()
+        initial = swarm.servers[0].transport.addresses()[:1]
+        transport = await P2pdTransport.create(identity=identity, initial_peers=initial)
+        directory = await DhtDirectory.create(
+            transport,
+            identity=identity,
+            initial_peers=initial,
+            client_mode=False,
+            now=lambda: time.time() + off_s,
+        )
+        try:
+            mine = Announcement(peer_id=identity.peer_id, model="clocks", span=Span(0, 4))
+            with pytest.raises(NetworkError, match=f"refused the announcement.*clock is {how}"):
+                await directory.announce(mine, ttl_s=12)
+            await swarm.servers[1].announce("clocks")
+            assert [entry.peer_id for entry in await directory.lookup("clocks")] == [identity.peer_id]
+        finally:
+            await directory.close()
+            await transport.close()
+        assert f"this machine's clock is {how} that of peer {swarm.servers[0].peer_id}" in caplog.text
+        assert f"refused to store: announcement of {identity.peer_id}" in caplog.text
+        assert "announcements told by" in caplog.text
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario())
 
 
 def test_one_dead_initial_peer_is_only_logged(

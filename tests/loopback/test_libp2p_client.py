@@ -17,13 +17,15 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM
 
+from petal_swarm.net.swarm_key import SwarmKey
+
 pytestmark = pytest.mark.skipif(
     any(find_spec(name) is None for name in ("hivemind", "libp2p")), reason="needs hivemind and py-libp2p"
 )
 
 HERE = Path(__file__).parent
 READY_S = 20
-CLIENT_S = 30
+CLIENT_S = 75
 SERVER = (sys.executable, "-m", "petal_swarm.cli.run_server")
 
 
@@ -73,12 +75,16 @@ def server(model: Path, blocks: str, *arguments: str) -> Iterator[str]:
         yield line.split()[1]
 
 
-def test_generates_what_transformers_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("private", [False, True])
+def test_generates_what_transformers_does(tmp_path: Path, private: bool) -> None:
     model = save_model(tmp_path / "bloom")
+    key = tmp_path / "key"
+    SwarmKey.generate().save(key)
+    keyed = ("--swarm-key", str(key)) if private else ()
     with ExitStack() as stack:
-        address = stack.enter_context(server(model, "0:2", "--new-swarm"))
-        stack.enter_context(server(model, "2:4", "--initial-peers", address))
-        client = (sys.executable, str(HERE / "libp2p_generate.py"), str(model), address)
+        address = stack.enter_context(server(model, "0:2", *keyed, "--new-swarm"))
+        stack.enter_context(server(model, "2:4", *keyed, "--initial-peers", address))
+        client = (sys.executable, str(HERE / "libp2p_generate.py"), str(model), address, *keyed[1:])
         child, errors = stack.enter_context(process(*client))
         try:
             output, _ = child.communicate(timeout=CLIENT_S)

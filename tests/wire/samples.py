@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -190,12 +191,11 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
 }
 messages: st.SearchStrategy[Message] = st.one_of(list(BY_TYPE.values()))
 
-announcements = st.builds(
+_claims = st.builds(
     Announcement,
     peer_id=texts(128),
     model=texts(256),
     span=spans(),
-    addresses=address_lists,
     name=texts(64),
     state=st.sampled_from(STATES),
     dtype=texts(32),
@@ -204,13 +204,29 @@ announcements = st.builds(
     step_time_s=floats,
     prefill_tokens_per_s=st.floats(0, 1e12),
     queue_s=st.floats(0, 1e6),
-    kv_tokens_free=integers(0, 1 << 40),
     kv_tokens=integers(0, 1 << 40),
     max_batch_tokens=integers(0, 1 << 40),
-    bandwidth_bytes_per_s=st.floats(0, 1e15),
+    bandwidth_bytes_per_s=st.just(0.0) | st.floats(1, 1e15),
     next_rtts_s=st.dictionaries(st.text(max_size=8), floats, max_size=4),
     version=texts(64),
 )
+
+
+@st.composite
+def _announcements(draw: st.DrawFn) -> Announcement:
+    """With what must fit together: addresses of the peer itself, and no more tokens free than there are."""
+    claim = draw(_claims)
+    bases = draw(st.lists(st.sampled_from(["/ip4/::", "/memory"]), max_size=MAX_ADDRESSES))
+    addresses = tuple(f"{base}/p2p/{claim.peer_id}" for base in bases)
+    sound = claim.peer_id.isascii() and claim.peer_id.isprintable() and " " not in claim.peer_id
+    return replace(
+        claim,
+        addresses=addresses if sound else (),
+        kv_tokens_free=draw(integers(0, claim.kv_tokens)),
+    )
+
+
+announcements = _announcements()
 
 #: One message of every type, small enough that every split of its bytes can be tried.
 EXAMPLES: dict[type[Message], Message] = {

@@ -17,7 +17,7 @@ from petal_swarm.wire.announcement import MAX_ADDRESSES, MAX_BLOCKS, MAX_NEIGHBO
 
 from .samples import announcements, same_every_time
 
-SMALL = Announcement("peer", "model", Span(0, 4), next_rtts_s={"other": 0.5})
+SMALL = Announcement("peer", "model", Span(0, 4), kv_tokens=9, next_rtts_s={"other": 0.5})
 NUMBERS = [True, "1", None, [], float("nan"), float("inf"), -1e-9, -1]
 COUNTS = [True, 1.0, "1", None, -1, (1 << 40) + 1]
 
@@ -58,7 +58,18 @@ BAD: dict[str, list[Any]] = {
         [0.0, 1.0],
         [False, True],
     ],
-    "addresses": [5, "ab", {}, [""] * (MAX_ADDRESSES + 1), [5], ["x" * 1025]],
+    "addresses": [
+        5,
+        "ab",
+        {},
+        ["/ip4/::/p2p/peer"] * (MAX_ADDRESSES + 1),
+        [5],
+        ["/" + "x" * 1020 + "/p2p/peer"],
+        ["/ip4/::"],
+        ["/ip4/::/p2p/another"],
+        ["ip4/::/p2p/peer"],
+        *([f"/dns/a{odd}b/p2p/peer"] for odd in (" ", "\n", "\x1b[2J", "\u202e", "\u00e9")),
+    ],
     "name": [None, 5, "x" * 65],
     "state": [None, "", "dead", 5, ["serving"]],
     "dtype": [None, 5, "x" * 33],
@@ -67,16 +78,16 @@ BAD: dict[str, list[Any]] = {
     "step_time_s": [*NUMBERS, 1e4 + 1, 10**400],
     "prefill_tokens_per_s": [*NUMBERS, 1e13],
     "queue_s": [*NUMBERS, 1e7],
-    "kv_tokens_free": COUNTS,
+    "kv_tokens_free": [*COUNTS, SMALL.kv_tokens + 1],
     "kv_tokens": COUNTS,
     "max_batch_tokens": COUNTS,
-    "bandwidth_bytes_per_s": [*NUMBERS, 1e16],
+    "bandwidth_bytes_per_s": [*NUMBERS, 1e16, 5e-324, 0.99],
     "next_rtts_s": [
         None,
         5,
         [],
         {str(n): 0.1 for n in range(MAX_NEIGHBOURS + 1)},
-        {"x" * 1025: 0.1},
+        {"x" * 129: 0.1},
         *({"peer": value} for value in [*NUMBERS, 1e5]),
     ],
     "version": [None, 5, "x" * 65],

@@ -38,6 +38,8 @@ from petal_swarm.wire.messages import (
     Probe,
     Progress,
     PushOpen,
+    Recall,
+    Recalled,
     Reroute,
     Rerouted,
     Step,
