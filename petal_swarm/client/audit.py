@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from petal_swarm.errors import ConfigError
+from petal_swarm.wire.announcement import Announcement
 from petal_swarm.wire.tensors import DTYPES
 
 Side = Literal["claimed", "recomputed"]
@@ -69,6 +70,15 @@ class Precision:
         for name, known in ((self.dtype, _OF_DTYPE), (self.quant, _OF_QUANT), (self.kv_dtype, _OF_KV)):
             if name not in known:
                 raise ConfigError(f"no tolerance is known for {name!r}, only for {', '.join(known)}")
+
+    @classmethod
+    def of(cls, announcement: Announcement) -> Precision:
+        """As announced.
+
+        Raises:
+            ConfigError: as above.
+        """
+        return cls(announcement.dtype, announcement.quant, announcement.kv_dtype)
 
     def __str__(self) -> str:
         weights = "" if self.quant == "none" else f" with {self.quant} weights"

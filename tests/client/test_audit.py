@@ -20,6 +20,7 @@ from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.quantization import Quant, Weight, quantize
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Span
+from petal_swarm.wire.announcement import Announcement
 
 HIDDEN, BLOCKS, ROWS = 128, 4, 32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -262,6 +263,12 @@ def test_names_without_a_tolerance_are_refused() -> None:
     for fields in ({"dtype": "float8"}, {"quant": "int2"}, {"kv_dtype": "int1"}):
         with pytest.raises(ConfigError, match="no tolerance"):
             Precision(**fields)
+
+
+def test_precision_is_what_a_server_announces() -> None:
+    said = Announcement("peer", "model", Span(0, 4), dtype="float16", quant="int8", kv_dtype="int8")
+    assert Precision.of(said) == Precision("float16", "int8", "int8")
+    assert Precision.of(Announcement("peer", "model", Span(0, 4))) == Precision()
 
 
 @same_every_time
