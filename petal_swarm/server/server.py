@@ -122,6 +122,7 @@ class Server:
             state="joining",
             dtype=dtype_name(self._dtype),
             quant=self._quant,
+            kv_dtype=self.config.kv_dtype,
             max_batch_tokens=self.config.max_batch_tokens,
             next_rtts_s=self._next_rtts_s,
             version=__version__,

@@ -36,6 +36,7 @@ class Announcement:
     state: str = "serving"
     dtype: str = "float32"
     quant: str = "none"
+    kv_dtype: str = "auto"
     block_time_s: float = 0.001
     step_time_s: float = 0.0
     prefill_tokens_per_s: float = 0.0
@@ -58,6 +59,7 @@ class Announcement:
             "state": self.state,
             "dtype": self.dtype,
             "quant": self.quant,
+            "kv_dtype": self.kv_dtype,
             "block_time_s": self.block_time_s,
             "step_time_s": self.step_time_s,
             "prefill_tokens_per_s": self.prefill_tokens_per_s,
@@ -95,6 +97,7 @@ class Announcement:
             state=fields.choice(header, "state", STATES, "serving"),
             dtype=fields.text(header, "dtype", "float32", limit=32),
             quant=fields.text(header, "quant", "none", limit=32),
+            kv_dtype=fields.text(header, "kv_dtype", "auto", limit=32),
             block_time_s=fields.number(header, "block_time_s", 1e-9, 1e4),
             step_time_s=fields.number(header, "step_time_s", 0, 1e4, 0.0),
             prefill_tokens_per_s=fields.number(header, "prefill_tokens_per_s", 0, 1e12, 0.0),

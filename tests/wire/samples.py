@@ -200,6 +200,7 @@ _claims = st.builds(
     state=st.sampled_from(STATES),
     dtype=texts(32),
     quant=texts(32),
+    kv_dtype=texts(32),
     block_time_s=st.floats(1e-9, 1e4),
     step_time_s=floats,
     prefill_tokens_per_s=st.floats(0, 1e12),

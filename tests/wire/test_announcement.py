@@ -74,6 +74,7 @@ BAD: dict[str, list[Any]] = {
     "state": [None, "", "dead", 5, ["serving"]],
     "dtype": [None, 5, "x" * 33],
     "quant": [None, 5, "x" * 33],
+    "kv_dtype": [None, 5, "x" * 33],
     "block_time_s": [*NUMBERS, 0, 1e-10, 1e4 + 1, 10**400],
     "step_time_s": [*NUMBERS, 1e4 + 1, 10**400],
     "prefill_tokens_per_s": [*NUMBERS, 1e13],
