@@ -25,7 +25,7 @@ from petal_swarm.wire.messages import Message, Neighbour, Open, Opened, Progress
 from petal_swarm.wire.protocols import SESSION
 
 HOP_LOST_GRACE_S = 0.2
-MAX_RECALLED = 64
+MAX_RECALLED = 256
 
 
 class OpenFailedError(PetalSwarmError):

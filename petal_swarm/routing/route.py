@@ -31,7 +31,8 @@ class Hop:
 
     Its figures are what the server announced: `step_s` is what a step costs here whatever its tokens,
     `token_s` what each token of a prompt adds. `link_bytes_per_s` is the bandwidth of the link into
-    this hop. Zero is unknown. `dtype` and `quant` are what it computes in.
+    this hop. Zero is unknown. `dtype`, `quant` and `kv_dtype` are what it
+    computes in.
     """
 
     peer_id: str
@@ -43,6 +44,7 @@ class Hop:
     link_bytes_per_s: float = field(default=0.0, compare=False)
     dtype: str = field(default="", compare=False)
     quant: str = field(default="", compare=False)
+    kv_dtype: str = field(default="auto", compare=False)
 
     def __str__(self) -> str:
         # Peer ids share their first characters, so the last ones tell them apart.
@@ -144,6 +146,7 @@ def _hop(server: Announcement, span: Span, link_bytes_per_s: float) -> Hop:
         link_bytes_per_s=link_bytes_per_s,
         dtype=server.dtype,
         quant=server.quant,
+        kv_dtype=server.kv_dtype,
     )
 
 

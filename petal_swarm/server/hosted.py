@@ -109,7 +109,7 @@ class HostedSession:
                 stall_s=limits.write_timeout_s,
             )
         #: The last hop: whether it only fills its KV cache for now, and what it will answer if it is needed.
-        self._receipts = Receipts()
+        self._receipts = Receipts() if opening.receipts else None
         self._is_spare = opening.spare
         self._answered = opening.answered
         self._unanswered: list[Output] = []
@@ -428,7 +428,8 @@ class HostedSession:
             )
         arrived = time.perf_counter()
         self.last_step = message.step
-        self._receipts.keep(message)
+        if self._receipts is not None:
+            self._receipts.keep(message)
         self._in_flight += 1
         self._bytes_in_flight += message.tensor.nbytes
         if self._prefixes is not None and self._prefixes.takes(message):

@@ -34,6 +34,7 @@ MAX_RECORD_BYTES = 8 << 10
 #: Prefixes are shared in pages of so many tokens; a key stands for everything up to a page's end.
 PAGE_TOKENS = 16
 PAGE_KEY_BYTES = 32
+DIGEST_BYTES = 16
 MAX_PAGES = 4096
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -132,7 +133,8 @@ class Open:
     `upstream` is None at the first hop, `next` at the last. `wait_s` is how long the client will wait
     for room, in seconds. With `share_prefixes` the session may start behind a prefix that another session
     has left, and leaves its own. The last hop answers the steps after `answered` only: earlier ones are
-    sent again to fill its KV cache. A `spare` sends nothing on until a `Reroute` tells it to.
+    sent again to fill its KV cache. A `spare` sends nothing on until a `Reroute` tells it to. With
+    `receipts` the hop can recall what it received.
     """
 
     type: ClassVar[str] = "open"
@@ -147,6 +149,7 @@ class Open:
     wait_s: float = 0.0
     answered: int = NO_STEP
     spare: bool = False
+    receipts: bool = False
     version: int = VERSION
 
     def to_header(self) -> dict[str, Any]:
@@ -158,6 +161,7 @@ class Open:
             "share_prefixes": self.share_prefixes,
             "answered": self.answered,
             "spare": self.spare,
+            "receipts": self.receipts,
             "model": self.model,
             "span": [self.span.start, self.span.end],
             "max_length": self.max_length,
@@ -182,6 +186,7 @@ class Open:
             wait_s=fields.number(header, "wait_s", 0, MAX_WAIT_S, 0.0),
             answered=fields.integer(header, "answered", NO_STEP, MAX_STEP, NO_STEP),
             spare=fields.flag(header, "spare", False),
+            receipts=fields.flag(header, "receipts", False),
         )
 
 
@@ -409,9 +414,10 @@ class Recall:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Recalled:
-    """Answer to `Recall`: one of its steps, or several joined to one. Without slices: no more are known.
+    """Answer to `Recall`: one of its steps. Without slices: no more are known.
 
-    The last message of an answer has `more` = False.
+    The last message of an answer has `more` = False. With a step that was received comes the `digest`
+    of the payloads of all steps up to that one, in order (16 bytes of BLAKE2b).
     """
 
     type: ClassVar[str] = "recalled"
@@ -422,11 +428,13 @@ class Recalled:
     tensor: TensorMeta
     payload: Buffer
     forks: tuple[int, ...] | None = None
+    digest: bytes = b""
 
     def to_header(self) -> dict[str, Any]:
         return {
             "type": self.type,
             "number": self.number,
+            "digest": self.digest,
             "more": self.more,
             "step": self.step,
             "slices": self.slices,
@@ -451,6 +459,7 @@ class Recalled:
             _optional(
                 header, "forks", lambda: fields.items(header, "forks", _sequence, limit=MAX_SEQUENCES, low=1)
             ),
+            fields.raw({"digest": header.get("digest", b"")}, "digest", 0, DIGEST_BYTES),
         )
 
 

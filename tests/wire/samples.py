@@ -132,6 +132,7 @@ opens = st.builds(
     wait_s=st.floats(0, MAX_WAIT_S),
     answered=last_steps,
     spare=st.booleans(),
+    receipts=st.booleans(),
 )
 push_opens = st.builds(PushOpen, session=sessions, epoch=steps)
 openeds = st.builds(
@@ -179,7 +180,14 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
     Recall: st.builds(Recall, steps, st.booleans(), steps, steps),
     Recalled: step_messages().map(
         lambda step: Recalled(
-            step.epoch, step.rows == "all", step.step, step.slices, step.tensor, step.payload, step.forks
+            step.epoch,
+            step.rows == "all",
+            step.step,
+            step.slices,
+            step.tensor,
+            step.payload,
+            step.forks,
+            b"d" * 16,
         )
     ),
     Output: outputs,

@@ -137,6 +137,7 @@ BAD: dict[type[Message], dict[str, list[Any]]] = {
         "wait_s": [-1.0, MAX_WAIT_S + 1, True, "1", None, [], float("nan")],
         "answered": [-2, MAX_STEP + 1, True, 1.0, "1", None],
         "spare": [None, 0, 1, "true", []],
+        "receipts": [None, 0, 1, "true", []],
     },
     PushOpen: {"session": [*SESSIONS, ...], "epoch": [*STEP_NUMBERS, ...]},
     Opened: {
@@ -174,6 +175,7 @@ BAD: dict[type[Message], dict[str, list[Any]]] = {
         "slices": [*LISTS, None, [[n, 0, 1] for n in range(MAX_SEQUENCES + 1)]],
         "tensor": TENSORS,
         "forks": [*LISTS, [], [0] * (MAX_SEQUENCES + 1)],
+        "digest": [None, 5, "x" * 16, bytes(17)],
     },
     Progress: {
         "number": [*STEP_NUMBERS, ...],
