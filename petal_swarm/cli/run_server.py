@@ -84,8 +84,8 @@ def _add_swarm_options(swarm: argparse._ArgumentGroup) -> None:
         "--reachability",
         default="auto",
         choices=("auto", "public", "private"),
-        help="public: others can dial this machine, and it relays for those that nobody can; private: nobody can,"
-        " so be reached through relays (default: auto, others are asked; see petal-swarm doctor)",
+        help="public: others can dial this machine, and it relays for those that nobody can; private: nobody"
+        " can, so be reached through relays (default: auto, others are asked; see petal-swarm doctor)",
     )
 
 

@@ -89,10 +89,13 @@ async def start(config: ServerConfig) -> tuple[Server, P2pdTransport, Reachabili
         await transport.close()
         raise
     watch = watch_reachability(config, checkpoint, transport, directory)
-    if private and not (await watch.check()).reachable:
+    try:
+        if private and not (await watch.check()).reachable:
+            raise PeerUnreachableError(f"no relay took this server in: {watch.refusals or 'nobody answers'}")
+    except BaseException:
         await directory.close()
         await transport.close()
-        raise PeerUnreachableError(f"no relay took this server in: {watch.refusals or 'nobody answers'}")
+        raise
     with loading_bar("loading blocks", shown=sys.stderr.isatty()) as report:
         server = await Server.start(config, checkpoint, transport, directory, progress=report)
         return server, transport, watch
@@ -101,7 +104,7 @@ async def start(config: ServerConfig) -> tuple[Server, P2pdTransport, Reachabili
 def watch_reachability(
     config: ServerConfig, checkpoint: Checkpoint, transport: P2pdTransport, directory: DhtDirectory
 ) -> ReachabilityWatch:
-    """Asks the initial peers, then servers of the same model; tells the first verdict on stderr, others in the log."""
+    """Asks the initial peers, then servers of the same model; tells stderr at first, then the log."""
     told = False
 
     async def helpers() -> list[Candidate]:

@@ -135,7 +135,7 @@ def judge(sightings: Sequence[Sighting], addresses: Sequence[str], *, private: b
     """The verdict on a peer with these `addresses`: its own, and those through relays that gave it a place.
 
     What those say counts that see it from farthest away. Of them at least half must have reached it: some may
-    lie, or be unable to dial. `private`: it is known to need relays, and nobody was asked.
+    lie, or be unable to dial. `private`: it needs relays, whatever they say.
     """
     ports = listening_ports(addresses)
     circuits = tuple(address for address in addresses if is_circuit(address))
@@ -145,6 +145,8 @@ def judge(sightings: Sequence[Sighting], addresses: Sequence[str], *, private: b
     for scope in ("internet", "network", "machine"):
         tried = [(ip, s) for seen_from, ip, s in seen if seen_from == scope and s.tried]
         reached = [(ip, s) for ip, s in tried if s.reached]
+        if private:
+            break
         if tried and 2 * len(reached) >= len(tried):
             places = dict.fromkeys(_multiaddr(ip, port) for ip, s in reached for port in s.reached)
             return Reachability("direct", scope, tuple(places), ips, ports, tries)

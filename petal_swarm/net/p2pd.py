@@ -129,7 +129,7 @@ class P2pdTransport:
         """
         try:
             _, visible = await self.p2p._client.identify()
-        except (OSError, EOFError) as error:
+        except Exception as error:  # the daemon's own, or those of a socket that it has left
             raise NetworkError(f"the libp2p daemon does not answer: {_first_line(error)}") from None
         told = [join_address(address_from_bytes(base.to_bytes()), self.peer_id) for base in visible]
         self._visible = tuple(address for address in told if self.listens or is_circuit(address))

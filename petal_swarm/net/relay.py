@@ -164,7 +164,7 @@ def _varint(data: bytes, position: int, *, partial: bool = False) -> tuple[int, 
 
 
 class RelayKeeper:
-    """Keeps places at up to `RELAYS` relays. `keep` is to be called from time to time: it notices who left."""
+    """Keeps places at up to `RELAYS` relays. `keep`, called from time to time, notices who left."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -187,7 +187,10 @@ class RelayKeeper:
         )
 
     async def keep(self, candidates: Sequence[Candidate]) -> None:
-        """Renew the places there are, and find others for those that are lost. Never raises for peers' sake."""
+        """Renew the places there are, and find others for those that are lost.
+
+        What peers do raises nothing.
+        """
         held = [relay for relay, _ in self._places.values()]
         refusals = []
         for relay in [*held, *self._new(candidates)]:

@@ -1,4 +1,4 @@
-"""A server's eye on its own reachability: it asks others, goes to relays when it has to, and tells changes."""
+"""A server's eye on its reachability: it asks others, goes to relays when it has to, and tells changes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol
 
-from petal_swarm.directory.reachability import Reachability, advice, judge, sentence, survey
+from petal_swarm.directory.reachability import Reachability, Sighting, advice, judge, sentence, survey
 from petal_swarm.errors import PetalSwarmError
 from petal_swarm.net.addresses import is_circuit
 from petal_swarm.net.relay import Candidate, RelayKeeper
@@ -35,7 +35,7 @@ class RelayedTransport(Transport, Protocol):
 class ReachabilityWatch:
     """`helpers` finds peers to ask and to be relayed by, the best first.
 
-    `private`: nobody is asked, relays are needed. `on_change` is told the first verdict, and others.
+    `private`: relays are needed, whatever others say. `on_change` is told the first verdict, and others.
     """
 
     def __init__(
@@ -54,6 +54,8 @@ class ReachabilityWatch:
         self._sleep = sleep
         self._keeper = RelayKeeper(transport)
         self.verdict: Reachability | None = None
+        #: What others said the last time.
+        self.sightings: Sequence[Sighting] = ()
 
     @property
     def refusals(self) -> str:
@@ -71,7 +73,7 @@ class ReachabilityWatch:
         except PetalSwarmError as error:
             logger.info("could not look for peers to ask about reachability: %s", error)
             helpers = []
-        sightings = [] if self._private else await survey(self._transport, helpers)
+        sightings = self.sightings = await survey(self._transport, helpers)
         own = [address for address in self._transport.addresses() if not is_circuit(address)]
         alone = judge(sightings, own, private=self._private)
         if alone.kind == "direct":

@@ -472,8 +472,8 @@ class DialedBack:
     """Answer to `DialBack`.
 
     `observed` is the multiaddr that the connection comes from, without a peer id at its end; empty if it is
-    not known. `tried` are the ports that were dialled, `reached` those at which the peer answered with its own
-    key. `time_s` is the answering peer's clock, in seconds since 1970.
+    not known. `tried` are the ports that were dialled, `reached` those at which the peer answered, with its
+    own key. `time_s` is the answering peer's clock, in seconds since 1970.
     """
 
     type: ClassVar[str] = "dialed-back"
