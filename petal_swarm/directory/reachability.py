@@ -103,19 +103,20 @@ async def ask(transport: Transport, helper: Candidate, *, now: Callable[[], floa
         NetworkError: it cannot be reached, or does not answer in time.
         RemoteError, RemoteProtocolError: it will not, as peers of an older version.
     """
+    ports = listening_ports(transport.addresses())
     stream = await transport.open_stream(
         helper.peer_id, DIRECTORY, addresses=helper.addresses, timeout_s=ASK_TIMEOUT_S
     )
     channel = Channel(stream, DIRECTORY_TABLE, Role.DIALER)
     try:
-        channel.send(DialBack(listening_ports(transport.addresses())))
+        channel.send(DialBack(ports))
         answer = await channel.expect(DialedBack, timeout_s=ASK_TIMEOUT_S)
     finally:
         channel.abort()
-    # The clock is read as the answer leaves, half a round trip ago: next to nothing.
-    return Sighting(
-        helper.peer_id, ip_address(answer.observed), answer.tried, answer.reached, answer.time_s - now()
-    )
+    tried = tuple(port for port in ports if port in answer.tried)
+    reached = tuple(port for port in tried if port in answer.reached)
+    # Its clock was read as the answer left, half a round trip ago: next to nothing.
+    return Sighting(helper.peer_id, ip_address(answer.observed), tried, reached, answer.time_s - now())
 
 
 async def survey(transport: Transport, helpers: Sequence[Candidate]) -> list[Sighting]:

@@ -493,12 +493,11 @@ class DialedBack:
 
     @classmethod
     def from_frame(cls, frame: Frame) -> DialedBack:
-        header = frame.header
-        tried, reached = _ports(header, "tried"), _ports(header, "reached")
-        if not set(reached) <= set(tried):
-            raise RemoteProtocolError("field 'reached': ports that were not tried")
         return cls(
-            fields.text(header, "observed", ""), tried, reached, fields.number(header, "time_s", 0, 1e12, 0.0)
+            fields.text(frame.header, "observed", ""),
+            _ports(frame.header, "tried"),
+            _ports(frame.header, "reached"),
+            fields.number(frame.header, "time_s", 0, 1e12, 0.0),
         )
 
 
