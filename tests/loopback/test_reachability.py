@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import base58
 import pytest
 
 pytest.importorskip("hivemind")
@@ -18,6 +19,7 @@ pytest.importorskip("hivemind")
 from petal_swarm.cli.local_swarm import LocalSwarm, ServerProcess, wait_ready
 from petal_swarm.cli.main import main
 from petal_swarm.net.addresses import is_circuit
+from petal_swarm.net.p2pd_addresses import address_from_bytes, address_to_bytes
 from tests.checkpoints import VOCABULARY, reference, save_bloom
 from tests.cli.tokenizers_of_tests import save_words
 
@@ -128,3 +130,23 @@ def test_the_doctor_says_it_in_plain_words(swarm: Swarm, capsys: Any) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("ok   reachability: others can reach this machine directly") for line in lines)
     assert main(["doctor", "--reachability", "private", "--listen", "none"]) == 2
+
+
+def test_addresses_with_peers_inside_in_bytes() -> None:
+    """hivemind writes an Ed25519 peer as a CID, which the daemon refuses before `/p2p-circuit`."""
+    peer_id = NOBODY.rpartition("/")[2]
+    encoded = address_to_bytes(f"{NOBODY}/p2p-circuit")
+    assert encoded == bytes.fromhex("047f000001060001a50326") + base58.b58decode(peer_id) + bytes.fromhex(
+        "a202"
+    )
+    for address in (
+        f"{NOBODY}/p2p-circuit",
+        NOBODY,
+        "/ip4/1.2.3.4/tcp/5",
+        "/ip6/::1/udp/5/quic-v1",
+        "/p2p-circuit",
+    ):
+        assert address_from_bytes(address_to_bytes(address)) == address
+    for bad in ("nonsense", "/ip4/1.2.3/tcp/5", "/ip4/1.2.3.4/tcp/5/p2p/0OIl/p2p-circuit"):
+        with pytest.raises(ValueError, match=r"\S"):
+            address_to_bytes(bad)
