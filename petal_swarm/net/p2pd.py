@@ -20,13 +20,15 @@ from petal_swarm.errors import (
     ConfigError,
     NetworkError,
     PeerUnreachableError,
+    RemoteProtocolError,
     StreamClosedError,
     UnsupportedProtocolError,
 )
-from petal_swarm.net.addresses import is_circuit, is_loopback, join_address, split_address
+from petal_swarm.net.addresses import is_circuit, is_loopback, join_address, split_address, tcp_port
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.p2pd_addresses import address_from_bytes, address_to_bytes
 from petal_swarm.net.p2pd_stream import P2pdStream
+from petal_swarm.net.relay import Candidate, RelayRefusedError, reserve
 from petal_swarm.net.transport import StreamHandler, run_handler
 from petal_swarm.wire.announcement import MAX_ADDRESSES
 
@@ -41,6 +43,9 @@ DAEMON_GO_THREADS = "1"
 #: What others' traffic through this daemon may take: 32 peers with a place, 16 connections each, two buffers
 #: for each connection. 64 MiB at most; the daemon's own defaults come to 64 GiB.
 RELAY_BOUNDS = {"relayMaxReservations": 32, "relayMaxCircuits": 16, "relayBufferSize": 64 << 10}
+
+#: Of a daemon that got its relay wrong, which is rare with one Go thread.
+RELAY_RESTARTS = 4
 
 
 class P2pdTransport:
@@ -77,12 +82,37 @@ class P2pdTransport:
         Raises:
             ConfigError: hivemind is not installed, or the daemon refuses an address.
         """
-        p2p_class, daemon_error = _import_hivemind()
         if announce and reachability == "auto":
             reachability = "public"
+        options: dict[str, Any] = {"listen": listen, "announce": announce, "initial_peers": initial_peers}
+        options |= {"reachability": reachability, "startup_timeout_s": startup_timeout_s}
+        identity = identity or Identity.generate()
+        self = await cls._start(identity, **options)
+        for _ in range(RELAY_RESTARTS if listen and reachability == "public" else 0):
+            try:
+                if await self._relays_as_told(listen):
+                    break
+            except BaseException:
+                await self.close()
+                raise
+            await self.close()
+            self = await cls._start(identity, **options)
+        return self
+
+    @classmethod
+    async def _start(
+        cls,
+        identity: Identity,
+        *,
+        listen: Sequence[str],
+        announce: Sequence[str],
+        initial_peers: Sequence[str],
+        reachability: str,
+        startup_timeout_s: float,
+    ) -> P2pdTransport:
+        p2p_class, daemon_error = _import_hivemind()
         relays = _one_address_each(initial_peers) if reachability != "public" else []
         bounds = RELAY_BOUNDS | ({"relayDiscovery": False} if relays else {})
-        identity = identity or Identity.generate()
         for address in initial_peers:
             split_address(address)
         with tempfile.TemporaryDirectory(prefix="petal-swarm-") as folder:
@@ -116,6 +146,25 @@ class P2pdTransport:
             await p2p.shutdown()
             raise
         return self
+
+    async def _relays_as_told(self, listen: Sequence[str]) -> bool:
+        """Whether the daemon relays within `RELAY_BOUNDS`, as far as can be found out from this machine.
+
+        It installs its relay twice, in two goroutines: with its arguments, and with limits too low to be
+        of use. The later one wins. Asked is by a daemon of its own, since none dials itself.
+        """
+        own = [address.replace("/0.0.0.0/", "/127.0.0.1/").replace("/::/", "/::1/") for address in listen]
+        own = [join_address(address, self.peer_id) for address in own if tcp_port(address)]
+        asking = await P2pdTransport.create(listen=())
+        try:
+            await reserve(asking, Candidate(self.peer_id, (*own, *self._visible)))
+        except RelayRefusedError:
+            return False
+        except (NetworkError, RemoteProtocolError) as error:
+            logger.info("could not find out whether this machine relays for others: %s", error)
+        finally:
+            await asking.close()
+        return True
 
     def addresses(self) -> tuple[str, ...]:
         direct = (self._announced or self._visible)[: MAX_ADDRESSES - len(self.relayed)]
