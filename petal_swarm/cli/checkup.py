@@ -21,7 +21,6 @@ from petal_swarm.directory.reachability import (
 )
 from petal_swarm.directory.remote import RemoteDirectory, measure_rtt
 from petal_swarm.errors import ConfigError, NetworkError, PetalSwarmError
-from petal_swarm.net.addresses import is_loopback
 from petal_swarm.net.p2pd import P2pdTransport
 from petal_swarm.net.relay import Candidate
 from petal_swarm.server.config import ServerConfig
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
     from petal_swarm.models.checkpoint import Checkpoint
 
 PEER_TIMEOUT_S = 10.0
-#: A router may need some seconds to open a port that it was asked for.
-ATTEMPTS, PAUSE_S = 3, 3.0
 #: Quantized blocks of one large model, and the model itself in the Hub's cache.
 LITTLE_DISK_BYTES = 20 << 30
 
@@ -86,23 +83,12 @@ async def examine(
             private=config.reachability == "private",
             on_change=lambda verdict: None,
         )
-        verdict = await settle(watch, patient=not all(map(is_loopback, transport.addresses())))
+        verdict = await watch.settle()
         add(clock(clock_ahead_s(watch.sightings)))
         add(reachability(verdict, watch.refusals))
     finally:
         await transport.close()
     return checks, verdict
-
-
-async def settle(watch: ReachabilityWatch, *, patient: bool) -> Reachability:
-    """The verdict; a `patient` one waits for a router that may be about to open a port."""
-    verdict = await watch.check()
-    for _ in range(ATTEMPTS - 1):
-        if not patient or verdict.kind in ("direct", "unknown"):
-            break
-        await asyncio.sleep(PAUSE_S)
-        verdict = await watch.check()
-    return verdict
 
 
 def software() -> Check:

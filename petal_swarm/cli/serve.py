@@ -22,6 +22,7 @@ from petal_swarm.net.relay import Candidate
 from petal_swarm.server.config import ServerConfig
 from petal_swarm.server.reachability import ReachabilityWatch, log_change
 from petal_swarm.server.server import Server
+from petal_swarm.wire.announcement import Announcement
 
 logger = logging.getLogger("petal_swarm.cli")
 
@@ -90,7 +91,7 @@ async def start(config: ServerConfig) -> tuple[Server, P2pdTransport, Reachabili
         raise
     watch = watch_reachability(config, checkpoint, transport, directory)
     try:
-        if private and not (await watch.check()).reachable:
+        if private and not (await watch.settle()).reachable:
             raise PeerUnreachableError(f"no relay took this server in: {watch.refusals or 'nobody answers'}")
     except BaseException:
         await directory.close()
@@ -108,7 +109,10 @@ def watch_reachability(
     told = False
 
     async def helpers() -> list[Candidate]:
-        return candidates(config.initial_peers, await directory.lookup(checkpoint.model_key))
+        known: list[Announcement] = []
+        with contextlib.suppress(NetworkError):  # the initial peers may relay all the same
+            known = await directory.lookup(checkpoint.model_key)
+        return candidates(config.initial_peers, known)
 
     def tell(verdict: Reachability) -> None:
         nonlocal told

@@ -113,6 +113,7 @@ class P2pdTransport:
         p2p_class, daemon_error = _import_hivemind()
         relays = _one_address_each(initial_peers) if reachability != "public" else []
         bounds = RELAY_BOUNDS | ({"relayDiscovery": False} if relays else {})
+        daemon_class = _with_arguments(p2p_class, bounds)
         for address in initial_peers:
             split_address(address)
         with tempfile.TemporaryDirectory(prefix="petal-swarm-") as folder:
@@ -121,7 +122,7 @@ class P2pdTransport:
             identity.save(key_file)
             try:
                 with _default_environment("GOMAXPROCS", DAEMON_GO_THREADS):
-                    p2p = await _with_arguments(p2p_class, bounds).create(
+                    p2p = await daemon_class.create(
                         identity_path=str(key_file),
                         check_if_identity_free=False,
                         host_maddrs=list(listen),
@@ -137,6 +138,7 @@ class P2pdTransport:
                         idle_timeout=startup_timeout_s,
                     )
             except (daemon_error, ValueError) as error:
+                await _bury(daemon_class)
                 raise ConfigError(f"the libp2p daemon did not start: {_first_line(error)}") from error
         announced = tuple(join_address(address, identity.peer_id) for address in announce)
         self = cls(p2p, announced, listens=bool(listen))
@@ -289,6 +291,7 @@ class P2pdTransport:
                 await self.p2p.shutdown()
         except TimeoutError:
             self.p2p._child.kill()
+            await self.p2p._child.wait()
 
 
 def _import_hivemind() -> tuple[Any, type[Exception]]:
@@ -306,11 +309,28 @@ def _with_arguments(p2p_class: Any, arguments: dict[str, Any]) -> Any:
     """A `P2P` whose daemon gets arguments that `P2P.create` knows nothing of."""
 
     class Daemon(p2p_class):  # type: ignore[misc]
+        last: Any = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            type(self).last = self
+
         @staticmethod
         def _make_process_args(*args: Any, **given: Any) -> list[str]:
             return list(p2p_class._make_process_args(*args, **given, **arguments))
 
     return Daemon
+
+
+async def _bury(daemon_class: Any) -> None:
+    """Wait for a daemon that did not start: hivemind leaves its process to whoever closes the loop."""
+    child = daemon_class.last._child if daemon_class.last is not None else None
+    if child is None:
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await child.wait()
+    child._transport.close()
 
 
 def _one_address_each(addresses: Sequence[str]) -> list[str]:

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 #: A router may take its time to open a port, and the first peers to be there.
 SOON_S = 10.0
 SOON = 3
+#: Within `settle`.
+ATTEMPTS, PAUSE_S = 3, 3.0
 #: A place at a relay is renewed as often; who cannot be reached looks again as often.
 RENEW_S = 60.0
 #: Between surveys of a server that is reached directly.
@@ -85,6 +87,16 @@ class ReachabilityWatch:
         before, self.verdict = self.verdict, verdict
         if before is None or _essence(before) != _essence(verdict):
             self._on_change(verdict)
+        return verdict
+
+    async def settle(self) -> Reachability:
+        """The verdict after a few checks if need be: a router may be opening a port, a relay be busy."""
+        verdict = await self.check()
+        for _ in range(ATTEMPTS - 1):
+            if verdict.kind in ("direct", "unknown") or (verdict.reachable and self._private):
+                break
+            await self._sleep(PAUSE_S)
+            verdict = await self.check()
         return verdict
 
     async def run(self) -> None:

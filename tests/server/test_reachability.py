@@ -15,7 +15,7 @@ from petal_swarm.net.memory import MemoryNetwork, MemoryTransport, VirtualClockL
 from petal_swarm.net.relay import HOP_PROTOCOL, Candidate
 from petal_swarm.net.transport import Stream
 from petal_swarm.server import reachability as watching
-from petal_swarm.server.reachability import AGAIN_S, RENEW_S, SOON_S, ReachabilityWatch
+from petal_swarm.server.reachability import AGAIN_S, PAUSE_S, RENEW_S, SOON_S, ReachabilityWatch
 
 PORT = 31330
 
@@ -155,6 +155,23 @@ def test_a_failing_daemon_ends_nothing(play: Play) -> None:
     async def scenario(world: World) -> None:
         world.mine.failing = True
         assert (await world.watch().check()).kind == "unknown"
+
+    play(scenario)
+
+
+def test_settling_has_patience_where_it_may_help(play: Play) -> None:
+    async def scenario(world: World) -> None:
+        world.seen()
+        assert (await world.watch(rounds=9).settle()).kind == "relay"
+        assert world.pauses == [PAUSE_S, PAUSE_S]  # a router may open a port yet
+        world.pauses.clear()
+        assert (await world.watch(rounds=9, private=True).settle()).kind == "relay"
+        world.seen(PORT)
+        assert (await world.watch(rounds=9).settle()).kind == "direct"
+        assert world.pauses == []
+        await world.relay.close()
+        assert (await world.watch(rounds=9, private=True).settle()).kind == "none"
+        assert world.pauses == [PAUSE_S, PAUSE_S]
 
     play(scenario)
 
