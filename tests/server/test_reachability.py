@@ -193,7 +193,7 @@ def test_it_looks_again_soon_at_first_and_seldom_once_reached(play: Play) -> Non
 
 
 def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="petal_swarm.server.reachability")
     for verdict in (
         asking.judge([Sighting("helper", "8.8.8.8", (PORT,), (PORT,))], [f"/ip4/8.8.8.8/tcp/{PORT}"]),
         asking.judge([Sighting("helper", "8.8.8.8", (PORT,))], [f"/ip4/8.8.8.8/tcp/{PORT}"]),
