@@ -73,7 +73,7 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_key_option(swarm: argparse._ArgumentGroup) -> None:
+def add_key_option(swarm: argparse._ActionsContainer) -> None:
     """`--swarm-key`, alike for servers and clients."""
     swarm.add_argument(
         "--swarm-key",

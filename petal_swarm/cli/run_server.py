@@ -89,8 +89,8 @@ def _add_swarm_options(swarm: argparse._ArgumentGroup) -> None:
         metavar="MULTIADDR",
         nargs="+",
         default=[],
-        help="where to listen, such as /ip4/0.0.0.0/tcp/31330 (default: this machine only while the"
-        " swarm is on it, else every interface, at a free port)",
+        help="where to listen, such as /ip4/0.0.0.0/tcp/31330, or none (default: this machine only while"
+        " the swarm is on it, else every interface, at a free port)",
     )
     swarm.add_argument(
         "--announce",
@@ -98,6 +98,13 @@ def _add_swarm_options(swarm: argparse._ArgumentGroup) -> None:
         nargs="+",
         default=[],
         help="what others are told to dial, for a forwarded port or a container (default: --listen)",
+    )
+    swarm.add_argument(
+        "--reachability",
+        default="auto",
+        choices=("auto", "public", "private"),
+        help="public: others can dial this machine, and it relays for those that nobody can; private: nobody"
+        " can, so be reached through relays (default: auto, others are asked; see petal-swarm doctor)",
     )
 
 
@@ -172,6 +179,7 @@ def run(arguments: argparse.Namespace) -> int:
         num_blocks=arguments.num_blocks,
         listen=tuple(arguments.listen),
         announce=tuple(arguments.announce),
+        reachability=arguments.reachability,
         identity=arguments.identity,
         swarm_key=arguments.swarm_key,
         allow_peers=tuple(arguments.allow_peer),

@@ -12,15 +12,20 @@ from typing import Any
 
 from petal_swarm.client.loading_bar import loading_bar
 from petal_swarm.directory.dht import DhtDirectory
+from petal_swarm.directory.reachability import Reachability, advice, candidates, sentence
 from petal_swarm.errors import ConfigError, NetworkError, PeerUnreachableError
-from petal_swarm.models.checkpoint import open_checkpoint
+from petal_swarm.models.checkpoint import Checkpoint, open_checkpoint
 from petal_swarm.net.addresses import is_loopback
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.p2pd import P2pdTransport
 from petal_swarm.net.private import PrivateTransport
+from petal_swarm.net.relay import Candidate
 from petal_swarm.net.swarm_key import load_swarm_key
+from petal_swarm.net.transport import Transport
 from petal_swarm.server.config import ServerConfig
+from petal_swarm.server.reachability import ReachabilityWatch, log_change
 from petal_swarm.server.server import Server
+from petal_swarm.wire.announcement import Announcement
 
 logger = logging.getLogger("petal_swarm.cli")
 
@@ -37,9 +42,10 @@ async def serve(config: ServerConfig) -> int:
         starting.cancel()
         await asyncio.gather(starting, return_exceptions=True)
         return 0
-    server, transport = starting.result()
+    server, transport, watch = starting.result()
     print(f"ready {best_address(server.addresses)}", flush=True)
     describe(server)
+    watching = asyncio.create_task(watch.run())
     # What was loaded stays: the collector need not look at it again in the middle of a step.
     gc.collect()
     gc.freeze()
@@ -52,12 +58,13 @@ async def serve(config: ServerConfig) -> int:
         return 0
     finally:
         daemon.cancel()
+        watching.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await server.close()
 
 
-async def start(config: ServerConfig) -> tuple[Server, P2pdTransport]:
+async def start(config: ServerConfig) -> tuple[Server, P2pdTransport, ReachabilityWatch]:
     """Everything between the arguments and a serving server; leaves nothing behind if it fails."""
     key = load_swarm_key(config.swarm_key)
     checkpoint = await asyncio.to_thread(open_checkpoint, config.model)
@@ -68,6 +75,7 @@ async def start(config: ServerConfig) -> tuple[Server, P2pdTransport]:
             listen=config.listen_addresses(),
             announce=config.announce,
             initial_peers=config.initial_peers,
+            reachability=config.reachability,
         )
     except ConfigError as error:
         if "bootstrap peers" not in str(error):
@@ -76,16 +84,56 @@ async def start(config: ServerConfig) -> tuple[Server, P2pdTransport]:
             f"cannot join the swarm: nobody answers at {', '.join(config.initial_peers)};"
             " is a server running there, and is this the address that it printed after `ready`?"
         ) from None
+    private = config.reachability == "private"
     try:
+        # Whom others cannot dial by its peer id alone is no node for them to ask.
         directory = await DhtDirectory.create(
-            transport, identity=identity, initial_peers=config.initial_peers, client_mode=False, key=key
+            transport, identity=identity, initial_peers=config.initial_peers, client_mode=private, key=key
         )
     except BaseException:
         await transport.close()
         raise
+    peer = PrivateTransport(transport, key) if key else transport
+    watch = watch_reachability(config, checkpoint, transport, peer, directory)
+    try:
+        if private and not (await watch.settle()).reachable:
+            raise PeerUnreachableError(f"no relay took this server in: {watch.refusals or 'nobody answers'}")
+    except BaseException:
+        await directory.close()
+        await transport.close()
+        raise
     with loading_bar("loading blocks", shown=sys.stderr.isatty()) as report:
-        peer = PrivateTransport(transport, key) if key else transport
-        return await Server.start(config, checkpoint, peer, directory, progress=report), transport
+        server = await Server.start(config, checkpoint, peer, directory, progress=report)
+        return server, transport, watch
+
+
+def watch_reachability(
+    config: ServerConfig,
+    checkpoint: Checkpoint,
+    transport: P2pdTransport,
+    peer: Transport,
+    directory: DhtDirectory,
+) -> ReachabilityWatch:
+    """Asks the initial peers by `peer`, then servers of the same model; tells stderr first, then the log."""
+    told = False
+
+    async def helpers() -> list[Candidate]:
+        known: list[Announcement] = []
+        with contextlib.suppress(NetworkError):  # the initial peers may relay all the same
+            known = await directory.lookup(checkpoint.model_key)
+        return candidates(config.initial_peers, known)
+
+    def tell(verdict: Reachability) -> None:
+        nonlocal told
+        if told or verdict.kind == "unknown":
+            log_change(verdict)
+        elif verdict.scope != "machine":  # else `describe` says what there is to say
+            print("\n".join(filter(None, (sentence(verdict), advice(verdict)))), file=sys.stderr)
+        told = True
+
+    return ReachabilityWatch(
+        transport, helpers, peer=peer, private=config.reachability == "private", on_change=tell
+    )
 
 
 async def leave(server: Server, signals: Signals) -> None:

@@ -1,4 +1,4 @@
-"""The answering side of the `directory` stream protocol: pings, and listings of signed records."""
+"""The answering side of the `directory` stream protocol: pings, listings of signed records, dialling back."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 
+from petal_swarm.directory.dial_back import DialBackService
 from petal_swarm.directory.directory import Directory
 from petal_swarm.errors import (
     BadMessageError,
@@ -21,6 +22,7 @@ from petal_swarm.net.transport import Stream
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
 from petal_swarm.wire.messages import (
     MAX_ANNOUNCEMENTS,
+    DialBack,
     Error,
     Listing,
     ListRequest,
@@ -44,8 +46,15 @@ class DirectoryService:
     first by peer id: peer ids are random, so any part of the list covers all blocks alike.
     """
 
-    def __init__(self, directory: Directory, *, idle_timeout_s: float = IDLE_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        directory: Directory,
+        *,
+        dial_back: DialBackService | None = None,
+        idle_timeout_s: float = IDLE_TIMEOUT_S,
+    ) -> None:
         self._directory = directory
+        self._dial_back = dial_back or DialBackService()
         self._idle_timeout_s = idle_timeout_s
         self._lookups = asyncio.Semaphore(MAX_LOOKUPS)
 
@@ -54,7 +63,7 @@ class DirectoryService:
         channel = Channel(stream, DIRECTORY_TABLE, Role.LISTENER)
         try:
             while (request := await self._next_request(channel)) is not None:
-                answer = await self._answer(request)
+                answer = await self._answer(request, channel)
                 channel.send(answer)
                 async with asyncio.timeout(self._idle_timeout_s):
                     await channel.drain()
@@ -74,9 +83,11 @@ class DirectoryService:
         async with asyncio.timeout(self._idle_timeout_s):
             return await channel.receive()
 
-    async def _answer(self, request: Message) -> Message:
+    async def _answer(self, request: Message, channel: Channel) -> Message:
         if isinstance(request, Ping):
             return Pong()
+        if isinstance(request, DialBack):
+            return await self._dial_back.answer(request, channel.peer_id, channel.remote_address)
         assert isinstance(request, ListRequest), "the table lets nothing else through"
         try:
             async with asyncio.timeout(LOOKUP_TIMEOUT_S), self._lookups:

@@ -26,6 +26,11 @@ class Channel:
         return self._stream.peer_id
 
     @property
+    def remote_address(self) -> str:
+        """See `Stream.remote_address`."""
+        return self._stream.remote_address
+
+    @property
     def receiving(self) -> bool:
         """Whether a part of a message has arrived, and its rest has not."""
         return self._connection.mid_frame

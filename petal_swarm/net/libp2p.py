@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from petal_swarm.errors import ConfigError
-from petal_swarm.net.addresses import join_address, split_address
+from petal_swarm.errors import ConfigError, PeerUnreachableError
+from petal_swarm.net.addresses import is_circuit, join_address, split_address
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.transport import StreamHandler, run_handler
 
@@ -119,11 +119,23 @@ class Libp2pTransport:
         await self._host.stop()
 
     def _bases(self, peer_id: str, addresses: Sequence[str]) -> tuple[str, ...]:
-        """Where to dial a peer: at those of `addresses` that are its own, or where it was found before."""
+        """Where to dial a peer: at those of `addresses` that are its own, or where it was found before.
+
+        Raises:
+            ConfigError: one is no address.
+            PeerUnreachableError: all lead through relays. py-libp2p's TCP would dial the relay, and find the
+                wrong peer there.
+        """
         for address in (f"/p2p/{peer_id}", *addresses):
             _require_multiaddr(address)
-        bases = dict.fromkeys(base for base, owner in map(split_address, addresses) if owner == peer_id)
-        return tuple(bases) or self._known.get(peer_id, ())
+        own = {base: is_circuit(base) for base, owner in map(split_address, addresses) if owner == peer_id}
+        bases = tuple(base for base, relayed in own.items() if not relayed) or self._known.get(peer_id, ())
+        if own and not bases:
+            raise PeerUnreachableError(
+                f"peer {peer_id} can only be reached through a relay, which the libp2p transport cannot use;"
+                " use p2pd (Linux x86-64), or other servers"
+            )
+        return bases
 
 
 def _require_multiaddr(address: str) -> None:

@@ -47,6 +47,7 @@ class Libp2pStream:
 
     def __init__(self, host: Host, stream: Any) -> None:
         self.peer_id = str(stream.muxed_conn.peer_id)
+        self.remote_address = ""  # nobody serves what needs it over this transport
         self._host = host
         self._stream = stream
         self._failure: str | None = None

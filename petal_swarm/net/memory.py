@@ -102,6 +102,7 @@ class MemoryStream:
 
     def __init__(self, owner: MemoryTransport, peer_id: str) -> None:
         self.peer_id = peer_id
+        self.remote_address = ""
         self.owner = owner
         self._other: MemoryStream | None = None
         self._arrived: deque[bytes] = deque()
@@ -227,6 +228,8 @@ class MemoryTransport:
         self.network = network
         self.identity = identity
         self.peer_id = identity.peer_id
+        #: The multiaddr that its streams come from, for whoever asks.
+        self.seen_at = ""
         self._loop = asyncio.get_running_loop()
         self._handlers: dict[str, StreamHandler] = {}
         self._streams: set[MemoryStream] = set()
@@ -251,6 +254,7 @@ class MemoryTransport:
             )
         mine, theirs = MemoryStream(self, peer_id), MemoryStream(peer, self.peer_id)
         mine._other, theirs._other = theirs, mine
+        theirs.remote_address = self.seen_at
         self._streams.add(mine)
         peer._streams.add(theirs)
         peer._call(peer._accept, protocol, handler, theirs)

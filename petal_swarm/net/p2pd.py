@@ -20,13 +20,17 @@ from petal_swarm.errors import (
     ConfigError,
     NetworkError,
     PeerUnreachableError,
+    RemoteProtocolError,
     StreamClosedError,
     UnsupportedProtocolError,
 )
-from petal_swarm.net.addresses import is_loopback, join_address, split_address
+from petal_swarm.net.addresses import is_circuit, is_loopback, join_address, split_address, tcp_port
 from petal_swarm.net.identity import Identity
+from petal_swarm.net.p2pd_addresses import address_from_bytes, address_to_bytes
 from petal_swarm.net.p2pd_stream import P2pdStream
+from petal_swarm.net.relay import Candidate, RelayRefusedError, reserve
 from petal_swarm.net.transport import StreamHandler, run_handler
+from petal_swarm.wire.announcement import MAX_ADDRESSES
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +40,25 @@ CLOSE_TIMEOUT_S = 2.0
 #: core: 0.04 ms a hop [measured], and no throughput is gained (16 MiB there and back in 0.06 s either way).
 DAEMON_GO_THREADS = "1"
 
+#: What others' traffic through this daemon may take: 32 peers with a place, 16 connections each, two buffers
+#: for each connection. 64 MiB at most; the daemon's own defaults come to 64 GiB.
+RELAY_BOUNDS = {"relayMaxReservations": 32, "relayMaxCircuits": 16, "relayBufferSize": 64 << 10}
+
+#: Of a daemon that got its relay wrong, which is rare with one Go thread.
+RELAY_RESTARTS = 4
+
 
 class P2pdTransport:
     """A peer with its own daemon. `p2p` is hivemind's object, which the DHT shares."""
 
-    def __init__(self, p2p: Any, addresses: tuple[str, ...]) -> None:
+    def __init__(self, p2p: Any, announced: tuple[str, ...], *, listens: bool) -> None:
         self.p2p = p2p
         self.peer_id = str(p2p.peer_id)
-        self._addresses = addresses
+        self.listens = listens
+        #: Where this peer can be dialled through relays, to be told to others too.
+        self.relayed: tuple[str, ...] = ()
+        self._announced = announced
+        self._visible: tuple[str, ...] = ()
         self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
@@ -55,15 +70,50 @@ class P2pdTransport:
         listen: Sequence[str] = ("/ip4/127.0.0.1/tcp/0",),
         announce: Sequence[str] = (),
         initial_peers: Sequence[str] = (),
+        reachability: str = "auto",
         startup_timeout_s: float = 15.0,
     ) -> P2pdTransport:
         """Start the daemon. `announce` is what others are told to dial; no `listen` makes a pure client.
 
+        `reachability` is what the daemon takes for granted: `public` makes it a full relay for others from
+        the start, `private` makes it look for relays, `auto` lets it find out from its peers (AutoNAT).
+        `announce` implies `public`.
+
         Raises:
             ConfigError: hivemind is not installed, or the daemon refuses an address.
         """
-        p2p_class, daemon_error = _import_hivemind()
+        if announce and reachability == "auto":
+            reachability = "public"
+        options: dict[str, Any] = {"listen": listen, "announce": announce, "initial_peers": initial_peers}
+        options |= {"reachability": reachability, "startup_timeout_s": startup_timeout_s}
         identity = identity or Identity.generate()
+        self = await cls._start(identity, **options)
+        for _ in range(RELAY_RESTARTS if listen and reachability == "public" else 0):
+            try:
+                if await self._relays_as_told(listen):
+                    break
+            except BaseException:
+                await self.close()
+                raise
+            await self.close()
+            self = await cls._start(identity, **options)
+        return self
+
+    @classmethod
+    async def _start(
+        cls,
+        identity: Identity,
+        *,
+        listen: Sequence[str],
+        announce: Sequence[str],
+        initial_peers: Sequence[str],
+        reachability: str,
+        startup_timeout_s: float,
+    ) -> P2pdTransport:
+        p2p_class, daemon_error = _import_hivemind()
+        relays = _one_address_each(initial_peers) if reachability != "public" else []
+        bounds = RELAY_BOUNDS | ({"relayDiscovery": False} if relays else {})
+        daemon_class = _with_arguments(p2p_class, bounds)
         for address in initial_peers:
             split_address(address)
         with tempfile.TemporaryDirectory(prefix="petal-swarm-") as folder:
@@ -72,30 +122,68 @@ class P2pdTransport:
             identity.save(key_file)
             try:
                 with _default_environment("GOMAXPROCS", DAEMON_GO_THREADS):
-                    p2p = await p2p_class.create(
+                    p2p = await daemon_class.create(
                         identity_path=str(key_file),
                         check_if_identity_free=False,
                         host_maddrs=list(listen),
                         no_listen=not listen,
                         announce_maddrs=[split[0] for split in map(_split_optional, announce)] or None,
                         initial_peers=list(initial_peers) or None,
-                        dht_mode="server" if listen else "client",
+                        dht_mode="server" if listen and reachability != "private" else "client",
                         nat_port_map=any(not is_loopback(address) for address in listen),
+                        force_reachability=None if reachability == "auto" else reachability,
+                        use_auto_relay=bool(relays),
+                        trusted_relays=relays or None,
                         startup_timeout=startup_timeout_s,
                         idle_timeout=startup_timeout_s,
                     )
             except (daemon_error, ValueError) as error:
+                await _bury(daemon_class)
                 raise ConfigError(f"the libp2p daemon did not start: {_first_line(error)}") from error
+        announced = tuple(join_address(address, identity.peer_id) for address in announce)
+        self = cls(p2p, announced, listens=bool(listen))
         try:
-            visible = [str(address) for address in await p2p.get_visible_maddrs()] if listen else []
+            await self.refresh_addresses()
         except BaseException:
             await p2p.shutdown()
             raise
-        told = [join_address(address, identity.peer_id) for address in announce] or visible
-        return cls(p2p, tuple(told))
+        return self
+
+    async def _relays_as_told(self, listen: Sequence[str]) -> bool:
+        """Whether the daemon relays within `RELAY_BOUNDS`, as far as can be found out from this machine.
+
+        It installs its relay twice, in two goroutines: with its arguments, and with limits too low to be
+        of use. The later one wins. Asked is by a daemon of its own, since none dials itself.
+        """
+        own = [address.replace("/0.0.0.0/", "/127.0.0.1/").replace("/::/", "/::1/") for address in listen]
+        own = [join_address(address, self.peer_id) for address in own if tcp_port(address)]
+        asking = await P2pdTransport.create(listen=())
+        try:
+            await reserve(asking, Candidate(self.peer_id, (*own, *self._visible)))
+        except RelayRefusedError:
+            return False
+        except (NetworkError, RemoteProtocolError) as error:
+            logger.info("could not find out whether this machine relays for others: %s", error)
+        finally:
+            await asking.close()
+        return True
 
     def addresses(self) -> tuple[str, ...]:
-        return self._addresses
+        direct = (self._announced or self._visible)[: MAX_ADDRESSES - len(self.relayed)]
+        return tuple(dict.fromkeys((*direct, *self.relayed)))
+
+    async def refresh_addresses(self) -> None:
+        """Ask the daemon where it can be dialled: a router's answer, or a relay's, may come late.
+
+        Raises:
+            NetworkError: the daemon does not answer.
+        """
+        try:
+            _, visible = await self.p2p._client.identify()
+        except Exception as error:  # the daemon's own, or those of a socket that it has left
+            raise NetworkError(f"the libp2p daemon does not answer: {_first_line(error)}") from None
+        told = [join_address(address_from_bytes(base.to_bytes()), self.peer_id) for base in visible]
+        self._visible = tuple(address for address in told if self.listens or is_circuit(address))
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
         _, peer_id = split_address(address)
@@ -106,12 +194,11 @@ class P2pdTransport:
         """Dial all addresses of a peer at once; the daemon keeps the first that answers."""
         from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
         from hivemind.proto.p2pd_pb2 import ConnectRequest, Request
-        from hivemind.utils.multiaddr import Multiaddr
 
         told = " or ".join(addresses)
         try:
             target = PeerID.from_base58(peer_id)
-            bases = [Multiaddr(split_address(address)[0]).to_bytes() for address in addresses]
+            bases = [address_to_bytes(split_address(address)[0]) for address in addresses]
         except ValueError as error:
             raise ConfigError(f"not a usable address: {told:.200} ({_first_line(error)})") from None
         try:
@@ -182,6 +269,7 @@ class P2pdTransport:
             task.add_done_callback(self._tasks.discard)
             with contextlib.suppress(StreamClosedError, asyncio.CancelledError):
                 stream = await P2pdStream.adopt(str(info.peer_id), reader, writer)
+                stream.remote_address = address_from_bytes(info.addr.to_bytes())
                 await run_handler(protocol, handler, stream, logger)
 
         await self.p2p.add_binary_stream_handler(protocol, on_stream)
@@ -203,6 +291,7 @@ class P2pdTransport:
                 await self.p2p.shutdown()
         except TimeoutError:
             self.p2p._child.kill()
+            await self.p2p._child.wait()
 
 
 def _import_hivemind() -> tuple[Any, type[Exception]]:
@@ -214,6 +303,43 @@ def _import_hivemind() -> tuple[Any, type[Exception]]:
             "the p2pd transport needs hivemind, which ships for Linux x86-64 only; use transport='libp2p'"
         ) from error
     return P2P, P2PDaemonError
+
+
+def _with_arguments(p2p_class: Any, arguments: dict[str, Any]) -> Any:
+    """A `P2P` whose daemon gets arguments that `P2P.create` knows nothing of."""
+
+    class Daemon(p2p_class):  # type: ignore[misc]
+        last: Any = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            type(self).last = self
+
+        @staticmethod
+        def _make_process_args(*args: Any, **given: Any) -> list[str]:
+            return list(p2p_class._make_process_args(*args, **given, **arguments))
+
+    return Daemon
+
+
+async def _bury(daemon_class: Any) -> None:
+    """Wait for a daemon that did not start: hivemind leaves its process to whoever closes the loop."""
+    child = daemon_class.last._child if daemon_class.last is not None else None
+    if child is None:
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(CLOSE_TIMEOUT_S):
+            await child.wait()
+    child._transport.close()
+
+
+def _one_address_each(addresses: Sequence[str]) -> list[str]:
+    """The first direct address of each peer: the daemon counts a relay with two addresses as two."""
+    first: dict[str, str] = {}
+    for address in addresses:
+        if not is_circuit(address):
+            first.setdefault(split_address(address)[1], address)
+    return list(first.values())
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ class P2pdStream(asyncio.Protocol):
 
     def __init__(self, peer_id: str, writer: asyncio.StreamWriter, arrived: bytes) -> None:
         self.peer_id = peer_id
+        self.remote_address = ""
         self._writer = writer  # kept: it closes the transport when it is collected
         self._transport = cast(asyncio.Transport, writer.transport)
         self._loop = asyncio.get_running_loop()

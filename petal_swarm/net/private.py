@@ -125,6 +125,10 @@ class PrivateStream:
         self.arrived = b""
         self._rest = b""
 
+    @property
+    def remote_address(self) -> str:
+        return self._stream.remote_address
+
     async def prove(self) -> None:
         """Return once the peer's proof has come and is good. Cancelling loses nothing.
 

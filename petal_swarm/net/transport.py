@@ -28,6 +28,14 @@ class Stream(Protocol):
         """The remote peer, as authenticated by the transport (base58)."""
         ...
 
+    @property
+    def remote_address(self) -> str:
+        """Of a stream that the peer opened: the multiaddr that its connection comes from, without a peer id.
+
+        It ends in `/p2p-circuit` if that is a relay. Empty where it is not known.
+        """
+        ...
+
     async def read(self) -> bytes:
         """The next bytes, as soon as there are any; `b""` once the peer has ended its side.
 

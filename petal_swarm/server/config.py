@@ -17,6 +17,8 @@ MIN_KV_TOKENS = 64
 #: Keys of all pages of a step must fit one message.
 MAX_BATCH_TOKENS = MAX_PAGES * PAGE_TOKENS
 KV_DTYPES = ("auto", "int8")
+REACHABILITY = ("auto", "public", "private")
+NOWHERE = "none"
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 
 
@@ -38,6 +40,7 @@ class ServerConfig:
     num_blocks: int | None = None
     listen: tuple[str, ...] = ()
     announce: tuple[str, ...] = ()
+    reachability: str = "auto"
     identity: str | None = None
     swarm_key: str | None = None
     allow_peers: tuple[str, ...] = ()
@@ -73,6 +76,17 @@ class ServerConfig:
             raise ConfigError(f"--max-batch-tokens may be {MAX_BATCH_TOKENS} at most")
         if self.prefix_tokens is not None and self.prefix_tokens < 0:
             raise ConfigError(f"--prefix-tokens must be at least 0, got {self.prefix_tokens}")
+        if self.reachability not in REACHABILITY:
+            raise ConfigError(
+                f"--reachability must be one of {', '.join(REACHABILITY)}, got {self.reachability!r}"
+            )
+        if NOWHERE in self.listen and (self.listen != (NOWHERE,) or self.reachability != "private"):
+            raise ConfigError("--listen none goes alone, and with --reachability private")
+        if self.reachability == "private" and (self.announce or self.new_swarm):
+            raise ConfigError(
+                "--reachability private means being reached through relays: join with --initial-peers,"
+                " and do not --announce"
+            )
         if self.kv_dtype not in KV_DTYPES:
             raise ConfigError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
@@ -81,7 +95,7 @@ class ServerConfig:
     def listen_addresses(self) -> tuple[str, ...]:
         """Where to listen: as told; else on loopback while the swarm is on this machine; else everywhere."""
         if self.listen:
-            return self.listen
+            return () if self.listen == (NOWHERE,) else self.listen
         return (LOOPBACK,) if all(map(is_loopback, self.initial_peers)) else (EVERYWHERE,)
 
 

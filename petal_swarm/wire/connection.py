@@ -15,6 +15,8 @@ from typing import Final, TypeAlias
 from petal_swarm.errors import CutOffError, LocalProtocolError, RemoteProtocolError
 from petal_swarm.wire.frames import Buffer, FrameDecoder
 from petal_swarm.wire.messages import (
+    DialBack,
+    DialedBack,
     Error,
     FindPrefix,
     Leaving,
@@ -95,6 +97,8 @@ DIRECTORY_TABLE: Final[Table] = {
     (State.OPENING, Role.LISTENER, Pong): State.IDLE,
     (State.IDLE, Role.DIALER, ListRequest): State.OPENING,
     (State.OPENING, Role.LISTENER, Listing): State.IDLE,
+    (State.IDLE, Role.DIALER, DialBack): State.OPENING,
+    (State.OPENING, Role.LISTENER, DialedBack): State.IDLE,
     (State.IDLE, Role.LISTENER, Error): State.ENDED,
     (State.OPENING, Role.LISTENER, Error): State.ENDED,
 }

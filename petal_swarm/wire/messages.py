@@ -31,6 +31,7 @@ MAX_HOPS = 1024
 MAX_WAIT_S = 600
 MAX_ANNOUNCEMENTS = 512
 MAX_RECORD_BYTES = 8 << 10
+MAX_DIALED_PORTS = 4
 #: Prefixes are shared in pages of so many tokens; a key stands for everything up to a page's end.
 PAGE_TOKENS = 16
 PAGE_KEY_BYTES = 32
@@ -686,6 +687,58 @@ class Listing:
         return cls(_split_records(fields.integer(frame.header, "count", 0, MAX_ANNOUNCEMENTS), frame.payload))
 
 
+@dataclass(frozen=True, slots=True)
+class DialBack:
+    """Ask whether this peer answers at these TCP ports of the address that its connection comes from.
+
+    Not addresses: a peer is never made to dial anybody but the one who asks.
+    """
+
+    type: ClassVar[str] = "dial-back"
+    ports: tuple[int, ...] = ()
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "ports": self.ports}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> DialBack:
+        return cls(_ports(frame.header, "ports"))
+
+
+@dataclass(frozen=True, slots=True)
+class DialedBack:
+    """Answer to `DialBack`.
+
+    `observed` is the multiaddr that the connection comes from, without a peer id at its end; empty if it is
+    not known. `tried` are the ports that were dialled, `reached` those at which the peer answered, with its
+    own key. `time_s` is the answering peer's clock, in seconds since 1970.
+    """
+
+    type: ClassVar[str] = "dialed-back"
+    observed: str = ""
+    tried: tuple[int, ...] = ()
+    reached: tuple[int, ...] = ()
+    time_s: float = 0.0
+
+    def to_header(self) -> dict[str, Any]:
+        return {
+            "type": self.type,
+            "observed": self.observed,
+            "tried": self.tried,
+            "reached": self.reached,
+            "time_s": self.time_s,
+        }
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> DialedBack:
+        return cls(
+            fields.text(frame.header, "observed", ""),
+            _ports(frame.header, "tried"),
+            _ports(frame.header, "reached"),
+            fields.number(frame.header, "time_s", 0, 1e12, 0.0),
+        )
+
+
 Message: TypeAlias = (
     Open
     | PushOpen
@@ -707,6 +760,8 @@ Message: TypeAlias = (
     | Pong
     | ListRequest
     | Listing
+    | DialBack
+    | DialedBack
 )
 
 _TYPES: dict[str, type[Message]] = {cls.type: cls for cls in get_args(Message)}
@@ -783,6 +838,14 @@ def _page_keys(header: Mapping[str, Any], low: int) -> tuple[PageKeys, ...]:
     if len(entries) > 1 and len({entry.sequence for entry in entries}) != len(entries):
         raise RemoteProtocolError("field 'keys': a sequence appears twice")
     return entries
+
+
+def _ports(header: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    return fields.items(header, name, _port, limit=MAX_DIALED_PORTS)
+
+
+def _port(value: Any) -> int:
+    return fields.integer({"port": value}, "port", 1, (1 << 16) - 1)
 
 
 def _pages(value: Any) -> int:

@@ -148,6 +148,22 @@ async def misaddressed(transport, address):
         await Libp2pTransport.create(listen=["/ip4/192.0.2.1/tcp/0"])
 
 
+async def relayed(transport, address):
+    """py-libp2p's TCP would dial the relay and take it for the peer behind it."""
+    hidden = f"{address}/p2p-circuit/p2p/12D3KooWDasaFDPtTnvLvp8pUkS1sGWUHeN2cQTneTYkjJtEw2aZ"
+    peer_id = hidden.rpartition("/")[2]
+    with pytest.raises(PeerUnreachableError, match="only be reached through a relay"):
+        await transport.connect(hidden, timeout_s=TIMEOUT_S)
+    with pytest.raises(PeerUnreachableError, match="only be reached through a relay"):
+        await transport.open_stream(peer_id, "/echo/1", addresses=[hidden], timeout_s=TIMEOUT_S)
+    # A direct address beside it is enough.
+    both = [f"{address}/p2p-circuit/p2p/{address.rpartition('/')[2]}", address]
+    stream = await transport.open_stream(
+        both[1].rpartition("/")[2], "/echo/1", addresses=both, timeout_s=TIMEOUT_S
+    )
+    stream.abort()
+
+
 async def killed(transport, address, process_group):
     """A `kill -9` fails pending reads and drains, at once; the stream does not look as if it had ended."""
     peer_id = await transport.connect(address, timeout_s=TIMEOUT_S)

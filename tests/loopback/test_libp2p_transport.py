@@ -81,6 +81,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         "unsupported",
         "unreachable",
         "misaddressed",
+        "relayed",
         "ended",
         "stalled",
         "unread",

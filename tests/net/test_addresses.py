@@ -7,7 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from petal_swarm.errors import ConfigError
-from petal_swarm.net.addresses import is_loopback, join_address, split_address
+from petal_swarm.net.addresses import (
+    circuit_address,
+    ip_address,
+    is_circuit,
+    is_loopback,
+    join_address,
+    scope_of,
+    split_address,
+    tcp_port,
+)
 
 PEER = "12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
 RELAY = "12D3KooWK99VoVxNE7XzyBwXEzW7xhK7Gpv85r9F3V3fyKSUKPH5"
@@ -96,3 +105,50 @@ def test_joining_behind_a_relay() -> None:
 )
 def test_loopback(address: str, expected: bool) -> None:
     assert is_loopback(address) is expected
+
+
+@pytest.mark.parametrize(
+    ("address", "ip", "port"),
+    [
+        (f"/ip4/1.2.3.4/tcp/31330/p2p/{PEER}", "1.2.3.4", 31330),
+        ("/ip4/1.2.3.4/tcp/31330", "1.2.3.4", 31330),
+        ("/ip6/2001:db8::1/tcp/1", "2001:db8::1", 1),
+        ("/ip4/1.2.3.4/udp/31330/quic-v1", "1.2.3.4", None),
+        ("/dns4/example.org/tcp/443/wss", None, 443),
+        ("/ip4/1.2.3.4/tcp/0", "1.2.3.4", None),
+        ("/ip4/1.2.3.4/tcp/65536", "1.2.3.4", None),
+        ("/ip4/1.2.3/tcp/x", None, None),
+        ("/ip4/1.2.3.4", "1.2.3.4", None),
+        (f"/ip4/1.2.3.4/tcp/31330/p2p/{RELAY}/p2p-circuit", None, None),
+        ("", None, None),
+    ],
+)
+def test_where_a_connection_goes(address: str, ip: str | None, port: int | None) -> None:
+    assert ip_address(address) == ip
+    assert tcp_port(address) == port
+
+
+def test_circuits() -> None:
+    relay = f"/ip4/1.2.3.4/tcp/31330/p2p/{RELAY}"
+    address = circuit_address(relay, PEER)
+    assert is_circuit(address)
+    assert not is_circuit(relay)
+    assert split_address(address) == (f"{relay}/p2p-circuit", PEER)
+    assert join_address(f"{relay}/p2p-circuit", PEER) == address
+
+
+@pytest.mark.parametrize(
+    ("ip", "scope"),
+    [
+        ("127.0.0.1", "machine"),
+        ("::1", "machine"),
+        ("192.168.1.2", "network"),
+        ("10.0.0.1", "network"),
+        ("100.64.0.1", "network"),
+        ("fe80::1", "network"),
+        ("8.8.8.8", "internet"),
+        ("2600::1", "internet"),
+    ],
+)
+def test_scopes(ip: str, scope: str) -> None:
+    assert scope_of(ip) == scope

@@ -14,6 +14,7 @@ from petal_swarm.wire.fields import MAX_TEXT
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import (
     DTYPE_BYTES,
+    MAX_DIALED_PORTS,
     MAX_PAGES,
     MAX_POSITION,
     MAX_RECORD_BYTES,
@@ -25,6 +26,8 @@ from petal_swarm.wire.messages import (
     PAGE_TOKENS,
     ROWS,
     SESSION_ID_BYTES,
+    DialBack,
+    DialedBack,
     Error,
     FindPrefix,
     Leaving,
@@ -163,6 +166,7 @@ answers = st.builds(
 errors = st.builds(Error, code=texts(64), message=texts(MAX_TEXT), step=st.none() | steps)
 records = st.binary(min_size=1, max_size=20) | st.just(bytes(MAX_RECORD_BYTES))
 listings = st.builds(Listing, st.lists(records, max_size=4).map(tuple))
+port_lists = st.lists(integers(1, 65535), max_size=MAX_DIALED_PORTS).map(tuple)
 
 BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
     Open: opens,
@@ -196,6 +200,13 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
     Pong: st.just(Pong()),
     ListRequest: st.builds(ListRequest, texts(256)),
     Listing: listings,
+    DialBack: st.builds(DialBack, port_lists),
+    DialedBack: st.builds(
+        lambda observed, ports, time_s: DialedBack(observed, ports, ports[1:], time_s),
+        texts(MAX_TEXT),
+        port_lists,
+        st.floats(0, 1e12),
+    ),
 }
 messages: st.SearchStrategy[Message] = st.one_of(list(BY_TYPE.values()))
 
@@ -286,6 +297,8 @@ EXAMPLES: dict[type[Message], Message] = {
     Pong: Pong(),
     ListRequest: ListRequest("m" * 8),
     Listing: Listing((b"one", b"two")),
+    DialBack: DialBack((31330, 1)),
+    DialedBack: DialedBack("/ip4/203.0.113.7/tcp/5", (31330, 1), (1,), 1.5),
 }
 
 

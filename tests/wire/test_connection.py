@@ -22,6 +22,8 @@ from petal_swarm.wire.connection import (
     Table,
 )
 from petal_swarm.wire.messages import (
+    DialBack,
+    DialedBack,
     Error,
     FindPrefix,
     Leaving,
@@ -80,6 +82,7 @@ FLOWS: list[tuple[str, Flow]] = [
     ("push", [(D, PushOpen), (L, Error)]),
     ("push", [(L, Error)]),
     ("directory", [(D, Ping), (L, Pong), (D, ListRequest), (L, Listing), (D, Ping), (L, Pong), (L, Error)]),
+    ("directory", [(D, DialBack), (L, DialedBack), (D, Ping), (L, Error)]),
     ("directory", [(D, ListRequest), (L, Error)]),
 ]
 

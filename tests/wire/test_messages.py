@@ -27,6 +27,8 @@ from petal_swarm.wire.messages import (
     MAX_SEQUENCES,
     MAX_STEP,
     MAX_WAIT_S,
+    DialBack,
+    DialedBack,
     Error,
     FindPrefix,
     Listing,
@@ -122,6 +124,7 @@ SESSIONS = [b"", bytes(15), bytes(17), "0" * 16, None, 16, list(bytes(16))]
 TEXTS = [None, 5, b"text", ["text"], {}]
 TENSORS = [None, [], "float32", 3, ...]
 LISTS = [5, "ab", {}, b"ab"]
+PORTS = [*LISTS, [1] * 5]
 
 BAD: dict[type[Message], dict[str, list[Any]]] = {
     Open: {
@@ -231,6 +234,13 @@ BAD: dict[type[Message], dict[str, list[Any]]] = {
     Pong: {},
     ListRequest: {"model": [*TEXTS, "x" * 257, ...]},
     Listing: {"count": [-1, MAX_ANNOUNCEMENTS + 1, True, 2.0, "2", None, ...]},
+    DialBack: {"ports": PORTS},
+    DialedBack: {
+        "observed": [*TEXTS, "x" * (MAX_TEXT + 1)],
+        "tried": PORTS,
+        "reached": PORTS,
+        "time_s": [-1, float("nan"), float("inf"), 1e13, "1", True],
+    },
 }
 
 
@@ -375,6 +385,12 @@ def test_traces_that_are_none(trace: list[Any]) -> None:
     for kind in (Step, Output):
         with pytest.raises(RemoteProtocolError, match="'seconds'"):
             decode(altered(kind, trace=trace))
+
+
+@pytest.mark.parametrize("entry", [0, 1 << 16, -1, True, "1", 1.0, None], ids=repr)
+def test_ports_that_are_none(entry: Any) -> None:
+    with pytest.raises(RemoteProtocolError, match="'port'"):
+        decode(altered(DialBack, ports=[1, entry]))
 
 
 @pytest.mark.parametrize("kind", BY_TYPE, ids=lambda kind: kind.type)
