@@ -30,6 +30,9 @@ class ClientConfig:
     `retry_busy_s`. `max_log_bytes` bounds what all sessions together keep of what they sent, to send it
     again; a session whose part was dropped cannot survive the loss of its first server.
 
+    With an `audit_rate`, that share of the steps of each hop is computed again by another server, beside the
+    session, and a server that fails two audits is not used any more. Such sessions share no prefixes.
+
     Raises:
         ConfigError: no initial peers, an unknown transport, or a number out of range.
     """
@@ -49,6 +52,7 @@ class ClientConfig:
     repair_open_timeout_s: float = 4.0
     retry_busy_s: float = 5.0
     max_log_bytes: int = 1 << 30
+    audit_rate: float = 0.0
     swarm_key: str | Path | None = None
     identity: str | Path | None = None
 
@@ -62,6 +66,8 @@ class ClientConfig:
             raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         if self.prefill_chunk_tokens is not None and self.prefill_chunk_tokens < 1:
             raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {self.prefill_chunk_tokens}")
+        if not 0 <= self.audit_rate <= 1:
+            raise ConfigError(f"audit_rate must be 0 to 1, got {self.audit_rate}")
         if not 0 <= self.wait_for_room_s <= MAX_WAIT_S:
             raise ConfigError(f"wait_for_room_s must be 0 to {MAX_WAIT_S}, got {self.wait_for_room_s}")
 

@@ -203,7 +203,7 @@ class Repairer:
             await asyncio.sleep(RETRY_S)
 
     async def _attempt(self, ring: Ring, number: int) -> None:
-        if number % (MEND_ATTEMPTS + 1):
+        if number % (MEND_ATTEMPTS + 1) and not ring.is_spoiled:
             try:
                 await self._mend(ring, fresh=number > 1)
                 return
@@ -351,7 +351,7 @@ class Repairer:
         except OpenFailedError as error:
             self._blame(error.peer_id, error.error)
             raise error.error from None
-        ring.session, ring.epoch = session, 0
+        ring.session, ring.epoch, ring.is_spoiled = session, 0, False
         ring.adopt(members, route)
 
     # -- leaving ---------------------------------------------------------------------------------
@@ -511,10 +511,11 @@ class Repairer:
             max_length=self._max_length,
             upstream=None if before is None else _peer_id(before),
             next=None if after is None else _neighbour(after),
-            share_prefixes=self._config.share_prefixes,
+            share_prefixes=self._config.share_prefixes and not self._config.audit_rate,
             wait_s=wait_s,
             answered=answered,
             spare=spare,
+            receipts=self._config.audit_rate > 0,
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from typing import Protocol
 
 from petal_swarm.client.members import LinkFailedError, Member
 from petal_swarm.errors import (
@@ -58,11 +59,19 @@ _FINAL = (SessionTooLongError, VersionMismatchError)
 _BLAMING = (BadMessageError, BadTensorError)
 
 
+class Observer(Protocol):
+    """Sees a ring's answers: an `Auditor`, or a test."""
+
+    def observe(self, ring: Ring, output: Output) -> None: ...
+
+    async def close(self) -> None: ...
+
+
 class Ring:
     """An open session; made by `Swarm.open_ring`. All methods run in the event loop.
 
     `keeper` is called, at most once at a time, when hops are gone, cut off, leaving or silent; it returns
-    once they are not, or calls `fail`.
+    once they are not, or calls `fail`. The `observer` is closed with the ring.
     """
 
     def __init__(
@@ -73,6 +82,7 @@ class Ring:
         log: StepLog,
         *,
         keeper: Callable[[Ring], Awaitable[None]],
+        observer: Observer | None = None,
     ) -> None:
         self.session = session
         self.error: PetalSwarmError | None = None
@@ -85,6 +95,9 @@ class Ring:
         self._log = log
         self._outbox = Outbox(log, self._stalled, stall_s=STALL_S)
         self._keeper = keeper
+        self._observer = observer
+        #: Whether what the hops hold cannot be trusted: everything is to be sent again, to others.
+        self.is_spoiled = False
         self._keeping: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
         self._watch: asyncio.TimerHandle | None = None
@@ -143,6 +156,8 @@ class Ring:
         if self._keeping is not None:
             self._keeping.cancel()
             await asyncio.gather(self._keeping, return_exceptions=True)
+        if self._observer is not None:
+            await self._observer.close()
         await self._outbox.close()
         await asyncio.gather(*(member.channel.close() for member in self.members))
 
@@ -248,6 +263,11 @@ class Ring:
             # Who is idle too long is not wanted now: it may come back when it has something to say.
             self.wake(unless_idle=isinstance(error, IdleError))
 
+    def distrust(self, member: Member, error: PetalSwarmError) -> None:
+        """A hop computes something else: the hops behind it hold what follows from that."""
+        self.is_spoiled = True
+        self.lose(member, error)
+
     def cut(self, member: Member) -> None:
         """A hop is cut off from the one before it."""
         if member.error is None and not member.is_cut:
@@ -333,6 +353,8 @@ class Ring:
         self._progress_s = now
         if not self._pending:
             self._unanswered_bytes = 0
+        if self._observer is not None:
+            self._observer.observe(self, output)
 
     def _hear(self, member: Member, message: Message) -> None:
         if isinstance(message, Error):

@@ -6,6 +6,8 @@ import asyncio
 import logging
 import secrets
 
+from petal_swarm.client.audit_ledger import AuditLedger
+from petal_swarm.client.auditor import Auditor
 from petal_swarm.client.config import ClientConfig
 from petal_swarm.client.members import OpenFailedError, open_hops
 from petal_swarm.client.repair import Repairer
@@ -37,6 +39,8 @@ class Swarm:
         self.transport = transport
         self.directory = directory
         self.view = View(config, transport, directory)
+        #: What audits of servers have found, in all sessions.
+        self.audits = AuditLedger()
         self._logs = LogBudget(config.max_log_bytes)
 
     @classmethod
@@ -150,7 +154,18 @@ class Swarm:
         repairer = Repairer(self.view, self.transport, model, max_length=max_length)
         opening = repairer.opening_of(session, route.hops, wait_s=wait_s)
         members = await open_hops(self.transport, route.hops, opening, self.config.open_timeout_s)
-        return Ring(session, route, members, self._logs.new_log(), keeper=repairer.keep)
+        auditor = None
+        if self.config.audit_rate:
+            auditor = Auditor(
+                self.view,
+                self.transport,
+                model,
+                self.audits,
+                max_length=max_length,
+                rate=self.config.audit_rate,
+            )
+        log = self._logs.new_log()
+        return Ring(session, route, members, log, keeper=repairer.keep, observer=auditor)
 
     async def close(self) -> None:
         """Leave the swarm. Idempotent."""

@@ -1,0 +1,347 @@
+"""Audits of a session's hops: some steps are computed again by another server, and compared.
+
+A hop cannot tell which: the rows that went in come from the hop before it (or the client's own log), those
+that came out from the hop behind it (or the client's own answer), and the other server sees an ordinary
+session. Everything runs beside the session, and no step waits for it. docs/decisions/0020-audits.md
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import random
+import secrets
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from itertools import count
+
+import torch
+
+from petal_swarm.client.audit import Precision, Verdict, compare
+from petal_swarm.client.audit_ledger import Audit, AuditLedger, AuditSampler, order_auditors
+from petal_swarm.client.members import Member, open_hop
+from petal_swarm.client.ring import Ring
+from petal_swarm.client.view import ModelRef, View
+from petal_swarm.errors import ConfigError, HopLostError, PetalSwarmError, RemoteProtocolError
+from petal_swarm.net.transport import Transport
+from petal_swarm.routing.route import Hop
+from petal_swarm.span import Slice
+from petal_swarm.wire.messages import (
+    DIGEST_BYTES,
+    NO_STEP,
+    SESSION_ID_BYTES,
+    Open,
+    Output,
+    Recall,
+    Recalled,
+    Step,
+    TensorMeta,
+)
+from petal_swarm.wire.step_log import join_steps
+from petal_swarm.wire.tensors import decode_tensor
+
+logger = logging.getLogger(__name__)
+
+RECALL_TIMEOUT_S = 10.0
+OPEN_TIMEOUT_S = 10.0
+RECOMPUTE_TIMEOUT_S = 120.0
+#: Steps larger than this are not kept by who received them.
+MAX_STEP_BYTES = 256 << 10
+#: Audits of one session that wait for their turn.
+MAX_WAITING = 64
+
+
+@dataclass(frozen=True, slots=True)
+class _Testimony:
+    """One step of one hop: what is said to have come out, and the hop's own word on what went in."""
+
+    number: int
+    claimed: TensorMeta
+    payload: bytes
+    received_digest: bytes
+    sources: frozenset[str]
+
+
+class _Bench:
+    """A session at one auditor, which has computed the audited hop's inputs up to `up_to`."""
+
+    def __init__(self, member: Member, precision: Precision) -> None:
+        self.member = member
+        self.precision = precision
+        self.up_to = NO_STEP
+
+    @property
+    def peer_id(self) -> str:
+        return self.member.peer_id
+
+
+class Auditor:
+    """Audits one ring; `observe` its outputs, `close` it with the ring. Lives in the event loop."""
+
+    def __init__(
+        self,
+        view: View,
+        transport: Transport,
+        model: ModelRef,
+        ledger: AuditLedger,
+        *,
+        max_length: int,
+        rate: float,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._view = view
+        self._transport = transport
+        self._model = model
+        self._ledger = ledger
+        self._max_length = max_length
+        self._rng = rng or random.SystemRandom()
+        self._sampler = AuditSampler(rate, self._rng)
+        self._numbers = count()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._turn = asyncio.Lock()
+        self._benches: dict[str, list[_Bench]] = {}
+
+    def observe(self, ring: Ring, output: Output) -> None:
+        """An answer has come: perhaps audit what hops did for it."""
+        for index in range(len(ring.members)):
+            if self._sampler.picks():
+                self._begin(ring, index, output)
+
+    def _begin(self, ring: Ring, index: int, output: Output) -> None:
+        steps = ring.log.after(output.step - 1)
+        if not steps or ring.is_broken or len(self._tasks) >= MAX_WAITING:
+            return
+        step = steps[0]
+        decodes = step.rows == "all" or len(step.slices) == step.tensor.shape[0]
+        if step.step != output.step or not decodes or step.tensor.nbytes > MAX_STEP_BYTES:
+            return
+        task = asyncio.get_running_loop().create_task(self._audit(ring, index, step.step, output))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def close(self) -> None:
+        """Drop what is under way."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        benches = [bench for benches in self._benches.values() for bench in benches]
+        self._benches.clear()
+        await asyncio.gather(*(bench.member.channel.close() for bench in benches))
+
+    async def _audit(self, ring: Ring, index: int, number: int, output: Output) -> None:
+        members = list(ring.members)
+        audited = members[index]
+        before = members[index - 1] if index else None
+        after = members[index + 1] if index + 1 < len(members) else None
+        try:
+            told = await self._hear(audited, after, number, output)
+            if told is None:
+                return
+            async with self._turn:
+                if audited in ring.members:
+                    await self._judge(ring, audited, before, told)
+        except ConfigError as error:
+            logger.info("cannot audit %s: %s", audited.peer_id, error)
+        except (PetalSwarmError, TimeoutError) as error:
+            logger.debug("an audit of %s came to nothing: %s", audited.peer_id, error or "timeout")
+
+    async def _hear(
+        self, audited: Member, after: Member | None, number: int, output: Output
+    ) -> _Testimony | None:
+        """What came out of the hop for a step; None if that is not known any more."""
+        received = await self._recall(audited, number, received=True)
+        if received is None:
+            return None
+        if after is None:
+            claimed = (output.tensor, bytes(output.payload))
+            return _Testimony(number, *claimed, received.digest, frozenset())
+        got = await self._recall(after, number, received=True)
+        sent = await self._recall(audited, number, received=False)
+        if got is None:
+            return None
+        # What it says itself that it sent rests on nobody else's word.
+        agreed = sent is not None and bytes(sent.payload) == bytes(got.payload)
+        sources = frozenset() if agreed else frozenset((after.peer_id,))
+        return _Testimony(number, got.tensor, bytes(got.payload), received.digest, sources)
+
+    async def _recall(self, member: Member, number: int, *, received: bool) -> Recalled | None:
+        question = Recall(next(self._numbers), received=received, first=number, last=number)
+        found = await member.recall(question, RECALL_TIMEOUT_S)
+        return found[0] if len(found) == 1 and found[0].step == number else None
+
+    async def _judge(self, ring: Ring, audited: Member, before: Member | None, told: _Testimony) -> None:
+        """Have the step computed again, and draw the consequences.
+
+        Raises:
+            PetalSwarmError: somebody who is needed for it failed.
+        """
+        hop = audited.hop
+        precision = Precision(hop.dtype, hop.quant, hop.kv_dtype)
+        benches = await self._open_benches(ring, audited, precision)
+        if not benches:
+            logger.debug("nobody else serves %s: no audit of %s", hop.span, audited.peer_id)
+            return
+        steps = [step async for step in self._history(ring, before, told.number)]
+        inputs = steps[-1]
+        if inputs.step != told.number:
+            raise HopLostError("the step is not known any more by itself")
+        sources = set(told.sources)
+        if before is not None and _digest(steps) != told.received_digest:
+            sources.add(before.peer_id)
+        claimed = decode_tensor(told.claimed, told.payload)
+        first = await self._recompute(benches[0], steps)
+        verdict = _compare(inputs, claimed, first, precision, benches[0].precision, len(hop.span))
+        audit = Audit(audited.peer_id, benches[0].peer_id, frozenset(sources))
+        if verdict.ok:
+            self._ledger.record_pass()
+            return
+        suspects = audit.suspects(verdict)
+        if len(benches) > 1:
+            third = await self._recompute(benches[1], steps)
+            suspects = audit.settled(
+                verdict,
+                benches[1].peer_id,
+                _compare(inputs, claimed, third, precision, benches[1].precision, len(hop.span)),
+                _compare(inputs, first, third, benches[0].precision, benches[1].precision, len(hop.span)),
+            )
+        self._accuse(ring, suspects, f"{audited.peer_id}: {verdict.difference}", (ring.session, told.number))
+
+    def _accuse(self, ring: Ring, suspects: frozenset[str], what: str, audit: tuple[bytes, int]) -> None:
+        logger.warning("an audit failed: %s", what)
+        ban = self._ledger.record(suspects, what, now_s=asyncio.get_running_loop().time(), audit=audit)
+        if ban is None:
+            return
+        logger.warning("%s", ban)
+        self._view.avoidance.ban(ban.peer_id, str(ban))
+        for member in ring.members:
+            if member.peer_id == ban.peer_id:
+                logger.warning(
+                    "%s took part in this session: what it answered so far may be wrong", ban.peer_id
+                )
+                ring.distrust(member, HopLostError(f"{ban.peer_id} is banned", peer_id=ban.peer_id))
+
+    async def _open_benches(self, ring: Ring, audited: Member, precision: Precision) -> list[_Bench]:
+        """Up to two servers that can compute the hop's blocks again."""
+        benches = self._benches.setdefault(audited.peer_id, [])
+        benches[:] = [bench for bench in benches if bench.member.error is None]
+        busy = {member.peer_id for member in ring.members} | {bench.peer_id for bench in benches}
+        known = {
+            announcement.peer_id: announcement
+            for announcement in await self._view.announcements(self._model.key)
+            if announcement.span.covers(audited.hop.span)
+            and announcement.state == "serving"
+            and announcement.peer_id not in busy | self._view.avoidance.peers()
+        }
+        precisions = {}
+        for peer_id, announcement in known.items():
+            with contextlib.suppress(ConfigError):
+                precisions[peer_id] = Precision.of(announcement)
+        ordered = order_auditors(precision, precisions, blocks=len(audited.hop.span), rng=self._rng)
+        for peer_id in ordered:
+            if len(benches) >= 2:
+                break
+            hop = Hop(peer_id, audited.hop.span, known[peer_id].addresses)
+            with contextlib.suppress(PetalSwarmError):
+                benches.append(_Bench(await self._open(hop), precisions[peer_id]))
+        return list(benches)
+
+    async def _open(self, hop: Hop) -> Member:
+        opening = Open(
+            session=secrets.token_bytes(SESSION_ID_BYTES),
+            epoch=0,
+            model=self._model.key,
+            span=hop.span,
+            max_length=self._max_length,
+        )
+        return await open_hop(self._transport, hop, opening, OPEN_TIMEOUT_S)
+
+    async def _history(self, ring: Ring, before: Member | None, last: int) -> AsyncIterator[Step]:
+        """All that went into a hop, from the beginning up to step `last`.
+
+        Raises:
+            HopLostError: it is not known any more.
+        """
+        number = NO_STEP
+        while number < last:
+            if before is None:
+                steps = [step for step in ring.log.after(number) or () if step.step <= last]
+            else:
+                question = Recall(next(self._numbers), received=False, first=number + 1, last=last)
+                steps = [_step(recalled) for recalled in await before.recall(question, RECALL_TIMEOUT_S)]
+            if not steps or steps[0].step <= number:
+                raise HopLostError("what went into the hop is not known any more")
+            for step in steps:
+                yield step
+            number = steps[-1].step
+
+    async def _recompute(self, bench: _Bench, steps: Sequence[Step]) -> torch.Tensor:
+        """The rows of the last step, as the bench's server computes them.
+
+        Raises:
+            PetalSwarmError: it fails, and is not used again.
+        """
+        channel = bench.member.channel
+        missing = [step for step in steps if step.step > bench.up_to]
+        try:
+            for step in join_steps(missing[:-1], bench.member.opened.max_batch_tokens):
+                channel.send(_fresh(step, "none"))
+            channel.send(_fresh(missing[-1], "all"))
+            output = await channel.expect(Output, timeout_s=RECOMPUTE_TIMEOUT_S)
+            if output.step != missing[-1].step:
+                raise RemoteProtocolError(f"peer {bench.peer_id} answered another step")
+            bench.up_to = output.step
+            return decode_tensor(output.tensor, output.payload)
+        except BaseException as error:
+            if isinstance(error, PetalSwarmError):
+                bench.member.lose(error)
+            channel.abort()
+            raise
+
+
+def _compare(
+    inputs: Step,
+    claimed: torch.Tensor,
+    recomputed: torch.Tensor,
+    audited: Precision,
+    auditor: Precision,
+    blocks: int,
+) -> Verdict:
+    """The worst verdict over the step's sequences."""
+    rows = decode_tensor(inputs.tensor, inputs.payload)
+    worst = Verdict(0.0)
+    start = 0
+    for piece in inputs.slices:
+        part = slice(start, start + piece.length)
+        start += piece.length
+        verdict = compare(
+            rows[part],
+            claimed[part],
+            recomputed[part],
+            audited,
+            auditor,
+            blocks=blocks,
+            position=piece.position,
+        )
+        if not verdict.ok or verdict.ratio > worst.ratio:
+            worst = verdict if worst.ok else worst
+    return worst
+
+
+def _digest(steps: Sequence[Step]) -> bytes:
+    """As a hop makes it of what it receives."""
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for step in steps:
+        digest.update(step.payload)
+    return digest.digest()
+
+
+def _step(recalled: Recalled) -> Step:
+    slices = tuple(Slice(*piece) for piece in recalled.slices)
+    return Step(recalled.step, 0, slices, recalled.tensor, recalled.payload, "none", recalled.forks)
+
+
+def _fresh(step: Step, rows: str) -> Step:
+    """A step of another session with the same contents."""
+    return Step(step.step, 0, step.slices, step.tensor, step.payload, rows, step.forks)  # type: ignore[arg-type]
