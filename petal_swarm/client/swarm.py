@@ -9,7 +9,8 @@ import secrets
 from petal_swarm.client.audit_ledger import AuditLedger
 from petal_swarm.client.auditor import Auditor
 from petal_swarm.client.config import ClientConfig
-from petal_swarm.client.members import OpenFailedError, open_hops
+from petal_swarm.client.members import OpenFailedError
+from petal_swarm.client.openings import Openings
 from petal_swarm.client.repair import Repairer
 from petal_swarm.client.ring import Ring
 from petal_swarm.client.view import ModelRef, View
@@ -151,9 +152,9 @@ class Swarm:
         self, route: Route, model: ModelRef, max_length: int, *, wait_s: float = 0.0
     ) -> Ring:
         session = secrets.token_bytes(SESSION_ID_BYTES)
-        repairer = Repairer(self.view, self.transport, model, max_length=max_length)
-        opening = repairer.opening_of(session, route.hops, wait_s=wait_s)
-        members = await open_hops(self.transport, route.hops, opening, self.config.open_timeout_s)
+        openings = Openings(self.view, self.transport, model, max_length=max_length)
+        opening = openings.of_session(session, route.hops, wait_s=wait_s)
+        members = await openings.open_all(route.hops, opening, self.config.open_timeout_s)
         auditor = None
         if self.config.audit_rate:
             auditor = Auditor(
@@ -165,7 +166,7 @@ class Swarm:
                 rate=self.config.audit_rate,
             )
         log = self._logs.new_log()
-        return Ring(session, route, members, log, keeper=repairer.keep, observer=auditor)
+        return Ring(session, route, members, log, keeper=Repairer(openings).keep, observer=auditor)
 
     async def close(self) -> None:
         """Leave the swarm. Idempotent."""

@@ -28,7 +28,8 @@ from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, Transport
 from petal_swarm.server.admission import Request
 from petal_swarm.server.config import SessionLimits
-from petal_swarm.server.hosted import HostedSession, Overhead, error_message
+from petal_swarm.server.hosted import HostedSession
+from petal_swarm.server.results import Overhead, error_message
 from petal_swarm.server.waiting_room import LOOK_S, WaitingRoom
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
 from petal_swarm.wire.messages import NO_STEP, Neighbour, Open, Opened, PushOpen
@@ -267,7 +268,10 @@ class SessionHost:
 
         def expecting() -> HostedSession | None:
             session = self._sessions.get(opening.session)
-            if session is None or (session.upstream, session.source_epoch) != (peer_id, opening.epoch):
+            if session is None or (session.upstream.peer_id, session.upstream.epoch) != (
+                peer_id,
+                opening.epoch,
+            ):
                 return None
             return session
 
@@ -290,7 +294,7 @@ class SessionHost:
         return session
 
     def _announce_arrival(self, session: HostedSession) -> None:
-        arrival = self._arrivals.pop((session.opening.session, session.source_epoch), None)
+        arrival = self._arrivals.pop((session.opening.session, session.upstream.epoch), None)
         if arrival is not None:
             arrival.set()
 

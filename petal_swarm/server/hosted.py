@@ -16,22 +16,19 @@ from petal_swarm.errors import (
     BadTensorError,
     HopLostError,
     IdleError,
-    NetworkError,
     ProtocolError,
     RemoteError,
-    TooSlowError,
-    UnknownVersionError,
-    VersionMismatchError,
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.downstream import Dial, Downstream
 from petal_swarm.server.prefix_steps import PrefixSteps
 from petal_swarm.server.recall import Receipts, answer
+from petal_swarm.server.results import OVERHEAD_TOKENS, Overhead, encode_result, error_message
+from petal_swarm.server.upstream import Upstream
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import (
     NO_STEP,
-    Error,
     FindPrefix,
     Leaving,
     Lost,
@@ -48,24 +45,9 @@ from petal_swarm.wire.messages import (
     TensorMeta,
 )
 from petal_swarm.wire.step_log import StepLog
-from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
+from petal_swarm.wire.tensors import decode_tensor
 
 logger = logging.getLogger(__name__)
-
-#: A step of more tokens is part of a prompt.
-OVERHEAD_TOKENS = 4
-#: How much one new measurement moves the running mean of a hop's own overhead.
-_SMOOTHING = 0.1
-
-
-class Overhead:
-    """A running mean of what a step costs here besides computing, in seconds."""
-
-    def __init__(self) -> None:
-        self.mean_s = 0.0
-
-    def add(self, value_s: float) -> None:
-        self.mean_s += (value_s - self.mean_s) * (_SMOOTHING if self.mean_s else 1.0)
 
 
 class HostedSession:
@@ -88,9 +70,6 @@ class HostedSession:
         on_reroute: Callable[[], None],
     ) -> None:
         self.opening = opening
-        #: Who may push steps into this session now, and as which epoch.
-        self.upstream = opening.upstream
-        self.source_epoch = opening.epoch
         self._client = client
         self._compute = compute
         self._limits = limits
@@ -108,26 +87,22 @@ class HostedSession:
                 answered=self._prefix_answered,
                 stall_s=limits.write_timeout_s,
             )
-        #: The last hop: whether it only fills its KV cache for now, and what it will answer if it is needed.
+        output = client if self._downstream is None else self._downstream.outbox
+        self.upstream = Upstream(opening, limits, output=output, fail=self.fail)
         self._receipts = Receipts() if opening.receipts else None
+        #: The last hop: whether it only fills its KV cache for now, and what it will answer if it is needed.
         self._is_spare = opening.spare
         self._answered = opening.answered
         self._unanswered: list[Output] = []
         self._epoch = opening.epoch
-        self._source: Channel | None = None
-        self._source_ended: asyncio.Future[None] | None = None
         self._client_ended: asyncio.Future[None] = self._loop.create_future()
-        self._throttled: asyncio.Task[None] | None = None
         self._unrepaired: asyncio.TimerHandle | None = None
         self.last_step = NO_STEP
         self._last_done = NO_STEP
         self._last_active = math.inf  # to wait for room, or for the next hop, is not to be idle
-        self._in_flight = 0
-        self._bytes_in_flight = 0
         self._computing = 0
         self._prefixes = PrefixSteps(self, compute) if opening.share_prefixes else None
         self._settled = asyncio.Event()
-        self._room = asyncio.Event()
         self._ended = asyncio.Event()
         #: Set once there is room for the session, or it has ended without.
         self.admitted = asyncio.Event()
@@ -135,7 +110,7 @@ class HostedSession:
     @property
     def idle_s(self) -> float:
         """Seconds since the last step was done; none while one is being computed."""
-        return 0.0 if self._in_flight else self._loop.time() - self._last_active
+        return 0.0 if self.upstream.in_flight else self._loop.time() - self._last_active
 
     @property
     def ended(self) -> bool:
@@ -162,7 +137,7 @@ class HostedSession:
             RemoteProtocolError, RemoteError: a message or step that is not valid.
         """
         if self.opening.upstream is None:
-            self._source = self._client
+            self.upstream.source = self._client
         ended = self._client_ended
 
         def on_message(message: Message) -> None:
@@ -183,10 +158,10 @@ class HostedSession:
     def _hear(self, message: Message) -> None:
         """One message of the client."""
         if isinstance(message, Step):
-            if self._source is not self._client:
+            if self.upstream.source is not self._client:
                 raise BadMessageError("steps of this session come from its upstream hop")
             self._submit(message)
-            self._throttle()
+            self.upstream.throttle()
         elif isinstance(message, Probe):
             self._tell(Progress(message.number, self.last_step, self._last_done))
         elif isinstance(message, Reroute):
@@ -204,8 +179,7 @@ class HostedSession:
         if told.upstream is not None:
             if self.opening.upstream is None:
                 raise BadMessageError("the first hop gets its steps from the client")
-            self._leave_source()
-            self.upstream, self.source_epoch = told.upstream, told.epoch
+            self.upstream.reroute(told.upstream, told.epoch)
             self._on_reroute()
         if told.answered is not None and self._downstream is None:
             self._answer_from(told.answered)
@@ -229,14 +203,6 @@ class HostedSession:
             if output.step > answered:
                 self._tell(output)
 
-    def _leave_source(self) -> None:
-        """Take nothing more from the hop before this one."""
-        if self._source is not None:
-            self._source.abort()
-            self._source = None
-        if self._source_ended is not None and not self._source_ended.done():
-            self._source_ended.set_result(None)
-
     def _tell(self, message: Message) -> None:
         """Say something to the client, who may have just ended the session."""
         if not self.ended:
@@ -254,7 +220,6 @@ class HostedSession:
     def _next_changed(self) -> None:
         """The next hop is lost, or there is a new one."""
         assert self._downstream is not None
-        self._room.set()  # whoever waits for a lost link to drain
         if self._unrepaired is not None:
             self._unrepaired.cancel()
             self._unrepaired = None
@@ -274,74 +239,21 @@ class HostedSession:
         """
         if self.ended:
             return
-        self._leave_source()
-        self._source = source
-        epoch = self.source_epoch
-        ended = self._source_ended = self._loop.create_future()
+        epoch = self.upstream.epoch
 
         def on_message(message: Message) -> None:
-            if not self.ended and self._source is source:  # else it has come after that
+            if not self.ended:
                 self._submit(message)
-                self._throttle()
+                self.upstream.throttle()
 
-        def on_end(error: Exception | None) -> None:
-            if ended.done():
-                return
-            if error is None or isinstance(error, NetworkError):
-                ended.set_result(None)
-            else:
-                ended.set_exception(error)
-
-        source.subscribe(on_message, on_end)
         try:
-            await ended
+            lost = await self.upstream.take_from(source, on_message)
         except Exception as error:
             self.fail(error)
             raise
-        finally:
-            if self._source is source:
-                self._source = self._source_ended = None
-                self._tell(
-                    Lost(epoch, upstream=True, replayable=True, reason=f"no more steps from {source.peer_id}")
-                )
-
-    def _throttle(self) -> None:
-        """Let the sender wait when too much is being computed, or results do not get away."""
-        if self._source is None:
-            return
-        if self._throttled is None and (self._full or self._congested):
-            self._source.pause()
-            self._throttled = self._loop.create_task(self._resume_when_free(self._source))
-
-    async def _resume_when_free(self, source: Channel) -> None:
-        try:
-            while self._full and not self.ended:
-                self._room.clear()
-                await self._room.wait()
-            async with asyncio.timeout(self._limits.write_timeout_s):
-                if self._downstream is not None:
-                    await self._downstream.outbox.drain()
-                else:
-                    await self._client.drain()
-            source.resume()
-        except (NetworkError, TimeoutError) as error:
-            self.fail(error)
-        finally:
-            self._throttled = None
-
-    @property
-    def _full(self) -> bool:
-        limits = self._limits
-        return (
-            self._in_flight >= limits.max_steps_in_flight
-            or self._bytes_in_flight >= limits.max_bytes_in_flight
-        )
-
-    @property
-    def _congested(self) -> bool:
-        if self._downstream is not None:
-            return self._downstream.outbox.congested
-        return self._client.congested
+        if lost:
+            reason = f"no more steps from {source.peer_id}"
+            self._tell(Lost(epoch, upstream=True, replayable=True, reason=reason))
 
     async def watch_idle(self) -> None:
         """Wait until no step has come for too long, then end the session.
@@ -365,8 +277,9 @@ class HostedSession:
         a slow link as long as it takes to arrive.
         """
         limits = self._limits
-        if self._source is not None:
-            may_take_long = self.opening.upstream is not None or self._source.receiving
+        source = self.upstream.source
+        if source is not None:
+            may_take_long = self.opening.upstream is not None or source.receiving
             if self.last_step >= 0 or may_take_long:
                 return limits.idle_timeout_s
         waiting_s = min(self.opening.wait_s, limits.max_wait_s)
@@ -383,8 +296,6 @@ class HostedSession:
     async def close(self) -> None:
         """End the session, free its cache and close the stream to the next hop. Idempotent."""
         self._end()
-        if self._throttled is not None:
-            self._throttled.cancel()
         if self._unrepaired is not None:
             self._unrepaired.cancel()
         if self._prefixes is not None:
@@ -399,27 +310,26 @@ class HostedSession:
     def _end(self) -> None:
         if not self.ended:
             self._ended.set()
-            self._room.set()
-            if self._source_ended is not None and not self._source_ended.done():
-                self._source_ended.set_result(None)
+            self.upstream.close()
             if not self._client_ended.done():
                 self._client_ended.set_result(None)
             self._compute.close_session(self.opening.session)
 
     def _submit(self, message: Message) -> None:
         """Check what can be checked here and hand the step to the engine."""
-        if isinstance(message, FindPrefix) and self._prefixes is not None and self._source is not None:
-            if message.epoch == self.source_epoch:
-                self._prefixes.ask(message, self._source)
+        upstream = self.upstream
+        if isinstance(message, FindPrefix) and self._prefixes is not None and upstream.source is not None:
+            if message.epoch == upstream.epoch:
+                self._prefixes.ask(message, upstream.source)
             return
         if not isinstance(message, Step):
             raise BadMessageError(f"expected a step, got {message.type!r}")
-        if message.epoch < self.source_epoch:
+        if message.epoch < upstream.epoch:
             return
-        if message.epoch > self.source_epoch or message.step <= self.last_step:
+        if message.epoch > upstream.epoch or message.step <= self.last_step:
             raise BadMessageError(
                 f"step {message.step} of epoch {message.epoch} came after"
-                f" step {self.last_step} of epoch {self.source_epoch}"
+                f" step {self.last_step} of epoch {upstream.epoch}"
             )
         if message.tensor.shape[0] > self._compute.engine.max_batch_tokens:
             raise BadTensorError(
@@ -430,8 +340,7 @@ class HostedSession:
         self.last_step = message.step
         if self._receipts is not None:
             self._receipts.keep(message)
-        self._in_flight += 1
-        self._bytes_in_flight += message.tensor.nbytes
+        upstream.begun(message.tensor.nbytes)
         if self._prefixes is not None and self._prefixes.takes(message):
             self._prefixes.hold(message, arrived)
         else:
@@ -457,20 +366,18 @@ class HostedSession:
         # Behind a step that waits in the other thread this one would overtake it.
         result = self._compute.run_now(request) if self._computing == 1 else None
         if result is not None:
-            self._deliver(step, arrived, held_s, *_encode(step, result))
+            self._deliver(step, arrived, held_s, *encode_result(step, result))
         else:
             self._compute.submit(request, lambda result: self._computed(step, arrived, held_s, result))
 
     def nothing_left(self, step: Step) -> None:
         """A step all of whose rows are known already, and of which nobody wants an answer."""
-        self._in_flight -= 1
         self._last_active = self._loop.time()
-        self.shrunk(step.tensor.nbytes)
+        self.upstream.done(step.tensor.nbytes)
 
     def shrunk(self, nbytes: int) -> None:
         """So many bytes in flight need not be computed."""
-        self._bytes_in_flight -= nbytes
-        self._room.set()
+        self.upstream.shrunk(nbytes)
 
     async def settled(self) -> None:
         """Wait until the engine has computed every step that it was given."""
@@ -480,7 +387,7 @@ class HostedSession:
 
     def _computed(self, step: Step, arrived: float, held_s: float, result: StepResult) -> None:
         """In the compute thread: encode there, so that the event loop only writes."""
-        outcome = _encode(step, result)
+        outcome = encode_result(step, result)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
             self._loop.call_soon_threadsafe(self._deliver, step, arrived, held_s, *outcome)
 
@@ -493,11 +400,9 @@ class HostedSession:
         encoded: tuple[TensorMeta, Buffer] | None,
     ) -> None:
         self._computing -= 1
-        self._in_flight -= 1
         self._last_active = self._loop.time()
-        self._bytes_in_flight -= step.tensor.nbytes
+        self.upstream.done(step.tensor.nbytes)
         self._settled.set()
-        self._room.set()
         if self.ended:
             return
         if result.error is not None or encoded is None:
@@ -518,33 +423,3 @@ class HostedSession:
                 self._unanswered.append(output)
             else:
                 self._tell(output)
-
-
-def error_message(error: BaseException, step: int | None = None) -> Error:
-    """What a peer is told of an error: its own mistakes as they are, everything else without details."""
-    if isinstance(error, RemoteError):
-        return Error(error.code, str(error), step)
-    if isinstance(error, UnknownVersionError):
-        return Error(VersionMismatchError.code, str(error), step)
-    if isinstance(error, ProtocolError):
-        return Error(BadMessageError.code, str(error), step)
-    if isinstance(error, TimeoutError):
-        return Error(TooSlowError.code, "nothing came in time", step)
-    if isinstance(error, NetworkError):
-        return Error(HopLostError.code, str(error), step)
-    return Error(RemoteError.code, "internal error", step)
-
-
-def _encode(step: Step, result: StepResult) -> tuple[StepResult, tuple[TensorMeta, Buffer] | None]:
-    """The result in the dtype that the step came in. A device that fails late fails here, for one step."""
-    if result.hidden is None:
-        return result, None
-    try:
-        hidden = result.hidden.to(DTYPES[step.tensor.dtype])
-        if hidden.untyped_storage().nbytes() > hidden.nbytes:
-            hidden = hidden.clone()  # it is kept for a while, and the rest of its batch should not be
-        return result, encode_tensor(hidden)
-    except Exception as error:
-        logger.exception("the result of a step cannot be sent")
-        failure = RemoteError(f"the server failed to compute: {type(error).__name__}")
-        return StepResult(None, failure, result.compute_s), None

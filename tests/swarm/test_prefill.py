@@ -130,7 +130,7 @@ def test_a_long_prompt_waits_with_the_client_and_not_in_buffers(
                 for server in swarm.servers:
                     assert server._host is not None
                     for hosted in server._host._sessions.values():
-                        highest["steps"] = max(highest["steps"], hosted._in_flight)
+                        highest["steps"] = max(highest["steps"], hosted.upstream.in_flight)
                         links = hosted._downstream.outbox.links if hosted._downstream else ()
                         for link in links:
                             highest["unsent"] = max(highest["unsent"], link.channel._stream.unsent_bytes)

@@ -1,0 +1,141 @@
+"""How hops of one session are found and opened, at its beginning and again whenever some are replaced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+from petal_swarm.client.members import Member, neighbour, open_hop, open_hops
+from petal_swarm.client.view import ModelRef, View
+from petal_swarm.errors import BusyError, CacheFullError, IdleError, PetalSwarmError
+from petal_swarm.net.transport import Transport
+from petal_swarm.routing.blocks import format_blocks
+from petal_swarm.routing.route import Hop, Route
+from petal_swarm.span import Span
+from petal_swarm.wire.messages import NO_STEP, Neighbour, Open
+
+
+class Openings:
+    """What all openings of a session have in common: the model, the room it needs, and whom to avoid."""
+
+    def __init__(self, view: View, transport: Transport, model: ModelRef, *, max_length: int) -> None:
+        self.view = view
+        self.config = view.config
+        self._transport = transport
+        self._model = model
+        self._max_length = max_length
+
+    @property
+    def whole(self) -> Span:
+        """All blocks of the model."""
+        return Span(0, self._model.num_blocks)
+
+    @property
+    def timeout_s(self) -> float:
+        """How long a hop may take in a repair."""
+        return self.config.repair_open_timeout_s
+
+    async def find_part(
+        self,
+        span: Span,
+        *,
+        avoid: frozenset[str],
+        like: Collection[Hop],
+        min_batch_tokens: int = 0,
+        fresh: bool,
+        before: str | None = None,
+        after: str | None = None,
+    ) -> Route:
+        """See `View.find_part`.
+
+        Raises:
+            MissingBlocksError: nobody else serves some of the blocks.
+        """
+        return await self.view.find_part(
+            self._model,
+            span,
+            kv_tokens=self._max_length,
+            avoid=avoid,
+            like=like,
+            min_batch_tokens=min_batch_tokens,
+            fresh=fresh,
+            before=before,
+            after=after,
+        )
+
+    async def open_one(self, hop: Hop, opening: Open) -> Member:
+        """See `open_hop`."""
+        return await open_hop(self._transport, hop, opening, self.timeout_s)
+
+    async def open_all(
+        self, hops: Sequence[Hop], opening: Callable[[int], Open], timeout_s: float | None = None
+    ) -> list[Member]:
+        """See `open_hops`."""
+        return await open_hops(self._transport, hops, opening, timeout_s or self.timeout_s)
+
+    def blame(self, peer_id: str, error: PetalSwarmError) -> None:
+        """Remember to avoid a peer that failed or refused."""
+        avoidance = self.view.avoidance
+        if isinstance(error, (CacheFullError, BusyError)):
+            avoidance.busy(peer_id, self.config.retry_busy_s)
+        elif not isinstance(error, IdleError):
+            avoidance.failed(peer_id)
+
+    def of_session(
+        self, session: bytes, hops: Sequence[Hop], *, wait_s: float = 0.0, answered: int = NO_STEP
+    ) -> Callable[[int], Open]:
+        """What each hop of a new session is told."""
+        nodes: list[Hop | None] = [None, *hops, None]
+
+        def opening(index: int) -> Open:
+            return self.of_hop(
+                session,
+                0,
+                hops[index].span,
+                before=nodes[index],
+                after=nodes[index + 2],
+                answered=answered,
+                wait_s=wait_s,
+            )
+
+        return opening
+
+    def of_hop(
+        self,
+        session: bytes,
+        epoch: int,
+        span: Span,
+        *,
+        before: Member | Hop | None,
+        after: Member | Hop | None,
+        answered: int = NO_STEP,
+        spare: bool = False,
+        wait_s: float = 0.0,
+    ) -> Open:
+        """What one hop is told: who sends to it, and whom it sends to."""
+        return Open(
+            session=session,
+            epoch=epoch,
+            model=self._model.key,
+            span=span,
+            max_length=self._max_length,
+            upstream=None if before is None else before.peer_id,
+            next=None if after is None else neighbour_of(after),
+            share_prefixes=self.config.share_prefixes and not self.config.audit_rate,
+            receipts=self.config.audit_rate > 0,
+            wait_s=wait_s,
+            answered=answered,
+            spare=spare,
+        )
+
+
+def neighbour_of(node: Member | Hop) -> Neighbour:
+    return neighbour(node if isinstance(node, Hop) else node.hop)
+
+
+def route_of(members: Sequence[Member]) -> Route:
+    return Route(tuple(member.hop for member in members), sum(member.hop.step_s for member in members))
+
+
+def named(hops: Sequence[Hop]) -> str:
+    """Hops as people know them."""
+    return ", ".join(f"{hop.name or hop.peer_id[-8:]} ({format_blocks(hop.span.blocks())})" for hop in hops)
