@@ -147,7 +147,12 @@ class Ring:
 
         def on_message(message: Message) -> None:
             if isinstance(message, Error):
-                error = remote_error(message.code, message.message, peer_id=channel.peer_id)
+                error = remote_error(
+                    message.code,
+                    message.message,
+                    peer_id=channel.peer_id,
+                    retry_after_s=message.retry_after_s,
+                )
                 if not isinstance(error, HopLostError):
                     raise error
                 # The lost hop may be telling why itself, on its own stream: that is worth a moment.

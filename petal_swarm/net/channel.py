@@ -104,7 +104,12 @@ class Channel:
         if message is None:
             raise StreamClosedError(f"peer {self.peer_id} ended the stream before it answered")
         if isinstance(message, Error):
-            raise remote_error(message.code, message.message, peer_id=self.peer_id)
+            raise remote_error(
+                message.code,
+                message.message,
+                peer_id=self.peer_id,
+                retry_after_s=message.retry_after_s,
+            )
         raise RemoteProtocolError(f"peer {self.peer_id} sent {message.type!r} instead of an answer")
 
     def send(self, message: Message) -> None:
