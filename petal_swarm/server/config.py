@@ -88,17 +88,28 @@ def default_cache_dir(environment: Mapping[str, str], home: Path) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionLimits:
-    """Bounds on what peers may ask of a server. Times in seconds.
+    """Bounds on what peers may ask of a server. Times in seconds, rates in bytes a second.
 
     `overcommit`: all open sessions together may have asked for so many times the KV cache. `max_wait_s`:
     in the queue for room. `max_opening`: streams that have not said yet what they are, or push into
-    a session that is not there yet. `idle_when_full_s`: while somebody waits for room.
+    a session that is not there yet. `idle_when_full_s`: while somebody waits for room. `reclaim_after_s`: so
+    long somebody waits before peers with more than an equal share of the cache lose sessions. What is
+    `of_peer` counts over all sessions whose client the peer is; one more step may come on top of it.
+    `min_bytes_per_s`: slower than this, for longer than `frame_timeout_s` or `write_timeout_s`, is too slow.
     """
 
     max_sessions: int = 512
+    max_sessions_of_peer: int = 256
+    max_streams: int = 8192
+    max_streams_of_peer: int = 1024
     max_opening: int = 1024
+    max_opening_of_peer: int = 512
     max_steps_in_flight: int = 32
     max_bytes_in_flight: int = 128 << 20
+    max_bytes_in_flight_of_peer: int = 256 << 20
+    max_bytes_in_flight_of_all: int = 1 << 30
+    max_queued_tokens_of_peer: int = 1 << 16
+    max_bytes_per_s_of_peer: float = 250e6
     overcommit: float = 2.0
     max_waiting: int = 64
     max_waiting_of_peer: int = 8
@@ -108,4 +119,7 @@ class SessionLimits:
     first_step_timeout_s: float = 60.0
     idle_timeout_s: float = 1800.0
     idle_when_full_s: float = 60.0
+    reclaim_after_s: float = 10.0
     write_timeout_s: float = 30.0
+    frame_timeout_s: float = 30.0
+    min_bytes_per_s: float = 4096.0
