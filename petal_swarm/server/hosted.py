@@ -7,6 +7,7 @@ import contextlib
 import logging
 import math
 import time
+from typing import Any
 
 from petal_swarm.engine.compute import Compute
 from petal_swarm.engine.steps import StepRequest, StepResult
@@ -26,6 +27,8 @@ from petal_swarm.errors import (
 from petal_swarm.net.channel import Channel
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.prefix_steps import PrefixSteps
+from petal_swarm.server.quotas import Usage
+from petal_swarm.server.slow_peers import SlowReader, SlowWriter
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import (
     Error,
@@ -68,6 +71,7 @@ class HostedSession:
         compute: Compute,
         limits: SessionLimits,
         overhead: Overhead,
+        usage: Usage,
     ) -> None:
         self.opening = opening
         self._client = client
@@ -82,9 +86,13 @@ class HostedSession:
         self._last_step = -1
         self._last_active = math.inf  # to wait for room, or for the next hop, is not to be idle
         self._in_flight = 0
-        self._bytes_in_flight = 0
+        self._usage = usage
+        self._slow_client = SlowWriter(limits)
+        self._slow_source = SlowWriter(limits)
+        self._slow_output = SlowReader(limits)
         self._computing = 0
         self._prefixes = PrefixSteps(self, compute) if opening.share_prefixes else None
+        self._wanted_bytes = 0  # of a step of which a part has come, and which has to wait
         self._settled = asyncio.Event()
         self._room = asyncio.Event()
         self._ended = asyncio.Event()
@@ -132,7 +140,12 @@ class HostedSession:
             else:
                 ended.set_exception(error)
 
-        source.subscribe(on_message, on_end)
+        def on_part(nbytes: int) -> None:
+            if nbytes != self._usage.reserved_bytes and not self.ended:
+                self._wanted_bytes = nbytes
+                self._throttle()
+
+        source.subscribe(on_message, on_end, on_part)
         try:
             await ended
         finally:
@@ -140,32 +153,77 @@ class HostedSession:
 
     def _throttle(self) -> None:
         """Let the sender wait when too much is being computed, or results do not get away."""
-        if self._source is None:
+        if self._throttled is not None:
             return
-        if self._throttled is None and (self._full or self._output.congested):
-            self._source.pause()
-            self._throttled = self._loop.create_task(self._resume_when_free(self._source))
+        if self._full or self._output.congested:
+            if self._source is not None:
+                self._source.pause()
+            self._throttled = self._loop.create_task(self._resume_when_free())
+        elif self._wanted_bytes:
+            self._reserve()
 
-    async def _resume_when_free(self, source: Channel) -> None:
+    async def _resume_when_free(self) -> None:
         try:
             while self._full and not self.ended:
-                self._room.clear()
-                await self._room.wait()
+                await self._wait_for_room()
+            self._reserve()
             async with asyncio.timeout(self._limits.write_timeout_s):
                 await self._output.drain()
-            source.resume()
+            if self._source is not None:
+                self._source.resume()
         except (NetworkError, TimeoutError) as error:
-            self.fail(error)
+            self.fail(self._blame_output(error))
         finally:
             self._throttled = None
+
+    async def _wait_for_room(self) -> None:
+        """Until a step is done here, the peer has less under way elsewhere, or may move bytes again."""
+        self._room.clear()
+        self._usage.wake_when_free(self._room.set)
+        debt_s = self._usage.debt_s
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(debt_s or None):
+                await self._room.wait()
+
+    def _reserve(self) -> None:
+        """The rest of a step of which a part has come may come."""
+        if self._wanted_bytes:
+            self._usage.reserve(self._wanted_bytes)
+            self._wanted_bytes = 0
 
     @property
     def _full(self) -> bool:
         limits = self._limits
         return (
             self._in_flight >= limits.max_steps_in_flight
-            or self._bytes_in_flight >= limits.max_bytes_in_flight
+            or self._usage.nbytes >= limits.max_bytes_in_flight
+            or self._usage.must_wait
         )
+
+    def cut_off_slow_peers(self, now: float) -> None:
+        """End the session if somebody began a frame and does not go on with it, or takes no results."""
+        if self.ended:
+            return
+        source = self._source
+        excused = self._throttled is not None
+        if source not in (None, self._client) and self._slow_source.is_too_slow(
+            now, source.incoming, excused=excused
+        ):
+            self.fail(
+                HopLostError(f"the hop before, {source.peer_id}, sent a part of a step and not its rest")
+            )
+        elif self._slow_client.is_too_slow(now, self._client.incoming, excused=excused):
+            self.fail(TooSlowError("a part of a message came, and its rest did not come in time"))
+        elif self._slow_output.is_too_slow(
+            now, sent_bytes=self._usage.sent_bytes, unsent_bytes=self._output.unsent_bytes
+        ):
+            self.fail(self._blame_output(TimeoutError()))
+
+    def _blame_output(self, error: NetworkError | TimeoutError) -> Exception:
+        """Why results do not get away: for the client, its own slowness is another thing than a hop's."""
+        if self._next is not None:
+            return HopLostError(f"the next hop {self._next.peer_id} does not take what it is sent: {error}")
+        return error if isinstance(error, NetworkError) else TooSlowError("results were not read in time")
 
     @property
     def _output(self) -> Channel:
@@ -229,6 +287,7 @@ class HostedSession:
     async def close(self) -> None:
         """End the session, free its cache and close the stream to the next hop. Idempotent."""
         self._end()
+        self._usage.close()
         if self._throttled is not None:
             self._throttled.cancel()
         if self._prefixes is not None:
@@ -270,7 +329,7 @@ class HostedSession:
         arrived = time.perf_counter()
         self._last_step = message.step
         self._in_flight += 1
-        self._bytes_in_flight += message.tensor.nbytes
+        self._usage.take(message.tensor.shape[0], message.tensor.nbytes)
         if self._prefixes is not None and self._prefixes.takes(message):
             self._prefixes.hold(message, arrived)
         else:
@@ -304,11 +363,11 @@ class HostedSession:
         """A step all of whose rows are known already, and of which nobody wants an answer."""
         self._in_flight -= 1
         self._last_active = self._loop.time()
-        self.shrunk(step.tensor.nbytes)
+        self.shrunk(step.tensor.shape[0], step.tensor.nbytes)
 
-    def shrunk(self, nbytes: int) -> None:
-        """So many bytes in flight need not be computed."""
-        self._bytes_in_flight -= nbytes
+    def shrunk(self, rows: int, nbytes: int) -> None:
+        """So many rows in flight need not be computed."""
+        self._usage.give_back(rows, nbytes)
         self._room.set()
 
     async def settled(self) -> None:
@@ -321,7 +380,13 @@ class HostedSession:
         """In the compute thread: encode there, so that the event loop only writes."""
         outcome = _encode(step, result)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self._loop.call_soon_threadsafe(self._deliver, step, arrived, held_s, *outcome)
+            self._loop.call_soon_threadsafe(self._delivered_late, step, arrived, held_s, *outcome)
+
+    def _delivered_late(self, *delivery: Any) -> None:
+        """In the event loop: no message has just come that would look whether results get away."""
+        self._deliver(*delivery)
+        if not self.ended:
+            self._throttle()
 
     def _deliver(
         self,
@@ -334,7 +399,10 @@ class HostedSession:
         self._computing -= 1
         self._in_flight -= 1
         self._last_active = self._loop.time()
-        self._bytes_in_flight -= step.tensor.nbytes
+        sent_bytes = (
+            0 if encoded is None or (self._next is None and step.rows == "none") else encoded[0].nbytes
+        )
+        self._usage.give_back(step.tensor.shape[0], step.tensor.nbytes, sent_bytes=sent_bytes)
         self._settled.set()
         self._room.set()
         if self.ended:

@@ -35,6 +35,7 @@ from petal_swarm.server.host import SessionHost
 from petal_swarm.span import Span
 from petal_swarm.version import __version__
 from petal_swarm.wire.announcement import Announcement
+from petal_swarm.wire.connection import DIRECTORY_TABLE, PUSH_TABLE, SESSION_TABLE
 from petal_swarm.wire.protocols import DIRECTORY, PUSH, SESSION
 from petal_swarm.wire.tensors import dtype_name
 
@@ -174,9 +175,10 @@ class Server:
         self._host = SessionHost(
             compute, self._transport, model_key=self.checkpoint.model_key, limits=SessionLimits()
         )
-        await self._transport.serve(DIRECTORY, DirectoryService(self._directory).handle)
-        await self._transport.serve(PUSH, self._host.handle_push)
-        await self._transport.serve(SESSION, self._host.handle_session)
+        gate, listing = self._host.gate, DirectoryService(self._directory)
+        await self._transport.serve(DIRECTORY, gate.guarded(DIRECTORY_TABLE, listing.handle))
+        await self._transport.serve(PUSH, gate.guarded(PUSH_TABLE, self._host.handle_push))
+        await self._transport.serve(SESSION, gate.guarded(SESSION_TABLE, self._host.handle_session))
         self._announcer.update(self.announcement())
         await self._announcer.refresh_now()
         self._tasks.append(asyncio.create_task(self._update_figures(self._announcer)))

@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from petal_swarm.errors import BadMessageError, BusyError, CacheFullError, ConfigError, PetalSwarmError
+from petal_swarm.errors import (
+    BadMessageError,
+    BusyError,
+    CacheFullError,
+    ConfigError,
+    HopLostError,
+    PetalSwarmError,
+    TooSlowError,
+)
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES
 from petal_swarm.span import Slice
@@ -42,8 +50,9 @@ def swarm(bloom: Path) -> Iterator[LocalSwarm]:
             host, compute = server._host, server._compute
             assert host is not None
             assert compute is not None
-            left = (host._sessions, host._arrivals, host._opening, host._room._waiting)
-            assert left == ({}, {}, 0, {})
+            left = (host._sessions, host._arrivals, host._room._waiting)
+            assert left == ({}, {}, {})
+            assert (host.gate.num_opening, len(host._quotas), host._quotas.nbytes) == (0, 0, 0)
             assert compute.engine.stats().sessions == 0
             assert host.tokens_available == compute.engine.stats().kv_tokens
         assert len(asyncio.all_tasks(swarm.loop)) == tasks
@@ -53,12 +62,13 @@ def session_id(number: int) -> bytes:
     return number.to_bytes(16, "big")
 
 
-async def open_thousand(swarm: LocalSwarm) -> tuple[list[Channel], int]:
+async def open_thousand(swarm: LocalSwarm, peers: int) -> tuple[list[Channel], int]:
     """Sessions that are opened and then left alone, and how many were refused."""
-    intruder = Intruder(swarm)
+    intruders = [Intruder(swarm) for _ in range(peers)]
 
     async def attempt(number: int) -> Channel | PetalSwarmError:
         try:
+            intruder = intruders[number % peers]
             return await intruder.opened(session=session_id(number), max_length=8)
         except PetalSwarmError as error:
             return error
@@ -111,7 +121,7 @@ def test_more_sequences_than_there_is_room_for(swarm: LocalSwarm) -> None:
 
 
 def test_a_thousand_sessions_opened_and_abandoned(swarm: LocalSwarm) -> None:
-    channels, refused = swarm.run(open_thousand(swarm))
+    channels, refused = swarm.run(open_thousand(swarm, peers=2))
     assert (len(channels), refused) == (512, 488)
     with pytest.raises(BusyError, match="512 sessions"):
         swarm.model(wait_for_room_s=0).generate(prompt(), max_new_tokens=2)
@@ -122,11 +132,19 @@ def test_a_thousand_sessions_opened_and_abandoned(swarm: LocalSwarm) -> None:
 
 
 def test_a_thousand_sessions_opened_and_cut(swarm: LocalSwarm) -> None:
-    swarm.run(open_thousand(swarm))
+    swarm.run(open_thousand(swarm, peers=2))
     assert swarm.servers[0].num_sessions == 512
     swarm.kill_strangers()
     swarm.run(asyncio.sleep(0.5))
     assert swarm.servers[0].num_sessions == 0
+
+
+def test_a_thousand_sessions_of_one_peer_leave_room_for_others(swarm: LocalSwarm) -> None:
+    channels, refused = swarm.run(open_thousand(swarm, peers=1))
+    assert (len(channels), refused) == (256, 744)
+    tokens = swarm.model(wait_for_room_s=0).generate(prompt(), max_new_tokens=2)
+    assert tokens.shape == (1, 10)
+    swarm.kill_strangers()
 
 
 def test_who_waits_for_room_elsewhere_does_not_idle_meanwhile(swarm: LocalSwarm) -> None:
@@ -137,19 +155,67 @@ def test_who_waits_for_room_elsewhere_does_not_idle_meanwhile(swarm: LocalSwarm)
     assert swarm.servers[0].num_sessions == 0
 
 
-def test_a_first_step_may_take_long_to_arrive(swarm: LocalSwarm) -> None:
-    async def trickle() -> None:
-        intruder = Intruder(swarm)
-        channel = await intruder.opened()
-        meta, payload = encode_tensor(torch.zeros(2, HIDDEN))
-        frame = b"".join(map(bytes, channel._connection.send(Step(0, 0, (Slice(0, 0, 2),), meta, payload))))
-        for start in range(0, len(frame), 64):
-            channel._stream.write(frame[start : start + 64])
-            await asyncio.sleep(20)
-        await channel.expect(Output, timeout_s=5)
+async def trickle(swarm: LocalSwarm, piece_bytes: int, every_s: float) -> float:
+    """Send a step of 64 rows so slowly, and return how long it took until it was answered."""
+    intruder = Intruder(swarm)
+    channel = await intruder.opened(max_length=64)
+    started = swarm.loop.time()
+    answer = asyncio.create_task(channel.expect(Output, timeout_s=1000))
+    meta, payload = encode_tensor(torch.zeros(64, HIDDEN))
+    frame = b"".join(map(bytes, channel._connection.send(Step(0, 0, (Slice(0, 0, 64),), meta, payload))))
+    for start in range(0, len(frame), piece_bytes):
+        channel._stream.write(frame[start : start + piece_bytes])
+        if (await asyncio.wait({answer}, timeout=every_s))[0]:
+            break
+    try:
+        await answer
+    finally:
         await channel.close()
+        trickled_s = swarm.loop.time() - started
+    return trickled_s
 
-    swarm.run(trickle())
+
+def test_a_step_that_trickles_in_is_cut_off(swarm: LocalSwarm) -> None:
+    """A byte every second: it would hold a session for hours."""
+    started = swarm.loop.time()
+    with pytest.raises(TooSlowError, match="its rest did not come in time"):
+        swarm.run(trickle(swarm, 1, 1.0))
+    assert 30 <= swarm.loop.time() - started < 50
+
+
+def test_a_first_step_may_take_long_to_arrive(swarm: LocalSwarm) -> None:
+    """Longer than an idle session is let be, if it is that large."""
+    for server in swarm.servers:
+        assert server._host is not None
+        server._host._limits = dataclasses.replace(server._host._limits, min_bytes_per_s=100.0)
+    assert 75 < swarm.run(trickle(swarm, 500, 5.0)) < 90
+
+
+def test_a_session_behind_a_hop_that_trickles(swarm: LocalSwarm) -> None:
+    """Its client is told that a hop is to blame, and may look for another."""
+
+    async def attempt() -> None:
+        client, upstream = Intruder(swarm), Intruder(swarm)
+        channel = await client.opened(upstream=upstream.transport.peer_id)
+        push = await upstream.dial(PUSH)
+        push.send(PushOpen(client.opening.session, 0))
+        await push.expect(Opened, timeout_s=5)
+        push._stream.write(b"\0\0")
+        await channel.expect(Output, timeout_s=100)
+
+    with pytest.raises(HopLostError, match="sent a part of a step and not its rest"):
+        swarm.run(attempt())
+
+
+def test_half_a_message_from_a_client_that_has_nothing_to_say(swarm: LocalSwarm) -> None:
+    async def attempt() -> None:
+        client = Intruder(swarm)
+        channel = await client.opened(upstream=client.transport.peer_id)
+        channel._stream.write(b"\0\0")
+        await channel.expect(Output, timeout_s=55)
+
+    with pytest.raises(TooSlowError):
+        swarm.run(attempt())
 
 
 def test_a_session_abandoned_behind_another_hop(swarm: LocalSwarm) -> None:
@@ -179,19 +245,21 @@ def test_a_session_abandoned_behind_another_hop(swarm: LocalSwarm) -> None:
 def test_streams_that_never_say_what_they_want(swarm: LocalSwarm) -> None:
     async def attempt() -> None:
         intruder = Intruder(swarm)
-        silent = await asyncio.gather(*(intruder.dial() for _ in range(600)))
+        silent = await asyncio.gather(*(intruder.dial() for _ in range(500)))
         pushing = await asyncio.gather(*(intruder.dial(PUSH) for _ in range(600)))
         for number, channel in enumerate(pushing):
             channel.send(PushOpen(session_id(number), 0))
         await asyncio.sleep(1)
         host = swarm.servers[0]._host
         assert host is not None
-        assert host._opening == host._limits.max_opening == 1024
-        assert len(host._arrivals) == 1024 - 600
-        with pytest.raises(BusyError, match="being opened"):
+        assert host.gate.num_opening == host._limits.max_opening_of_peer == 512
+        assert host.gate.num_streams == 512
+        with pytest.raises(BusyError, match="being opened") as caught:
             await pushing[-1].expect(Opened, timeout_s=1)
+        assert caught.value.retry_after_s == host._limits.open_timeout_s
+        await (await Intruder(swarm).opened(session=session_id(5000))).close()
         await asyncio.sleep(15)
-        assert not host._opening
+        assert not host.gate.num_opening
         for channel in [*silent, *pushing]:
             channel.abort()
 
