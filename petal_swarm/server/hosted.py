@@ -169,12 +169,12 @@ class HostedSession:
             self._reserve()
             async with asyncio.timeout(self._limits.write_timeout_s):
                 await self._output.drain()
-            if self._source is not None:
-                self._source.resume()
         except (NetworkError, TimeoutError) as error:
             self.fail(self._blame_output(error))
-        finally:
-            self._throttled = None
+            return
+        self._throttled = None  # before what has come meanwhile may make it necessary again
+        if self._source is not None:
+            self._source.resume()
 
     async def _wait_for_room(self) -> None:
         """Until a step is done here, the peer has less under way elsewhere, or may move bytes again."""

@@ -15,6 +15,8 @@ from petal_swarm.server.config import SessionLimits
 #: Sessions that wait are woken when so much of a limit is free again. All of a peer's are woken at once: were
 #: it for each step that is done, a peer with hundreds of sessions would make everybody's steps expensive.
 FREE_AGAIN = 0.5
+#: A shorter debt is forgiven: no timer is that exact.
+SHORTEST_WAIT_S = 0.001
 
 
 class Account:
@@ -81,12 +83,13 @@ class Quotas:
         return account.nbytes * self._holders >= limits.max_bytes_in_flight_of_all
 
     def debt_s(self, account: Account) -> float:
-        """Seconds until the peer may move bytes again."""
+        """Seconds until the peer may move bytes again; 0 if it may now."""
         now, rate = self._clock(), self._limits.max_bytes_per_s_of_peer
         credit = account.credit_bytes + (now - account.refilled_s) * rate
         account.credit_bytes = min(credit, rate)
         account.refilled_s = now
-        return max(0.0, -account.credit_bytes / rate)
+        debt_s = -account.credit_bytes / rate
+        return debt_s if debt_s > SHORTEST_WAIT_S else 0.0
 
     def add(self, account: Account, rows: int, nbytes: int) -> None:
         """So much more is under way; or less, where negative."""

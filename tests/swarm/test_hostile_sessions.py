@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from petal_swarm.engine.compute import Done, InlineCompute
+from petal_swarm.engine.steps import StepRequest
 from petal_swarm.errors import (
     BadMessageError,
     BusyError,
@@ -20,10 +22,12 @@ from petal_swarm.errors import (
     TooSlowError,
 )
 from petal_swarm.net.channel import Channel
-from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES
+from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Stream
+from petal_swarm.server.host import SessionHost
 from petal_swarm.span import Slice
+from petal_swarm.wire.connection import PUSH_TABLE, Role
 from petal_swarm.wire.frames import encode_frame
-from petal_swarm.wire.messages import Opened, Output, PushOpen, Step
+from petal_swarm.wire.messages import Neighbour, Opened, Output, PushOpen, Step
 from petal_swarm.wire.protocols import PUSH
 from petal_swarm.wire.tensors import encode_tensor
 from tests.checkpoints import VOCABULARY, reference
@@ -316,3 +320,192 @@ def test_a_bad_wait(swarm: LocalSwarm) -> None:
 
     with pytest.raises(BadMessageError, match="wait_s"):
         swarm.run(attempt())
+
+
+async def ask_for_rows(intruder: Intruder, steps: int) -> Channel:
+    """Ask for many rows, and read no answer."""
+    channel = await intruder.opened(session=secrets_of(intruder))
+    meta, payload = encode_tensor(torch.zeros(32, HIDDEN))
+    for number in range(steps):
+        channel.send(Step(number, 0, (Slice(0, 0, 32),), meta, payload, rows="all"))
+    return channel
+
+
+def secrets_of(intruder: Intruder) -> bytes:
+    return intruder.transport.peer_id.encode()[-16:]
+
+
+def test_a_peer_that_reads_nothing_and_asks_for_no_more(swarm: LocalSwarm) -> None:
+    """Its few results would stay here for as long as it likes."""
+    intruder = Intruder(swarm)
+    swarm.run(ask_for_rows(intruder, 10))
+    assert swarm.servers[0].num_sessions == 1
+    swarm.run(asyncio.sleep(29))
+    assert swarm.servers[0].num_sessions == 1
+    swarm.run(asyncio.sleep(11))
+    assert swarm.servers[0].num_sessions == 0
+
+
+def test_a_next_hop_that_does_not_read(swarm: LocalSwarm) -> None:
+    """It takes the push stream and then nothing; the client is told which hop it was."""
+    client, sink = Intruder(swarm), swarm.transport()
+
+    async def accept(stream: Stream) -> None:
+        channel = Channel(stream, PUSH_TABLE, Role.LISTENER)
+        await channel.expect(PushOpen, timeout_s=5)
+        channel.send(Opened())
+        await asyncio.sleep(1000)
+
+    async def attempt() -> None:
+        await sink.serve(PUSH, accept)
+        channel = await client.opened(next=Neighbour(sink.peer_id, sink.addresses()))
+        meta, payload = encode_tensor(torch.zeros(32, HIDDEN))
+        channel.send(Step(0, 0, (Slice(0, 0, 32),), meta, payload))
+        await channel.expect(Output, timeout_s=60)
+
+    started = swarm.loop.time()
+    with pytest.raises(HopLostError, match=f"next hop {sink.peer_id} does not take what it is sent"):
+        swarm.run(attempt())
+    assert 30 <= swarm.loop.time() - started < 45
+    swarm.kill_strangers()
+
+
+def test_a_client_that_reads_slowly_but_reads(swarm: LocalSwarm) -> None:
+    """1.3 MB of results at 20 kB/s."""
+    intruder = Intruder(swarm)
+    target = intruder.target
+
+    async def attempt() -> None:
+        channel = await ask_for_rows(intruder, 30)
+        swarm.network.link(intruder.transport.peer_id, target).bytes_per_s = 20e3
+        for _ in range(30):
+            await channel.expect(Output, timeout_s=100)
+            await asyncio.sleep(3)
+        await channel.close()
+
+    swarm.run(attempt())
+
+
+def limit(swarm: LocalSwarm, **limits: float) -> SessionHost:
+    """Other limits for the sessions of the first server from now on."""
+    host = swarm.servers[0]._host
+    assert host is not None
+    host._limits = dataclasses.replace(host._limits, **limits)  # type: ignore[arg-type]
+    host._quotas._limits = host._limits
+    return host
+
+
+def test_a_peer_has_so_much_under_way_over_all_its_sessions(
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rest stays in its streams; nobody else waits for it, and it is taken later."""
+    host = limit(swarm, max_queued_tokens_of_peer=128)
+    compute = swarm.servers[0]._compute
+    assert isinstance(compute, InlineCompute)
+    late: list[tuple[StepRequest, Done]] = []
+    monkeypatch.setattr(compute, "run_now", lambda request: None)
+    monkeypatch.setattr(compute, "submit", lambda *arguments: late.append(arguments))
+    greedy, modest = Intruder(swarm), Intruder(swarm)
+    meta, payload = encode_tensor(torch.zeros(16, HIDDEN))
+
+    async def send(intruder: Intruder, number: int) -> Channel:
+        channel = await intruder.opened(session=session_id(number))
+        for step in range(6):
+            channel.send(Step(step, 0, (Slice(0, 0, 16),), meta, payload))
+        return channel
+
+    async def work() -> None:
+        channels = [await send(greedy, number) for number in range(5)]
+        await asyncio.sleep(1)
+        taken = len(late)
+        assert 8 <= taken <= 8 + 4, "128 rows, and one more step of each session that had begun"
+        other = await send(modest, 100)
+        await asyncio.sleep(1)
+        assert len(late) == taken + 6
+        monkeypatch.undo()
+        for request, done in late:
+            compute.submit(request, done)
+        for channel in (*channels, other):
+            for _ in range(6):
+                await channel.expect(Output, timeout_s=10)
+            await channel.close()
+        await asyncio.sleep(1)
+        assert (len(host._quotas), host._quotas.nbytes) == (0, 0)
+
+    swarm.run(work())
+
+
+def test_a_peer_that_moves_too_much_is_slowed_down(swarm: LocalSwarm) -> None:
+    limit(swarm, max_bytes_per_s_of_peer=10_000.0)
+    greedy, modest = Intruder(swarm), Intruder(swarm)
+
+    async def exchange(intruder: Intruder, steps: int) -> float:
+        started = swarm.loop.time()
+        channel = await ask_for_rows(intruder, steps)
+        for _ in range(steps):
+            await channel.expect(Output, timeout_s=100)
+        await channel.close()
+        return swarm.loop.time() - started
+
+    async def work() -> None:
+        took_s, other_s = await asyncio.gather(exchange(greedy, 50), exchange(modest, 1))
+        assert 35 < took_s < 45, "4 KiB there and 4 KiB back, 50 times"
+        assert other_s < 1
+
+    swarm.run(work())
+
+
+def test_a_large_step_counts_from_its_beginning(swarm: LocalSwarm) -> None:
+    """And one that is not let in yet is read no further, until others of its peer are done."""
+    host = limit(swarm, max_bytes_in_flight_of_peer=8000)
+    intruder = Intruder(swarm)
+    meta, payload = encode_tensor(torch.zeros(32, HIDDEN))
+    step = Step(0, 0, (Slice(0, 0, 32),), meta, payload)
+
+    async def begin(number: int) -> tuple[Channel, bytes]:
+        channel = await intruder.opened(session=session_id(number))
+        frame = b"".join(map(bytes, channel._connection.send(step)))
+        channel._stream.write(frame[:2000])
+        return channel, frame[2000:]
+
+    async def work() -> None:
+        begun = [await begin(number) for number in range(4)]
+        await asyncio.sleep(1)
+        assert host._quotas.nbytes == 2 * 4096
+        for channel, rest in reversed(begun):
+            channel._stream.write(rest)
+        for channel, _ in begun:
+            await channel.expect(Output, timeout_s=5)
+            await channel.close()
+        await asyncio.sleep(1)
+        assert host._quotas.nbytes == 0
+
+    swarm.run(work())
+
+
+def test_a_payload_where_none_belongs(swarm: LocalSwarm) -> None:
+    async def attempt() -> None:
+        intruder = Intruder(swarm)
+        channel = await intruder.dial()
+        frame = encode_frame(intruder.opening.to_header(), bytes(100_000))
+        channel._connection.send(intruder.opening)
+        channel._stream.write(*frame)
+        await channel.expect(Opened, timeout_s=5)
+
+    with pytest.raises(BadMessageError, match="100000 bytes; at most 65536"):
+        swarm.run(attempt())
+
+
+def test_a_push_stream_that_waits_for_its_session_is_read_no_further(swarm: LocalSwarm) -> None:
+    """A thousand of them, with all that they send at once, would fill the memory."""
+
+    async def attempt() -> None:
+        channel = await Intruder(swarm).dial(PUSH)
+        channel.send(PushOpen(session_id(1), 0))
+        await asyncio.sleep(1)
+        stream = channel._stream
+        assert stream._other._paused
+        channel.abort()
+        await asyncio.sleep(20)
+
+    swarm.run(attempt())
