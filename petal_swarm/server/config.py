@@ -45,6 +45,7 @@ class ServerConfig:
     kv_tokens: int | None = None
     prefix_tokens: int | None = None
     max_batch_tokens: int = 2048
+    max_mbit_per_peer: float = 2000.0
     name: str = ""
     drain_timeout_s: float = 60.0
     cache_dir: str | None = None
@@ -65,12 +66,18 @@ class ServerConfig:
                 raise ConfigError(f"--{name} must be at least 1, got {value}")
         if self.max_batch_tokens > MAX_BATCH_TOKENS:
             raise ConfigError(f"--max-batch-tokens may be {MAX_BATCH_TOKENS} at most")
+        if not self.max_mbit_per_peer > 0:
+            raise ConfigError(f"--max-mbit-per-peer must be more than 0, got {self.max_mbit_per_peer:g}")
         if self.prefix_tokens is not None and self.prefix_tokens < 0:
             raise ConfigError(f"--prefix-tokens must be at least 0, got {self.prefix_tokens}")
         if self.kv_dtype not in KV_DTYPES:
             raise ConfigError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
             raise ConfigError(f"--kv-tokens must be at least {MIN_KV_TOKENS}, got {self.kv_tokens}")
+
+    def session_limits(self) -> SessionLimits:
+        """Bounds on what peers may ask, with what was said of them here."""
+        return SessionLimits(max_bytes_per_s_of_peer=self.max_mbit_per_peer * 1e6 / 8)
 
     def listen_addresses(self) -> tuple[str, ...]:
         """Where to listen: as told; else on loopback while the swarm is on this machine; else everywhere."""

@@ -51,9 +51,9 @@ class Quotas:
         self._limits = limits
         self._clock = clock
         self._accounts: dict[str, Account] = {}
-        self._holders = 0
-        self._was_scarce = False
         self.nbytes = 0
+        #: Whether somebody had to wait since the bytes of all were at their limit.
+        self.was_scarce = False
 
     def __len__(self) -> int:
         """Peers with an account."""
@@ -79,8 +79,9 @@ class Quotas:
             return True
         if self.nbytes < limits.max_bytes_in_flight_of_all:
             return False
-        self._was_scarce = True
-        return account.nbytes * self._holders >= limits.max_bytes_in_flight_of_all
+        self.was_scarce = True
+        holders = sum(each.nbytes > 0 for each in self._accounts.values())
+        return account.nbytes * holders >= limits.max_bytes_in_flight_of_all
 
     def debt_s(self, account: Account) -> float:
         """Seconds until the peer may move bytes again; 0 if it may now."""
@@ -91,18 +92,12 @@ class Quotas:
         debt_s = -account.credit_bytes / rate
         return debt_s if debt_s > SHORTEST_WAIT_S else 0.0
 
-    def add(self, account: Account, rows: int, nbytes: int) -> None:
-        """So much more is under way; or less, where negative."""
-        before = account.nbytes
-        account.rows += rows
-        account.nbytes = before + nbytes
-        self.nbytes += nbytes
-        if not before or not account.nbytes:
-            self._holders += (account.nbytes > 0) - (before > 0)
+    def wake(self, account: Account) -> None:
+        """Something was given back: wake who waits for that, once it is enough."""
         if account.waiting and self._has_room_again(account):
             account.wake()
-        if self._was_scarce and self.nbytes < FREE_AGAIN * self._limits.max_bytes_in_flight_of_all:
-            self._was_scarce = False
+        if self.was_scarce and self.nbytes < FREE_AGAIN * self._limits.max_bytes_in_flight_of_all:
+            self.was_scarce = False
             for each in self._accounts.values():
                 each.wake()
 
@@ -122,7 +117,7 @@ class Quotas:
 
 
 class Usage:
-    """What one session has under way. A call takes well under a microsecond: there are two for each step.
+    """What one session has under way. A step costs three calls here, a microsecond together.
 
     A step that comes in several reads is charged from when its size is known: else many sessions, each
     with nearly all of a large step, would hold what nobody has counted.
@@ -180,25 +175,33 @@ class Usage:
         if self._closed:
             return
         self._account.credit_bytes -= nbytes
-        reserved, self.reserved_bytes = self.reserved_bytes, 0
-        self._add(rows, nbytes - reserved)
+        if self.reserved_bytes:
+            nbytes -= self.reserved_bytes
+            self.reserved_bytes = 0
+        self._add(rows, nbytes)
 
     def give_back(self, rows: int, nbytes: int, *, sent_bytes: int = 0) -> None:
         """A step, or a part of one, is done, with a result of `sent_bytes`."""
         if self._closed:
             return
         self.sent_bytes += sent_bytes
-        self._account.credit_bytes -= sent_bytes
+        account = self._account
+        account.credit_bytes -= sent_bytes
         self._add(-rows, -nbytes)
+        if account.waiting or self._quotas.was_scarce:
+            self._quotas.wake(account)
 
     def close(self) -> None:
         """The session has ended, with all that it had under way. Idempotent."""
         if not self._closed:
-            self._add(-self.rows, -self.nbytes)
+            self.give_back(self.rows, self.nbytes)
             self._closed = True
             self._quotas.forget(self._peer_id, self._account)
 
     def _add(self, rows: int, nbytes: int) -> None:
+        account = self._account
         self.rows += rows
         self.nbytes += nbytes
-        self._quotas.add(self._account, rows, nbytes)
+        account.rows += rows
+        account.nbytes += nbytes
+        self._quotas.nbytes += nbytes

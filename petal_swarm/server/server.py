@@ -23,7 +23,7 @@ from petal_swarm.models.stack import BlockStack, load_blocks
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.placement import choose_span
 from petal_swarm.server.capacity import CapacityFile, calibrate
-from petal_swarm.server.config import ServerConfig, SessionLimits
+from petal_swarm.server.config import ServerConfig
 from petal_swarm.server.hardware import (
     block_capacity,
     default_kv_tokens,
@@ -173,7 +173,7 @@ class Server:
         compute.start()
         self._compute = compute
         self._host = SessionHost(
-            compute, self._transport, model_key=self.checkpoint.model_key, limits=SessionLimits()
+            compute, self._transport, model_key=self.checkpoint.model_key, limits=self.config.session_limits()
         )
         gate, listing = self._host.gate, DirectoryService(self._directory)
         await self._transport.serve(DIRECTORY, gate.guarded(DIRECTORY_TABLE, listing.handle))

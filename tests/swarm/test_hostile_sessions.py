@@ -24,6 +24,7 @@ from petal_swarm.errors import (
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Stream
 from petal_swarm.server.host import SessionHost
+from petal_swarm.server.quotas import Quotas
 from petal_swarm.span import Slice
 from petal_swarm.wire.connection import PUSH_TABLE, Role
 from petal_swarm.wire.frames import encode_frame
@@ -391,7 +392,7 @@ def limit(swarm: LocalSwarm, **limits: float) -> SessionHost:
     host = swarm.servers[0]._host
     assert host is not None
     host._limits = dataclasses.replace(host._limits, **limits)  # type: ignore[arg-type]
-    host._quotas._limits = host._limits
+    host._quotas = Quotas(host._limits, swarm.loop.time)
     return host
 
 
