@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from petal_swarm.errors import BusyError
+from petal_swarm.net.channel import Channel
+from petal_swarm.net.memory import MemoryNetwork, MemoryTransport, VirtualClockLoop
+from petal_swarm.net.transport import Stream
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.gate import Shares, StreamGate
+from petal_swarm.wire.connection import SESSION_TABLE, Role
+from petal_swarm.wire.messages import Opened
+from petal_swarm.wire.protocols import SESSION
 
 
 def taken(shares: Shares, holder: str) -> int:
@@ -55,3 +63,40 @@ def test_a_stream_that_is_opened_counts_no_more() -> None:
     with gate.being_opened("a"):
         pass
     assert gate.num_opening == 0
+
+
+def test_a_stream_too_many_is_answered_and_ended() -> None:
+    async def run() -> None:
+        network = MemoryNetwork()
+        server, one, other = network.transport(), network.transport(), network.transport()
+        gate, leave = StreamGate(SessionLimits(max_streams_of_peer=2)), asyncio.Event()
+
+        async def stay(stream: Stream) -> None:
+            await leave.wait()
+
+        await server.serve(SESSION, gate.guarded(SESSION_TABLE, stay))
+
+        async def dial(peer: MemoryTransport) -> Channel:
+            stream = await peer.open_stream(server.peer_id, SESSION, timeout_s=5)
+            return Channel(stream, SESSION_TABLE, Role.DIALER)
+
+        await dial(one)
+        await dial(one)
+        third = await dial(one)
+        with pytest.raises(BusyError, match="too many streams"):
+            await third.expect(Opened, timeout_s=5)
+        assert await third.receive() is None
+        await dial(other)
+        await asyncio.sleep(1)
+        assert gate.num_streams == 3
+        leave.set()
+        await asyncio.sleep(1)
+        assert gate.num_streams == 0
+        for transport in (one, other, server):
+            await transport.close()
+
+    loop = VirtualClockLoop()
+    try:
+        loop.run_until_complete(run())
+    finally:
+        loop.close()
