@@ -510,3 +510,33 @@ def test_a_push_stream_that_waits_for_its_session_is_read_no_further(swarm: Loca
         await asyncio.sleep(20)
 
     swarm.run(attempt())
+
+
+def test_results_that_pile_up_later_are_noticed_without_another_step(
+    swarm: LocalSwarm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine was busy, so they come when nothing more is asked for."""
+    compute, host = swarm.servers[0]._compute, swarm.servers[0]._host
+    assert isinstance(compute, InlineCompute)
+    assert host is not None
+    late: list[tuple[StepRequest, Done]] = []
+    monkeypatch.setattr("petal_swarm.net.channel.WRITE_HIGH_WATER_BYTES", 10_000)
+    monkeypatch.setattr("petal_swarm.net.memory.WRITE_HIGH_WATER_BYTES", 10_000)
+
+    async def work() -> None:
+        with monkeypatch.context() as busy:
+            busy.setattr(compute, "run_now", lambda request: None)
+            busy.setattr(compute, "submit", lambda *arguments: late.append(arguments))
+            await ask_for_rows(Intruder(swarm), 10)
+            await asyncio.sleep(1)
+        (session,) = host._sessions.values()
+        assert len(late) == 10
+        assert session._throttled is None
+        for request, done in late:
+            compute.submit(request, done)
+        await asyncio.sleep(1)
+        assert session._throttled is not None
+        await asyncio.sleep(30)
+        assert host.num_sessions == 0
+
+    swarm.run(work())
