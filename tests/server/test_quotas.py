@@ -108,16 +108,17 @@ def test_who_waits_is_woken_when_much_is_free_and_not_for_each_step() -> None:
 
 def test_who_waits_for_others_is_woken_by_them() -> None:
     bank = Bank(max_bytes_in_flight_of_all=100)
-    one, two = bank.quotas.open("a"), bank.quotas.open("b")
-    one.take(1, 50)
-    two.take(1, 50)
+    one, two, three = (bank.quotas.open(peer) for peer in "abc")
+    for usage, nbytes in ((one, 40), (two, 30), (three, 30)):
+        usage.take(1, nbytes)
     assert one.must_wait
+    assert not two.must_wait
     one.wake_when_free(bank.wake("one"))  # type: ignore[arg-type]
-    two.give_back(1, 50)
+    two.give_back(1, 30)
     assert bank.woken == []
-    two.take(1, 0)
-    one.give_back(1, 1)
+    three.close()
     assert bank.woken == ["one"]
+    assert not one.must_wait
 
 
 def test_a_peer_that_moves_too_much_pays_in_time() -> None:
