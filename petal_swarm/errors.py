@@ -108,13 +108,19 @@ class MissingBlocksError(SwarmError):
 
 
 class RemoteError(PetalSwarmError):
-    """A peer answered a request with an error; `code` is its name on the wire."""
+    """A peer answered a request with an error; `code` is its name on the wire.
+
+    `retry_after_s` is in how many seconds it may be worth to ask again; None if the peer did not say.
+    """
 
     code: ClassVar[str] = "internal"
 
-    def __init__(self, message: str, *, peer_id: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, peer_id: str | None = None, retry_after_s: float | None = None
+    ) -> None:
         super().__init__(message)
         self.peer_id = peer_id
+        self.retry_after_s = retry_after_s
 
 
 class BadMessageError(RemoteError):
@@ -223,6 +229,8 @@ _BY_CODE: dict[str, type[RemoteError]] = {
 }
 
 
-def remote_error(code: str, message: str, *, peer_id: str | None = None) -> RemoteError:
+def remote_error(
+    code: str, message: str, *, peer_id: str | None = None, retry_after_s: float | None = None
+) -> RemoteError:
     """The exception for an `error` message; codes from newer peers become a plain `RemoteError`."""
-    return _BY_CODE.get(code, RemoteError)(message, peer_id=peer_id)
+    return _BY_CODE.get(code, RemoteError)(message, peer_id=peer_id, retry_after_s=retry_after_s)

@@ -28,10 +28,10 @@ def test_there_is_one_root() -> None:
 
 @pytest.mark.parametrize("kind", REMOTE, ids=lambda kind: kind.code)
 def test_a_remote_error_comes_back_as_itself(kind: type[RemoteError]) -> None:
-    error = remote_error(kind.code, "what to do next", peer_id="peer")
+    error = remote_error(kind.code, "what to do next", peer_id="peer", retry_after_s=1.5)
     assert type(error) is kind
-    assert (str(error), error.peer_id) == ("what to do next", "peer")
-    assert kind("text").peer_id is None
+    assert (str(error), error.peer_id, error.retry_after_s) == ("what to do next", "peer", 1.5)
+    assert (kind("text").peer_id, kind("text").retry_after_s) == (None, None)
 
 
 def test_codes_are_short_and_their_own() -> None:

@@ -18,6 +18,9 @@ from petal_swarm.cli.common import (
     run_program,
 )
 
+#: Twice the streams that a server allows (`SessionLimits.max_streams`), and some for everything else.
+MAX_OPEN_FILES = 20_000
+
 EXAMPLES = """\
   run_server bigscience/bloom-560m --new-swarm
       start a swarm on this machine, hosting as many blocks as fit
@@ -91,6 +94,14 @@ def _add_swarm_options(swarm: argparse._ArgumentGroup) -> None:
         default=[],
         help="where to listen, such as /ip4/0.0.0.0/tcp/31330, or none (default: this machine only while"
         " the swarm is on it, else every interface, at a free port)",
+    )
+    swarm.add_argument(
+        "--max-mbit-per-peer",
+        type=float,
+        default=2000.0,
+        metavar="MBIT",
+        help="steps and results of one client, there and back, in Mbit/s; what is more has to wait"
+        " (default: %(default)g)",
     )
     swarm.add_argument(
         "--announce",
@@ -190,10 +201,12 @@ def run(arguments: argparse.Namespace) -> int:
         kv_tokens=arguments.kv_tokens,
         prefix_tokens=arguments.prefix_tokens,
         max_batch_tokens=arguments.max_batch_tokens,
+        max_mbit_per_peer=arguments.max_mbit_per_peer,
         name=arguments.name[:64],
         drain_timeout_s=arguments.drain_timeout,
         cache_dir=None if arguments.cache_dir == "none" else arguments.cache_dir or default,
     )
+    _allow_many_files()
     if arguments.threads is not None:
         import torch
 
@@ -206,6 +219,17 @@ def run(arguments: argparse.Namespace) -> int:
 
         return int(uvloop.run(serve(config)))
     return asyncio.run(serve(config))
+
+
+def _allow_many_files() -> None:
+    """Each stream is two open files. A shell's usual 1024 would let one peer use them up."""
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows; a system that forbids it
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < wanted:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 if __name__ == "__main__":

@@ -358,7 +358,9 @@ class Ring:
 
     def _hear(self, member: Member, message: Message) -> None:
         if isinstance(message, Error):
-            raise remote_error(message.code, message.message, peer_id=member.peer_id)
+            raise remote_error(
+                message.code, message.message, peer_id=member.peer_id, retry_after_s=message.retry_after_s
+            )
         if isinstance(message, Rerouted):
             member.rerouted(message.epoch)
         elif isinstance(message, Progress):

@@ -37,6 +37,10 @@ IDLE_TIMEOUT_S = 60.0
 LOOKUP_TIMEOUT_S = 10.0
 #: Anybody may ask, and each question can cost a walk through the DHT.
 MAX_LOOKUPS = 8
+#: Of one peer, over all its streams: the lookups of others must not wait behind those of one.
+MAX_LOOKUPS_OF_PEER = 3
+#: No request has a payload; what comes with one is read and forgotten.
+MAX_PAYLOAD_BYTES = 64 << 10
 
 
 class DirectoryService:
@@ -57,10 +61,12 @@ class DirectoryService:
         self._dial_back = dial_back or DialBackService()
         self._idle_timeout_s = idle_timeout_s
         self._lookups = asyncio.Semaphore(MAX_LOOKUPS)
+        self._asking: dict[str, int] = {}
 
     async def handle(self, stream: Stream) -> None:
         """Answer requests until the peer ends the stream, breaks the protocol or is idle for too long."""
         channel = Channel(stream, DIRECTORY_TABLE, Role.LISTENER)
+        channel.incoming.max_payload_bytes = MAX_PAYLOAD_BYTES
         try:
             while (request := await self._next_request(channel)) is not None:
                 answer = await self._answer(request, channel)
@@ -89,11 +95,25 @@ class DirectoryService:
         if isinstance(request, DialBack):
             return await self._dial_back.answer(request, channel.peer_id, channel.remote_address)
         assert isinstance(request, ListRequest), "the table lets nothing else through"
+        peer_id = channel.peer_id
+        asking = self._asking.get(peer_id, 0)
+        if asking >= MAX_LOOKUPS_OF_PEER:
+            return _busy("you are asking too much at once; wait for the answers first")
+        self._asking[peer_id] = asking + 1
         try:
             async with asyncio.timeout(LOOKUP_TIMEOUT_S), self._lookups:
                 records = await self._directory.records(request.model)
         except TimeoutError:
-            return Error(BusyError.code, "too many are asking; try again later or elsewhere")
+            return _busy("too many are asking; try again later or elsewhere")
         except PetalSwarmError as error:
             return Error(RemoteError.code, str(error))
+        finally:
+            self._asking[peer_id] -= 1
+            if not self._asking[peer_id]:
+                del self._asking[peer_id]
         return Listing(tuple(records[:MAX_ANNOUNCEMENTS]))
+
+
+def _busy(reason: str) -> Error:
+    """By then the lookups that are under way have ended, one way or the other."""
+    return Error(BusyError.code, reason, retry_after_s=LOOKUP_TIMEOUT_S)

@@ -9,6 +9,7 @@ from typing import TypeVar
 from petal_swarm.errors import DeadlineError, RemoteProtocolError, StreamClosedError, remote_error
 from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Stream
 from petal_swarm.wire.connection import Connection, Role, StreamEnded, Table
+from petal_swarm.wire.frames import FrameDecoder
 from petal_swarm.wire.messages import Error, Message
 
 T = TypeVar("T")
@@ -35,6 +36,16 @@ class Channel:
         """Whether a part of a message has arrived, and its rest has not."""
         return self._connection.mid_frame
 
+    @property
+    def incoming(self) -> FrameDecoder:
+        """How far the peer's bytes have been read, and how large a payload it may send."""
+        return self._connection.decoder
+
+    @property
+    def unsent_bytes(self) -> int:
+        """See `Stream.unsent_bytes`."""
+        return self._stream.unsent_bytes
+
     async def receive(self) -> Message | None:
         """The next message; None once the peer has ended its side. Cancelling loses nothing.
 
@@ -47,14 +58,20 @@ class Channel:
         return None if isinstance(event, StreamEnded) else event
 
     def subscribe(
-        self, on_message: Callable[[Message], None], on_end: Callable[[Exception | None], None]
+        self,
+        on_message: Callable[[Message], None],
+        on_end: Callable[[Exception | None], None],
+        on_part: Callable[[int], None] | None = None,
     ) -> None:
         """Instead of `receive`: call `on_message` in the event loop with each message as it comes.
 
         `on_end` is called once: with None when the peer has ended its side or the connection is gone,
-        else with the error, if the peer broke the protocol or `on_message` raised.
+        else with the error, if the peer broke the protocol or `on_message` raised. `on_part` is called
+        while only a part of a message has come, with the size in bytes that its payload will have; not
+        before that is known.
         """
         ended = False
+        decoder = self._connection.decoder
 
         def on_data(data: bytes | None) -> None:
             nonlocal ended
@@ -78,6 +95,8 @@ class Channel:
             if broken is not None:
                 ended = True
                 on_end(broken)
+            elif on_part is not None and (size := decoder.payload_under_way):
+                on_part(size)
 
         on_data(None)  # what came together with an earlier message
         self._stream.subscribe(on_data)
@@ -109,7 +128,12 @@ class Channel:
         if message is None:
             raise StreamClosedError(f"peer {self.peer_id} ended the stream before it answered")
         if isinstance(message, Error):
-            raise remote_error(message.code, message.message, peer_id=self.peer_id)
+            raise remote_error(
+                message.code,
+                message.message,
+                peer_id=self.peer_id,
+                retry_after_s=message.retry_after_s,
+            )
         raise RemoteProtocolError(f"peer {self.peer_id} sent {message.type!r} instead of an answer")
 
     def send(self, message: Message) -> None:

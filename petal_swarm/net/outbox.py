@@ -24,6 +24,8 @@ class Link:
     ) -> None:
         self.channel = channel
         self.epoch = epoch
+        #: Bytes of payload that were written.
+        self.sent_bytes = 0
         self._after = after
         self._stalled = stalled
         self._stall_s = stall_s
@@ -38,6 +40,7 @@ class Link:
         if step.step <= self._after:
             return  # the hop before this one is being filled with what the peer has had from another
         step.epoch = self.epoch
+        self.sent_bytes += len(step.payload)
         with contextlib.suppress(ProtocolError):  # it has just ended the stream: its reader says why
             self.channel.send(step)
 
@@ -52,6 +55,7 @@ class Link:
             while backlog:
                 step = backlog.popleft()
                 step.epoch = self.epoch
+                self.sent_bytes += len(step.payload)
                 self.channel.send(step)
                 if self.channel.congested:
                     async with asyncio.timeout(self._stall_s):
@@ -76,6 +80,7 @@ class Outbox:
     def __init__(self, log: StepLog, on_stall: Callable[[Link], None], *, stall_s: float) -> None:
         self.log = log
         self.links: list[Link] = []
+        self._dropped_bytes = 0
         self._on_stall = on_stall
         self._stall_s = stall_s
 
@@ -105,6 +110,7 @@ class Outbox:
         if link not in self.links:
             return False
         self.links.remove(link)
+        self._dropped_bytes += link.sent_bytes
         link.close()
         return True
 
@@ -112,6 +118,16 @@ class Outbox:
     def congested(self) -> bool:
         """Whether so much is unsent that `drain` would wait."""
         return any(link.channel.congested for link in self.links)
+
+    @property
+    def sent_bytes(self) -> int:
+        """Bytes of payload that were written to any link so far."""
+        return self._dropped_bytes + sum(link.sent_bytes for link in self.links)
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What has not got away, over the link where that is most."""
+        return max((link.channel.unsent_bytes for link in self.links), default=0)
 
     async def drain(self) -> None:
         """Wait until the links have taken what was sent, or are gone."""

@@ -51,6 +51,7 @@ class ServerConfig:
     kv_tokens: int | None = None
     prefix_tokens: int | None = None
     max_batch_tokens: int = 2048
+    max_mbit_per_peer: float = 2000.0
     name: str = ""
     drain_timeout_s: float = 60.0
     cache_dir: str | None = None
@@ -74,6 +75,8 @@ class ServerConfig:
                 raise ConfigError(f"--{name} must be at least 1, got {value}")
         if self.max_batch_tokens > MAX_BATCH_TOKENS:
             raise ConfigError(f"--max-batch-tokens may be {MAX_BATCH_TOKENS} at most")
+        if not self.max_mbit_per_peer > 0:
+            raise ConfigError(f"--max-mbit-per-peer must be more than 0, got {self.max_mbit_per_peer:g}")
         if self.prefix_tokens is not None and self.prefix_tokens < 0:
             raise ConfigError(f"--prefix-tokens must be at least 0, got {self.prefix_tokens}")
         if self.reachability not in REACHABILITY:
@@ -92,6 +95,10 @@ class ServerConfig:
         if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
             raise ConfigError(f"--kv-tokens must be at least {MIN_KV_TOKENS}, got {self.kv_tokens}")
 
+    def session_limits(self) -> SessionLimits:
+        """Bounds on what peers may ask, with what was said of them here."""
+        return SessionLimits(max_bytes_per_s_of_peer=self.max_mbit_per_peer * 1e6 / 8)
+
     def listen_addresses(self) -> tuple[str, ...]:
         """Where to listen: as told; else on loopback while the swarm is on this machine; else everywhere."""
         if self.listen:
@@ -108,18 +115,30 @@ def default_cache_dir(environment: Mapping[str, str], home: Path) -> Path:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SessionLimits:
-    """Bounds on what peers may ask of a server. Times in seconds.
+    """Bounds on what peers may ask of a server. Times in seconds, rates in bytes a second.
 
     `overcommit`: all open sessions together may have asked for so many times the KV cache. `max_wait_s`:
     in the queue for room. `max_opening`: streams that have not said yet what they are, or push into
-    a session that is not there yet. `idle_when_full_s`: while somebody waits for room. `repair_timeout_s`:
-    without a next hop. `max_log_bytes`: of what was sent on, kept in all sessions for a hop that takes over.
+    a session that is not there yet. `idle_when_full_s`: while somebody waits for room. `reclaim_after_s`: so
+    long somebody waits before peers with more than an equal share of the cache lose sessions. What is
+    `of_peer` counts over all sessions whose client the peer is; one more step may come on top of it.
+    `min_bytes_per_s`: slower than this, for longer than `frame_timeout_s` or `write_timeout_s`, is too slow.
+    `repair_timeout_s`: without a next hop. `max_log_bytes`: of what was sent on, kept in all sessions for
+    a hop that takes over.
     """
 
     max_sessions: int = 512
+    max_sessions_of_peer: int = 256
+    max_streams: int = 8192
+    max_streams_of_peer: int = 1024
     max_opening: int = 1024
+    max_opening_of_peer: int = 512
     max_steps_in_flight: int = 32
     max_bytes_in_flight: int = 128 << 20
+    max_bytes_in_flight_of_peer: int = 256 << 20
+    max_bytes_in_flight_of_all: int = 1 << 30
+    max_queued_tokens_of_peer: int = 1 << 16
+    max_bytes_per_s_of_peer: float = 250e6
     overcommit: float = 2.0
     max_waiting: int = 64
     max_waiting_of_peer: int = 8
@@ -129,6 +148,9 @@ class SessionLimits:
     first_step_timeout_s: float = 60.0
     idle_timeout_s: float = 1800.0
     idle_when_full_s: float = 60.0
+    reclaim_after_s: float = 10.0
     write_timeout_s: float = 30.0
     repair_timeout_s: float = 60.0
     max_log_bytes: int = 1 << 30
+    frame_timeout_s: float = 30.0
+    min_bytes_per_s: float = 4096.0

@@ -116,6 +116,11 @@ class Downstream:
 
         link.channel.subscribe(on_message, on_end)
 
+    def give_up_stuck_links(self) -> None:
+        """Results have not got away for too long."""
+        for link in [link for link in self.outbox.links if link.channel.unsent_bytes]:
+            self._stalled(link)
+
     def _stalled(self, link: Link) -> None:
         self._lose(link, "it took nothing for too long")
 

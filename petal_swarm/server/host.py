@@ -7,7 +7,7 @@ import contextlib
 import functools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from petal_swarm.engine.compute import Compute
@@ -26,13 +26,17 @@ from petal_swarm.errors import (
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, Transport
+from petal_swarm.server import slow_peers
 from petal_swarm.server.admission import Request
 from petal_swarm.server.config import SessionLimits
+from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.hosted import HostedSession
+from petal_swarm.server.quotas import Quotas
 from petal_swarm.server.results import Overhead, error_message
 from petal_swarm.server.waiting_room import LOOK_S, WaitingRoom
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
-from petal_swarm.wire.messages import NO_STEP, Neighbour, Open, Opened, PushOpen
+from petal_swarm.wire.frames import MAX_PAYLOAD_BYTES
+from petal_swarm.wire.messages import DTYPE_BYTES, NO_STEP, Neighbour, Open, Opened, PushOpen
 from petal_swarm.wire.protocols import PUSH
 from petal_swarm.wire.step_log import LogBudget
 from petal_swarm.wire.tensors import dtype_name
@@ -41,6 +45,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LEAVING = "this server is leaving the swarm"
+#: Nothing that opens a stream has a payload; what comes with it is read and forgotten.
+MAX_OPENING_PAYLOAD_BYTES = 64 << 10
 
 
 class SessionHost:
@@ -56,13 +62,16 @@ class SessionHost:
         self._sessions: dict[bytes, HostedSession] = {}
         self._arrivals: dict[tuple[bytes, int], asyncio.Event] = {}
         self._changed = asyncio.Event()
-        self._room = WaitingRoom(compute, limits, self._end_longest_idle)
+        self._room = WaitingRoom(compute, limits, self._make_room)
+        self._quotas = Quotas(limits, asyncio.get_running_loop().time)
+        self._max_step_bytes = _max_step_bytes(compute)
         self._loop = asyncio.get_running_loop()
         self._looks_for_steps: asyncio.TimerHandle | None = None
-        self._opening = 0
+        self._looked_s = 0.0
         self._freeing = 0
         self._salt = secrets.token_bytes(16)
         self._logs = LogBudget(limits.max_log_bytes)
+        self.gate = StreamGate(limits)
         self.overhead = Overhead()
         self.draining = False
 
@@ -90,33 +99,29 @@ class SessionHost:
     async def handle_session(self, stream: Stream) -> None:
         """One client's session, from its `open` to the end of the stream."""
         channel = Channel(stream, SESSION_TABLE, Role.LISTENER)
+        channel.incoming.max_payload_bytes = MAX_OPENING_PAYLOAD_BYTES
         async with _answering_errors(channel):
-            with self._being_opened():
+            with self.gate.being_opened(channel.peer_id):
                 opening = await channel.expect(Open, timeout_s=self._limits.open_timeout_s)
             async with self._open(opening, channel) as session:
+                if opening.upstream is None:
+                    channel.incoming.max_payload_bytes = self._max_step_bytes
                 channel.send(self._opened())
                 await self._run(session)
 
     async def handle_push(self, stream: Stream) -> None:
         """The steps that a previous hop pushes into one session."""
         channel = Channel(stream, PUSH_TABLE, Role.LISTENER)
+        channel.incoming.max_payload_bytes = MAX_OPENING_PAYLOAD_BYTES
         async with _answering_errors(channel):
-            with self._being_opened():
+            with self.gate.being_opened(channel.peer_id):
                 opening = await channel.expect(PushOpen, timeout_s=self._limits.open_timeout_s)
+                channel.pause()  # or what it sends already would pile up meanwhile
                 session = await self._find(opening, channel.peer_id)
+            channel.incoming.max_payload_bytes = self._max_step_bytes
+            channel.resume()
             channel.send(self._opened(session.last_step))
             await session.take_steps(channel)
-
-    @contextlib.contextmanager
-    def _being_opened(self) -> Iterator[None]:
-        """A stream that costs something and has not shown yet what for."""
-        if self._opening >= self._limits.max_opening:
-            raise BusyError("too many streams are being opened here; try again later")
-        self._opening += 1
-        try:
-            yield
-        finally:
-            self._opening -= 1
 
     @contextlib.asynccontextmanager
     async def _open(self, opening: Open, channel: Channel) -> AsyncIterator[HostedSession]:
@@ -131,6 +136,7 @@ class SessionHost:
             log=self._logs.new_log(),
             dial=functools.partial(self._dial_next, opening),
             on_reroute=lambda: self._announce_arrival(session),
+            usage=self._quotas.open(channel.peer_id),
         )
         request = Request(opening.session, channel.peer_id, opening.max_length)
         self._sessions[opening.session] = session
@@ -187,20 +193,42 @@ class SessionHost:
         self._looks_for_steps = None
         if not self._sessions:
             return
+        now = self._loop.time()
+        if now - self._looked_s >= slow_peers.LOOK_S:
+            self._looked_s = now
+            for session in self._sessions.values():
+                session.cut_off_slow_peers(now)
         if self._compute.steps_waiting_for_room:
             self._end_longest_idle()
         self._looks_for_steps = self._loop.call_later(LOOK_S, self._look_for_steps)
 
-    def _end_longest_idle(self) -> None:
+    def _make_room(self) -> None:
+        """A session waits for room: end one that idles, or one of a peer that has more than its share."""
+        if self._end_longest_idle() or self._is_freeing:
+            return
+        candidates = [self._sessions[key] for key in self._room.over_share() if key in self._sessions]
+        if candidates:
+            longest = max(candidates, key=lambda session: session.idle_s)
+            reason = "others wait for room, and your sessions here have more than an equal share of it"
+            longest.fail(BusyError(reason, retry_after_s=self._room.retry_after_s))
+
+    def _end_longest_idle(self) -> bool:
         """Others wait for room, with a session or a step of one: end the session that was idle longest, if
         that is long. One at a time: what it frees may be enough.
         """
-        if self._freeing or any(session.ended for session in self._sessions.values()):
-            return
+        if self._is_freeing:
+            return False
         longest = max(self._sessions.values(), key=lambda session: session.idle_s)
         limit_s = self._limits.idle_when_full_s
-        if longest.idle_s >= limit_s:
-            longest.fail(IdleError(f"the session was idle for {limit_s:g} s, and others wait for its room"))
+        if longest.idle_s < limit_s:
+            return False
+        longest.fail(IdleError(f"the session was idle for {limit_s:g} s, and others wait for its room"))
+        return True
+
+    @property
+    def _is_freeing(self) -> bool:
+        """Whether a session has ended whose room is not free yet."""
+        return self._freeing > 0 or any(session.ended for session in self._sessions.values())
 
     async def _run(self, session: HostedSession) -> None:
         """Serve the session until the client leaves or something fails."""
@@ -297,6 +325,15 @@ class SessionHost:
         arrival = self._arrivals.pop((session.opening.session, session.upstream.epoch), None)
         if arrival is not None:
             arrival.set()
+
+
+def _max_step_bytes(compute: Compute) -> int:
+    """The largest payload that a step for this server may have: twice that of the largest step in the widest
+    dtype, so that who sends a little too much is told what the limit is.
+    """
+    engine = compute.engine
+    step_bytes = engine.max_batch_tokens * engine.stack.config.hidden_size * max(DTYPE_BYTES.values())
+    return min(max(2 * step_bytes, 1 << 20), MAX_PAYLOAD_BYTES)
 
 
 @contextlib.asynccontextmanager

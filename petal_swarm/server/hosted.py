@@ -8,6 +8,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 from petal_swarm.engine.compute import Compute
 from petal_swarm.engine.steps import StepRequest, StepResult
@@ -16,15 +17,19 @@ from petal_swarm.errors import (
     BadTensorError,
     HopLostError,
     IdleError,
+    NetworkError,
     ProtocolError,
     RemoteError,
+    TooSlowError,
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.downstream import Dial, Downstream
 from petal_swarm.server.prefix_steps import PrefixSteps
+from petal_swarm.server.quotas import Usage
 from petal_swarm.server.recall import Receipts, answer
 from petal_swarm.server.results import OVERHEAD_TOKENS, Overhead, encode_result, error_message
+from petal_swarm.server.slow_peers import SlowReader, SlowWriter
 from petal_swarm.server.upstream import Upstream
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import (
@@ -65,6 +70,7 @@ class HostedSession:
         compute: Compute,
         limits: SessionLimits,
         overhead: Overhead,
+        usage: Usage,
         log: StepLog,
         dial: Dial,
         on_reroute: Callable[[], None],
@@ -74,6 +80,7 @@ class HostedSession:
         self._compute = compute
         self._limits = limits
         self._overhead = overhead
+        self._usage = usage
         self._on_reroute = on_reroute
         self._loop = asyncio.get_running_loop()
         self._log = log
@@ -87,8 +94,10 @@ class HostedSession:
                 answered=self._prefix_answered,
                 stall_s=limits.write_timeout_s,
             )
-        output = client if self._downstream is None else self._downstream.outbox
-        self.upstream = Upstream(opening, limits, output=output, fail=self.fail)
+        self._output = client if self._downstream is None else self._downstream.outbox
+        self.upstream = Upstream(opening, limits, usage, output=self._output, on_stuck=self._stuck)
+        self._slow_client = SlowWriter(limits)
+        self._slow_output = SlowReader(limits)
         self._receipts = Receipts() if opening.receipts else None
         #: The last hop: whether it only fills its KV cache for now, and what it will answer if it is needed.
         self._is_spare = opening.spare
@@ -152,7 +161,8 @@ class HostedSession:
             else:
                 ended.set_exception(error)
 
-        self._client.subscribe(on_message, on_end)
+        first = self.upstream.source is self._client
+        self._client.subscribe(on_message, on_end, self.upstream.part_came if first else None)
         await ended
 
     def _hear(self, message: Message) -> None:
@@ -255,6 +265,35 @@ class HostedSession:
             reason = f"no more steps from {source.peer_id}"
             self._tell(Lost(epoch, upstream=True, replayable=True, reason=reason))
 
+    def cut_off_slow_peers(self, now: float) -> None:
+        """End what has no end: somebody began a frame and does not go on with it, or takes no results."""
+        if self.ended:
+            return
+        source = self.upstream.source
+        if self.upstream.is_too_slow(now):
+            if source is self._client:
+                self.fail(TooSlowError("a part of a step came, and its rest did not come in time"))
+                return
+            self.upstream.leave()
+            reason = "the hop before sent a part of a step and not its rest"
+            self._tell(Lost(self.upstream.epoch, upstream=True, replayable=True, reason=reason))
+        if source is not self._client and self._slow_client.is_too_slow(
+            now, self._client.incoming, excused=False
+        ):
+            self.fail(TooSlowError("a part of a message came, and its rest did not come in time"))
+        downstream, unsent_bytes = self._downstream, self._output.unsent_bytes
+        sent_bytes = self._usage.sent_bytes if downstream is None else downstream.outbox.sent_bytes
+        if self._slow_output.is_too_slow(now, sent_bytes=sent_bytes, unsent_bytes=unsent_bytes):
+            self._stuck(TimeoutError())
+
+    def _stuck(self, error: NetworkError | TimeoutError) -> None:
+        """Results do not get away: another next hop may take them, another client will not."""
+        if self._downstream is not None:
+            self._downstream.give_up_stuck_links()
+        else:
+            late = TooSlowError("results were not read in time")
+            self.fail(error if isinstance(error, NetworkError) else late)
+
     async def watch_idle(self) -> None:
         """Wait until no step has come for too long, then end the session.
 
@@ -296,6 +335,7 @@ class HostedSession:
     async def close(self) -> None:
         """End the session, free its cache and close the stream to the next hop. Idempotent."""
         self._end()
+        self._usage.close()
         if self._unrepaired is not None:
             self._unrepaired.cancel()
         if self._prefixes is not None:
@@ -340,7 +380,7 @@ class HostedSession:
         self.last_step = message.step
         if self._receipts is not None:
             self._receipts.keep(message)
-        upstream.begun(message.tensor.nbytes)
+        upstream.begun(message.tensor.shape[0], message.tensor.nbytes)
         if self._prefixes is not None and self._prefixes.takes(message):
             self._prefixes.hold(message, arrived)
         else:
@@ -373,11 +413,11 @@ class HostedSession:
     def nothing_left(self, step: Step) -> None:
         """A step all of whose rows are known already, and of which nobody wants an answer."""
         self._last_active = self._loop.time()
-        self.upstream.done(step.tensor.nbytes)
+        self.upstream.done(step.tensor.shape[0], step.tensor.nbytes)
 
-    def shrunk(self, nbytes: int) -> None:
-        """So many bytes in flight need not be computed."""
-        self.upstream.shrunk(nbytes)
+    def shrunk(self, rows: int, nbytes: int) -> None:
+        """So many rows in flight need not be computed."""
+        self.upstream.shrunk(rows, nbytes)
 
     async def settled(self) -> None:
         """Wait until the engine has computed every step that it was given."""
@@ -389,7 +429,13 @@ class HostedSession:
         """In the compute thread: encode there, so that the event loop only writes."""
         outcome = encode_result(step, result)
         with contextlib.suppress(RuntimeError):  # the loop is closed: the server has stopped
-            self._loop.call_soon_threadsafe(self._deliver, step, arrived, held_s, *outcome)
+            self._loop.call_soon_threadsafe(self._delivered_late, step, arrived, held_s, *outcome)
+
+    def _delivered_late(self, *delivery: Any) -> None:
+        """In the event loop: no message has just come that would look whether results get away."""
+        self._deliver(*delivery)
+        if not self.ended:
+            self.upstream.throttle()
 
     def _deliver(
         self,
@@ -401,7 +447,9 @@ class HostedSession:
     ) -> None:
         self._computing -= 1
         self._last_active = self._loop.time()
-        self.upstream.done(step.tensor.nbytes)
+        wanted = encoded is not None and (self._downstream is not None or step.rows != "none")
+        sent_bytes = encoded[0].nbytes if encoded is not None and wanted else 0
+        self.upstream.done(step.tensor.shape[0], step.tensor.nbytes, sent_bytes=sent_bytes)
         self._settled.set()
         if self.ended:
             return

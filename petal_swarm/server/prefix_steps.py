@@ -143,11 +143,11 @@ class PrefixSteps:
         found = await asyncio.wrap_future(self._compute.call(find))
         pages = await self._everywhere(step.step, found)
         self._remember(step.slices, pages)
-        before = step.tensor.nbytes
+        before = step.tensor
         if not drop_rows(step, [count * PAGE_TOKENS for count in pages]):
             self._owner.nothing_left(step)
             return
-        self._owner.shrunk(before - step.tensor.nbytes)
+        self._owner.shrunk(before.shape[0] - step.tensor.shape[0], before.nbytes - step.tensor.nbytes)
         self._owner.hand_over(step, arrived, time.perf_counter() - arrived)
 
     async def _answer(self, question: FindPrefix) -> None:

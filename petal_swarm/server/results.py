@@ -40,7 +40,7 @@ class Overhead:
 def error_message(error: BaseException, step: int | None = None) -> Error:
     """What a peer is told of an error: its own mistakes as they are, everything else without details."""
     if isinstance(error, RemoteError):
-        return Error(error.code, str(error), step)
+        return Error(error.code, str(error), step, error.retry_after_s)
     if isinstance(error, UnknownVersionError):
         return Error(VersionMismatchError.code, str(error), step)
     if isinstance(error, ProtocolError):

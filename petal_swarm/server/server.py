@@ -24,7 +24,7 @@ from petal_swarm.net.transport import StreamHandler, Transport
 from petal_swarm.routing.placement import choose_span
 from petal_swarm.server.allowed import only_for
 from petal_swarm.server.capacity import CapacityFile, calibrate
-from petal_swarm.server.config import ServerConfig, SessionLimits
+from petal_swarm.server.config import ServerConfig
 from petal_swarm.server.hardware import (
     block_capacity,
     default_kv_tokens,
@@ -36,6 +36,7 @@ from petal_swarm.server.host import SessionHost
 from petal_swarm.span import Span
 from petal_swarm.version import __version__
 from petal_swarm.wire.announcement import Announcement
+from petal_swarm.wire.connection import DIRECTORY_TABLE, PUSH_TABLE, SESSION_TABLE
 from petal_swarm.wire.protocols import DIRECTORY, PUSH, SESSION
 from petal_swarm.wire.tensors import dtype_name
 
@@ -174,14 +175,15 @@ class Server:
         compute.start()
         self._compute = compute
         self._host = SessionHost(
-            compute, self._transport, model_key=self.checkpoint.model_key, limits=SessionLimits()
+            compute, self._transport, model_key=self.checkpoint.model_key, limits=self.config.session_limits()
         )
-        await self._transport.serve(DIRECTORY, DirectoryService(self._directory).handle)
-        await self._transport.serve(PUSH, self._host.handle_push)
+        gate, listing = self._host.gate, DirectoryService(self._directory)
         sessions: StreamHandler = self._host.handle_session
         if self.config.allow_peers:
             sessions = only_for(self.config.allow_peers, sessions)
-        await self._transport.serve(SESSION, sessions)
+        await self._transport.serve(DIRECTORY, gate.guarded(DIRECTORY_TABLE, listing.handle))
+        await self._transport.serve(PUSH, gate.guarded(PUSH_TABLE, self._host.handle_push))
+        await self._transport.serve(SESSION, gate.guarded(SESSION_TABLE, sessions))
         self._announcer.update(self.announcement())
         await self._announcer.refresh_now()
         self._tasks.append(asyncio.create_task(self._update_figures(self._announcer)))

@@ -127,6 +127,11 @@ class Connection:
         """Whether a part of a message has arrived, and its rest has not."""
         return self._decoder.mid_frame
 
+    @property
+    def decoder(self) -> FrameDecoder:
+        """How far the peer's bytes have been read."""
+        return self._decoder
+
     def receive_data(self, data: Buffer) -> None:
         """Take bytes from the peer, or `b""` for the end of its side.
 

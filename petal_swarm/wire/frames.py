@@ -53,19 +53,37 @@ class FrameDecoder:
     """Turns a stream of bytes, split anywhere, into frames.
 
     Memory is bounded by one frame and one read: the payload buffer is allocated once its length has
-    been checked, and filled in place.
+    been checked, and filled in place. `max_payload_bytes` may be set lower, for a peer that has no business
+    with large ones. `frames_read` counts the frames so far.
     """
 
     def __init__(self) -> None:
+        self.max_payload_bytes = MAX_PAYLOAD_BYTES
+        self.frames_read = 0
         self._head = bytearray()
         self._header: dict[str, Any] | None = None
         self._payload = bytearray()
         self._filled = 0
+        self._frame_bytes = 0
 
     @property
     def mid_frame(self) -> bool:
         """Whether the bytes so far end inside a frame."""
         return bool(self._head) or self._header is not None
+
+    @property
+    def payload_under_way(self) -> int:
+        """The size in bytes of the payload that is being filled; 0 where there is none."""
+        return 0 if self._header is None else len(self._payload)
+
+    @property
+    def frame_bytes(self) -> int:
+        """The size of the frame of which a part has come, as far as it is known; 0 between frames."""
+        if self._header is not None:
+            return self._frame_bytes
+        if len(self._head) < PREFIX.size:
+            return len(self._head)
+        return PREFIX.size + sum(_lengths(self._head, self.max_payload_bytes))
 
     def feed(self, data: Buffer) -> list[Frame]:
         """Take bytes, return the frames they complete.
@@ -76,12 +94,12 @@ class FrameDecoder:
         frames: list[Frame] = []
         view = memoryview(data)
         if not self.mid_frame:
-            view = _take_whole_frames(view, frames)
+            view = _take_whole_frames(view, frames, self.max_payload_bytes)
         while len(view):
             if self._header is None:
                 view = self._take_head(view)
                 if self._header is None:
-                    return frames
+                    break
             if not self._payload:
                 frames.append(Frame(self._header, _EMPTY))
                 self._header = None
@@ -91,9 +109,10 @@ class FrameDecoder:
             self._filled += taken
             view = view[taken:]
             if self._filled < len(self._payload):
-                return frames
+                break
             frames.append(Frame(self._header, memoryview(self._payload)))
             self._header, self._payload, self._filled = None, bytearray(), 0
+        self.frames_read += len(frames)
         return frames
 
     def _take_head(self, view: memoryview) -> memoryview:
@@ -101,13 +120,14 @@ class FrameDecoder:
         view = self._fill_head(view, PREFIX.size)
         if len(self._head) < PREFIX.size:
             return view
-        header_bytes, payload_bytes = _lengths(self._head)
+        header_bytes, payload_bytes = _lengths(self._head, self.max_payload_bytes)
         view = self._fill_head(view, PREFIX.size + header_bytes)
         if len(self._head) < PREFIX.size + header_bytes:
             return view
         self._header = _unpack_header(memoryview(self._head)[PREFIX.size :])
         self._head = bytearray()
         self._payload, self._filled = bytearray(payload_bytes), 0
+        self._frame_bytes = PREFIX.size + header_bytes + payload_bytes
         return view
 
     def _fill_head(self, view: memoryview, size: int) -> memoryview:
@@ -118,25 +138,25 @@ class FrameDecoder:
         return view
 
 
-def _lengths(data: Buffer, offset: int = 0) -> tuple[int, int]:
+def _lengths(data: Buffer, max_payload_bytes: int, offset: int = 0) -> tuple[int, int]:
     """Header and payload length of the frame at `offset`, checked against their bounds."""
     header_bytes, payload_bytes = PREFIX.unpack_from(data, offset)
     if not 0 < header_bytes <= MAX_HEADER_BYTES:
         raise RemoteProtocolError(
             f"frame header of {header_bytes} bytes; 1 to {MAX_HEADER_BYTES} are allowed"
         )
-    if payload_bytes > MAX_PAYLOAD_BYTES:
+    if payload_bytes > max_payload_bytes:
         raise RemoteProtocolError(
-            f"frame payload of {payload_bytes} bytes; at most {MAX_PAYLOAD_BYTES} are allowed"
+            f"frame payload of {payload_bytes} bytes; at most {max_payload_bytes} are allowed here"
         )
     return header_bytes, payload_bytes
 
 
-def _take_whole_frames(view: memoryview, frames: list[Frame]) -> memoryview:
+def _take_whole_frames(view: memoryview, frames: list[Frame], max_payload_bytes: int) -> memoryview:
     """Read the frames that lie in `view` as a whole, without copying them; returns what is left."""
     offset, size = 0, len(view)
     while size - offset >= PREFIX.size:
-        header_bytes, payload_bytes = _lengths(view, offset)
+        header_bytes, payload_bytes = _lengths(view, max_payload_bytes, offset)
         payload = offset + PREFIX.size + header_bytes
         if payload + payload_bytes > size:
             break

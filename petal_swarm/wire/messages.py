@@ -29,6 +29,7 @@ MAX_STEP = 1 << 53
 NO_STEP = -1
 MAX_HOPS = 1024
 MAX_WAIT_S = 600
+MAX_RETRY_AFTER_S = 3600
 MAX_ANNOUNCEMENTS = 512
 MAX_RECORD_BYTES = 8 << 10
 MAX_DIALED_PORTS = 4
@@ -610,12 +611,16 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Error:
-    """Why a message was refused; `step` names the step at fault, if it was one. The stream ends after it."""
+    """Why a message was refused; `step` names the step at fault, if it was one. The stream ends after it.
+
+    `retry_after_s`, where the listener can tell: in how many seconds it may be worth to ask it again.
+    """
 
     type: ClassVar[str] = "error"
     code: str
     message: str
     step: int | None = None
+    retry_after_s: float | None = None
 
     def to_header(self) -> dict[str, Any]:
         return {
@@ -623,6 +628,7 @@ class Error:
             "code": self.code,
             "message": self.message[: fields.MAX_TEXT],
             "step": self.step,
+            "retry_after_s": self.retry_after_s,
         }
 
     @classmethod
@@ -632,6 +638,9 @@ class Error:
             message=fields.text(frame.header, "message"),
             step=fields.integer(frame.header, "step", 0, MAX_STEP)
             if frame.header.get("step") is not None
+            else None,
+            retry_after_s=fields.number(frame.header, "retry_after_s", 0, MAX_RETRY_AFTER_S)
+            if frame.header.get("retry_after_s") is not None
             else None,
         )
 

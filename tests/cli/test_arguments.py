@@ -87,6 +87,8 @@ def test_an_unknown_command_suggests_one(capsys):
         (["run-server", "m", "--new-swarm", "--blocks", "4:4"], "start < end"),
         (["run-server", "m", "--new-swarm", "--blocks", "0:4", "--num-blocks", "4"], "not both"),
         (["run-server", "m", "--new-swarm", "--threads", "0"], "--threads"),
+        (["run-server", "m", "--new-swarm", "--max-mbit-per-peer", "0"], "--max-mbit-per-peer must be"),
+        (["run-server", "m", "--new-swarm", "--max-mbit-per-peer", "nan"], "--max-mbit-per-peer must be"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(capsys, argv, expected):
@@ -172,3 +174,13 @@ def test_options_of_the_kv_cache_and_of_what_is_kept(monkeypatch, options, expec
     monkeypatch.setattr(serve, "serve", stub)
     assert run_server.run(run_server.build_parser().parse_args(["m", "--new-swarm", *options])) == 0
     assert seen == [expected]
+
+
+def test_the_option_of_bandwidth_is_a_limit_of_sessions():
+    from petal_swarm.server.config import ServerConfig, SessionLimits
+
+    arguments = run_server.build_parser().parse_args(["m", "--new-swarm"])
+    config = ServerConfig(model="m", new_swarm=True, max_mbit_per_peer=arguments.max_mbit_per_peer)
+    assert config.session_limits() == SessionLimits()
+    config = ServerConfig(model="m", new_swarm=True, max_mbit_per_peer=8)
+    assert config.session_limits().max_bytes_per_s_of_peer == 1e6

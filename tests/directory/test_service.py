@@ -10,7 +10,7 @@ import pytest
 
 from petal_swarm.directory.memory import MemoryDirectory, MemoryRegistry
 from petal_swarm.directory.records import read_record, sign_record
-from petal_swarm.directory.service import DirectoryService
+from petal_swarm.directory.service import MAX_LOOKUPS_OF_PEER, DirectoryService
 from petal_swarm.errors import BadMessageError, BusyError, NetworkError, RemoteError, StreamClosedError
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.identity import Identity
@@ -139,3 +139,44 @@ def test_an_idle_stream_is_ended() -> None:
             await channel.expect(Pong, timeout_s=2)
 
     serve(scenario, idle_timeout_s=0.01)
+
+
+def test_one_peer_does_not_take_all_lookups() -> None:
+    async def run() -> None:
+        asked, all_ask, answering = 0, asyncio.Event(), asyncio.Event()
+
+        class Slow(MemoryDirectory):
+            async def records(self, model: str) -> list[bytes]:
+                nonlocal asked
+                asked += 1
+                if asked > MAX_LOOKUPS_OF_PEER:
+                    all_ask.set()
+                await answering.wait()
+                return []
+
+        service = DirectoryService(Slow(MemoryRegistry(now=Clock())))
+        channels, handlers = [], []
+
+        def dial(peer_id: str) -> Channel:
+            dialer, listener = stream_pair()
+            listener.peer_id = peer_id
+            handlers.append(asyncio.create_task(service.handle(listener)))
+            channels.append(Channel(dialer, DIRECTORY_TABLE, Role.DIALER))
+            channels[-1].send(ListRequest(MODEL))
+            return channels[-1]
+
+        greedy = [dial("greedy") for _ in range(MAX_LOOKUPS_OF_PEER)]
+        with pytest.raises(BusyError, match="wait for the answers") as caught:
+            await dial("greedy").expect(Listing, timeout_s=5)
+        assert caught.value.retry_after_s
+        modest = dial("modest")
+        await asyncio.wait_for(all_ask.wait(), 5)
+        answering.set()
+        for channel in (*greedy, modest, dial("greedy")):
+            await channel.expect(Listing, timeout_s=5)
+        for channel in channels:
+            channel.abort()
+        await asyncio.gather(*handlers)
+        assert service._asking == {}
+
+    asyncio.run(run())

@@ -109,6 +109,24 @@ def test_decoding_peers_take_turns() -> None:
     ] * 2
 
 
+def test_a_peer_with_a_hundred_sessions_and_one_with_one() -> None:
+    """The one waits for a batch, not for a hundred sessions; and gets half of what is prefilled."""
+    scheduler = filled(*(beam(n, f"a{n}", 8, "many") for n in range(100)))
+    end(scheduler, scheduler.next_decodes())
+    for turn in range(10):
+        scheduler.add(beam(200 + turn, "b", 8, "one"))
+        portions = scheduler.next_decodes()
+        assert 200 + turn in shown(portions), "in the very next batch"
+        end(scheduler, portions)
+    scheduler = filled(
+        *(job(n, f"a{n}", 100, peer="many") for n in range(100)), job(200, "b", 1000, peer="one")
+    )
+    for _ in range(30):
+        portions = scheduler.next_prefills(LIMIT)
+        assert shown(portions)[200] == LIMIT // 2
+        end(scheduler, portions)
+
+
 def test_nobody_is_crowded_out_by_sessions_of_many_spans() -> None:
     """A peer whose every session has blocks of its own fills a batch with each, not all batches."""
     scheduler = filled(*(job(n, f"a{n}", blocks=Span(n, 20), peer="alice") for n in range(10)))

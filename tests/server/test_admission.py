@@ -126,6 +126,62 @@ def test_no_more_sessions_than_allowed() -> None:
     assert desk.admit() == [third]
 
 
+def test_who_has_as_many_sessions_as_allowed_keeps_nobody_else_waiting() -> None:
+    desk = Desk(max_sessions_of_peer=2)
+    first = desk.opened("a", 1)
+    desk.opened("a", 1)
+    with pytest.raises(BusyError, match="you have 2 sessions here"):
+        desk.enter("a", 1, may_wait=False)
+    third = desk.waiting("a", 1)
+    assert desk.admission.tokens_available(desk.free) == KV_TOKENS
+    desk.opened("b", 1)
+    desk.free = 0
+    fourth = desk.waiting("b", 1)
+    assert desk.admission.next_in_turn is fourth
+    desk.free = KV_TOKENS
+    assert desk.admit() == [fourth]
+    desk.admission.leave(first)
+    assert desk.admit() == [third]
+
+
+def test_a_peer_with_a_hundred_sessions_and_one_with_one() -> None:
+    """Whose turn it is has nothing to do with how many each has, or wants."""
+    desk = Desk(max_sessions=101, max_waiting=200, max_waiting_of_peer=100)
+    for _ in range(100):
+        desk.opened("many", 1)
+    desk.free = 0
+    for _ in range(100):
+        desk.waiting("many", 1)
+    only = desk.waiting("one", 1)
+    desk.free = KV_TOKENS
+    assert len(desk.admit()) == 1
+    assert desk.admission.next_in_turn is only, "there is room for one, and it was the other's turn"
+
+
+def test_shares_of_the_cache() -> None:
+    """What may be taken from whom: nothing that would leave the taken-from with less than its share."""
+    desk = Desk()
+    large = [desk.opened("a", 40) for _ in range(4)]
+    small = desk.opened("b", 30)
+    assert desk.admission.over_share() == [], "nobody waits"
+    desk.waiting("c", 20)
+    assert desk.admission.over_share() == [request.key for request in large], "160 - 40 are over 100 / 3"
+    for request in large[:3]:
+        desk.admission.leave(request)
+    desk.free = 0
+    assert desk.admission.over_share() == [], "40 - 40 are not"
+    desk.admission.leave(small)
+
+
+def test_who_has_a_share_takes_none_from_others() -> None:
+    desk = Desk()
+    for _ in range(3):
+        desk.opened("a", 40)
+    desk.opened("b", 60)
+    desk.waiting("b", 30)
+    assert desk.admission.over_share() == []
+
+
 def test_the_queue_has_bounds() -> None:
     desk = Desk(max_waiting=5, max_waiting_of_peer=2)
     desk.free = 0

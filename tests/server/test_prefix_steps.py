@@ -48,6 +48,7 @@ class Owner:
         self.handed: list[Step] = []
         self.swallowed: list[Step] = []
         self.freed = 0
+        self.freed_rows = 0
         self.error: Exception | None = None
 
     def request_of(self, step: Step) -> Step:
@@ -59,8 +60,9 @@ class Owner:
     def nothing_left(self, step: Step) -> None:
         self.swallowed.append(step)
 
-    def shrunk(self, nbytes: int) -> None:
+    def shrunk(self, rows: int, nbytes: int) -> None:
         self.freed += nbytes
+        self.freed_rows += rows
 
     async def settled(self) -> None:
         await self.idle.wait()
@@ -130,7 +132,7 @@ def test_a_prompt_waits_for_the_steps_before_it() -> None:
         await rest()
         assert owner.handed == [first, second]
         assert first.slices == (Slice(0, 2 * PAGE_TOKENS, PAGE_TOKENS),)
-        assert owner.freed == 2 * 2 * PAGE_TOKENS
+        assert (owner.freed_rows, owner.freed) == (2 * PAGE_TOKENS, 2 * 2 * PAGE_TOKENS)
         assert not steps.takes(prompt(3, 0))
 
     run(scene())

@@ -189,7 +189,7 @@ def test_who_goes_away_leaves_the_queue_at_once(swarm: LocalSwarm, goodbye: str)
 def test_a_session_that_idles_makes_room_for_one_that_waits(swarm: LocalSwarm) -> None:
     async def work() -> None:
         visitor, other = Visitor(swarm), Visitor(swarm)
-        lazy, lazier, busy = [await visitor.open(40) for _ in range(3)]
+        lazy, lazier, busy = [await Visitor(swarm).open(40) for _ in range(3)]
         await visitor.fill(lazier, 20)
         await asyncio.sleep(5)
         await visitor.fill(lazy, 10)
@@ -291,6 +291,52 @@ def test_a_leaving_server_lets_nobody_wait(swarm: LocalSwarm) -> None:
     swarm.run(work())
 
 
+def test_a_peer_with_more_than_its_share_loses_sessions_to_one_that_waits(swarm: LocalSwarm) -> None:
+    """One after the other, as few as are needed, and only when they were waited for long enough."""
+
+    async def work() -> None:
+        greedy, other = Visitor(swarm), Visitor(swarm)
+        held = [await greedy.open(32) for _ in range(4)]  # twice the cache
+        for step in range(3):  # and none of them idles for long
+            for channel in held:
+                await greedy.fill(channel, 1, step=step)
+            await asyncio.sleep(5)
+        started = swarm.loop.time()
+        await other.open(32, wait_s=30)
+        assert 10 <= swarm.loop.time() - started < 13, "two of them had to end for it"
+        assert host_of(swarm).num_sessions == 3
+        with pytest.raises(BusyError, match="more than an equal share") as caught:
+            await held[0].expect(Opened, timeout_s=1)
+        assert caught.value.retry_after_s is not None
+        for channel in held[2:]:
+            await greedy.fill(channel, 1, step=9)
+        with pytest.raises(CacheFullError):
+            await other.open(40, wait_s=30)
+        assert host_of(swarm).num_sessions == 3, "who has its share takes nothing from others"
+
+    swarm.run(work())
+
+
+def test_who_has_no_more_than_its_share_keeps_it(swarm: LocalSwarm) -> None:
+    async def work() -> None:
+        first = await Visitor(swarm).open(64)
+        second = await Visitor(swarm).open(64)
+        with pytest.raises(CacheFullError) as caught:
+            await Visitor(swarm).open(16, wait_s=30)
+        assert caught.value.retry_after_s is not None
+        assert 1 <= caught.value.retry_after_s <= 60
+        for channel in (first, second):
+            await Visitor(swarm).fill(channel, 1)
+
+    swarm.run(work())
+
+
+def test_what_can_never_fit_has_no_time_to_retry(swarm: LocalSwarm) -> None:
+    with pytest.raises(CacheFullError) as caught:
+        swarm.run(Visitor(swarm).open(65))
+    assert caught.value.retry_after_s is None
+
+
 def test_an_announcement_says_what_a_new_session_gets_and_says_it_soon(swarm: LocalSwarm) -> None:
     async def announced() -> int:
         (found,) = await swarm.models[0]._swarm.view.announcements(swarm.checkpoint.model_key)
@@ -321,10 +367,10 @@ def test_a_client_goes_around_full_servers_before_it_waits(bloom: Path) -> None:
         best = model.last_route.hops[0].peer_id
 
         async def fill() -> None:
-            visitor = Visitor(swarm)
-            visitor.target = best
-            await visitor.open(64)
-            await visitor.open(64)
+            for _ in range(2):
+                visitor = Visitor(swarm)
+                visitor.target = best
+                await visitor.open(64)
 
         swarm.run(fill())  # and nobody has announced it yet
         started = swarm.loop.time()
@@ -339,14 +385,14 @@ def test_a_client_waits_where_every_server_is_full(bloom: Path, caplog: pytest.L
     ids = torch.randint(5, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(3))
     with LocalSwarm(bloom, ["0:3", "3:4", "3:4"], kv_tokens=64) as swarm:
         model = swarm.model()
-        visitors = [Visitor(swarm), Visitor(swarm)]
 
         async def fill() -> list[Channel]:
             channels = []
-            for visitor, server in zip(visitors, swarm.servers[1:], strict=True):
+            for server in (*swarm.servers[1:], *swarm.servers[1:]):
+                visitor = Visitor(swarm)
                 visitor.target = server.announcement().peer_id
                 visitor.opening = dataclasses.replace(visitor.opening, span=Span(3, 4))
-                channels += [await visitor.open(64), await visitor.open(64)]
+                channels.append(await visitor.open(64))
             return channels
 
         async def leave_later(channels: list[Channel]) -> None:
@@ -429,11 +475,12 @@ def test_a_hop_that_waits_for_room_holds_the_others(bloom: Path, full: int) -> N
     with LocalSwarm(bloom, ["0:2", "2:4"], kv_tokens=64) as swarm:
 
         async def work() -> None:
-            blocker = Visitor(swarm)
-            server = swarm.servers[full].announcement()
-            blocker.target = server.peer_id
-            blocker.opening = dataclasses.replace(blocker.opening, span=server.span)
-            blocking = [await blocker.open(64), await blocker.open(64)]
+            blocking = []
+            for blocker in (Visitor(swarm), Visitor(swarm)):
+                server = swarm.servers[full].announcement()
+                blocker.target = server.peer_id
+                blocker.opening = dataclasses.replace(blocker.opening, span=server.span)
+                blocking.append(await blocker.open(64))
             first, second = [await _ask(swarm, b"n" * 16, hop, 45) for hop in (0, 1)]
             opened = [
                 asyncio.create_task(channel.expect(Opened, timeout_s=100)) for channel in (first, second)

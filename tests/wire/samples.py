@@ -18,6 +18,7 @@ from petal_swarm.wire.messages import (
     MAX_PAGES,
     MAX_POSITION,
     MAX_RECORD_BYTES,
+    MAX_RETRY_AFTER_S,
     MAX_SEQUENCES,
     MAX_STEP,
     MAX_WAIT_S,
@@ -163,7 +164,13 @@ questions = st.builds(FindPrefix, step=steps, epoch=steps, keys=page_key_lists)
 answers = st.builds(
     PrefixFound, step=steps, pages=st.lists(integers(0, MAX_PAGES), min_size=1, max_size=3).map(tuple)
 )
-errors = st.builds(Error, code=texts(64), message=texts(MAX_TEXT), step=st.none() | steps)
+errors = st.builds(
+    Error,
+    code=texts(64),
+    message=texts(MAX_TEXT),
+    step=st.none() | steps,
+    retry_after_s=st.none() | st.floats(0, MAX_RETRY_AFTER_S),
+)
 records = st.binary(min_size=1, max_size=20) | st.just(bytes(MAX_RECORD_BYTES))
 listings = st.builds(Listing, st.lists(records, max_size=4).map(tuple))
 port_lists = st.lists(integers(1, 65535), max_size=MAX_DIALED_PORTS).map(tuple)
@@ -292,7 +299,7 @@ EXAMPLES: dict[type[Message], Message] = {
     FindPrefix: FindPrefix(6, 1, (PageKeys(1, 2, (bytes(range(32)), bytes(32))),)),
     PrefixFound: PrefixFound(6, (1, 0)),
     Output: Output(5, 1, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
-    Error: Error("busy", "try again later", 5),
+    Error: Error("busy", "try again later", 5, 2.5),
     Ping: Ping(),
     Pong: Pong(),
     ListRequest: ListRequest("m" * 8),

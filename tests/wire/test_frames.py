@@ -242,3 +242,31 @@ def test_a_truncated_frame_waits_for_the_rest(frame: Any, missing: int) -> None:
     assert decoder.feed(stream[:-missing]) == []
     assert decoder.mid_frame
     assert decoded(decoder, stream[-missing:]) == [frame]
+
+
+def test_a_peer_may_be_allowed_less() -> None:
+    decoder = FrameDecoder()
+    decoder.max_payload_bytes = 100
+    assert len(decoder.feed(joined(encode_frame({"a": 1}, bytes(100))))) == 1
+    for cut in (8, 200):
+        decoder = FrameDecoder()
+        decoder.max_payload_bytes = 100
+        with pytest.raises(RemoteProtocolError, match="101 bytes; at most 100 are allowed here"):
+            decoder.feed(joined(encode_frame({"a": 1}, bytes(101)))[:cut])
+
+
+def test_how_far_a_frame_has_come() -> None:
+    decoder = FrameDecoder()
+    whole = joined(encode_frame({"a": 1}, bytes(50)))
+    seen = []
+    for byte in whole:
+        decoder.feed(bytes([byte]))
+        seen.append((decoder.frame_bytes, decoder.payload_under_way, decoder.frames_read))
+    size = len(whole)
+    head = size - 50
+    assert seen[:7] == [(count, 0, 0) for count in range(1, 8)]
+    assert seen[7 : head - 1] == [(size, 0, 0)] * (head - 8)
+    assert seen[head - 1 : -1] == [(size, 50, 0)] * 50
+    assert seen[-1] == (0, 0, 1)
+    decoder.feed(whole + whole)
+    assert decoder.frames_read == 3
