@@ -174,6 +174,8 @@ announcements = st.builds(
     bandwidth_bytes_per_s=st.floats(0, 1e15),
     next_rtts_s=st.dictionaries(st.text(max_size=8), floats, max_size=4),
     version=texts(64),
+    movable=st.booleans(),
+    moving_to=st.none() | spans(),
 )
 
 #: One message of every type, small enough that every split of its bytes can be tried.
