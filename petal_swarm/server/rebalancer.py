@@ -141,14 +141,14 @@ class Rebalancer:
                 self._doubted_until[peer_id] = now + self._timing.doubt_s
 
     async def _may_go(self, target: Span) -> bool:
-        """Announce the intention, wait until it is known, and look again; take it back if that is not well."""
+        """Announce the intention, wait until it is known and look again; take it back if all is not well."""
         source = self._server.announcement().span
         refusal = "nobody heard of it"
         try:
             if await self._server.intend(target):
                 await self._sleep(self._timing.notice_s)
                 refusal = await self._refusal(target)
-        except BaseException:
+        except (PetalSwarmError, TimeoutError):
             await self._server.intend(None)
             raise
         if refusal:
