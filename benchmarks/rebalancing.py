@@ -307,13 +307,13 @@ async def churn(world: World) -> None:
             await server.leave(crash=world.rng.random() < 0.5)
 
 
-async def depart(world: World) -> None:
+async def depart(world: World, seed: int) -> None:
     """A part of the swarm goes at once."""
     going = sorted(world.servers)
     if world.scenario.worst:
         going.sort(key=lambda peer_id: world.servers[peer_id].true().span.start)
     else:
-        world.rng.shuffle(going)
+        random.Random(f"{seed} departures").shuffle(going)
     going = going[: round(world.scenario.leave * len(going))]
     await asyncio.gather(*(world.servers[peer_id].leave(crash=world.scenario.crash) for peer_id in going))
 
@@ -347,7 +347,7 @@ async def simulate(scenario: Scenario, seed: int, rest_s: float) -> Result:
     await asyncio.sleep(scenario.settle_s)
     before = world.weakest() / bound(world.truth())
     moves_before = len(world.moves)
-    await depart(world)
+    await depart(world, seed)
     best = best_found(world.truth(), random.Random(seed)) / bound(world.truth())
     part = []
     for _ in range(121):

@@ -7,7 +7,7 @@ protocol between the two, and why no move opens a gap, is in `docs/routing.md`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -37,6 +37,8 @@ _LOW_POWER, _HIGH_POWER, _WEAK = 3, 4, 0.25
 _NEGLIGIBLE = 1e-3
 """A part of the strain too small to move for. It also keeps rounding from deciding anything."""
 
+_ROUNDING = 1e-9
+
 _GOOD_ENOUGH = 0.99
 """A plan ends where its weakest block has this part of the best that it would reach, with fewer moves."""
 
@@ -60,11 +62,13 @@ class Move:
 class Check:
     """Whether a server may go: it may if there is no `refusal`, which is a reason to be read.
 
+    `again`: it may if others, who have to give way to it, do; so it looks again when they had the time to.
     `witnesses` holds, for each block that it leaves, peers that go on serving it. One of each tuple must
     be known to live: a record outlives its peer by seconds.
     """
 
     refusal: str = ""
+    again: bool = False
     witnesses: tuple[tuple[str, ...], ...] = ()
 
 
@@ -78,10 +82,10 @@ def plan_moves(
 ) -> tuple[Move, ...]:
     """Moves that together leave fewer blocks without a server, or the weakest block stronger by `threshold`.
 
-    Each is of a server in state "serving" that says it is movable, and leaves every block with another
-    server that stays, even when all of them go at once. Servers on their way count as arrived for what
-    they bring, and as gone for what they leave. The best move comes first; the same announcements, in
-    any order, give the same moves.
+    Each is of a server in state "serving" that says it is movable. Every block keeps another server that
+    serves and stays, and none gets weaker meanwhile than the weakest is now, even when all of them go at
+    once. Servers on their way count as arrived for what they bring, and as gone for what they leave. The
+    best move comes first; the same announcements, in any order, give the same moves.
 
     Args:
         announcements: all of the model, with the asker's own.
@@ -109,30 +113,30 @@ def plan_moves(
 def check_move(announcements: Iterable[Announcement], peer_id: str, target: Span, num_blocks: int) -> Check:
     """Whether a server that has announced long enough that it means to host `target` may go now.
 
-    Of servers that mean to move, those with lower peer ids go first: they count as gone, and as arrived
-    where they go. Those with higher ones give way, and count as where they are.
+    It relies on nobody who means to go as well. Of those who may not all go, the one with the lowest peer
+    id waits for the others to give way; for what they bring to where they go, only lower ones count.
 
     Raises:
         ConfigError: the model has less than one block.
     """
     known = latest(announcements)
-    yielding = [replace(a, moving_to=None) if a.peer_id >= peer_id else a for a in known]
-    fleet = _Fleet(yielding, num_blocks)
-    if peer_id not in fleet.peer_ids:
-        return Check("it is not announced itself")
-    me = fleet.peer_ids.index(peer_id)
-    if not fleet.serving[me]:
+    if all(a.peer_id != peer_id or a.state != "serving" for a in known):
         return Check("it does not serve now")
-    blocks = np.flatnonzero(fleet.hosts[me])
-    alone = blocks[fleet.coverage[blocks] < 2]
-    if len(alone):
-        return Check(f"nobody else is sure to go on serving block {alone[0]}")
-    if len(target) != fleet.lengths[me] or target.end > num_blocks:
-        return Check(f"blocks {target} are not what it has room for")
-    if fleet.gains(np.array([me]))[0, target.start] <= _NEGLIGIBLE:
+    first = _Fleet([replace(a, moving_to=None) if a.peer_id >= peer_id else a for a in known], num_blocks)
+    alone = _Fleet([replace(a, moving_to=None) if a.peer_id == peer_id else a for a in known], num_blocks)
+    if peer_id not in first.peer_ids:
+        return Check("it hosts blocks that the model does not have")
+    me = first.peer_ids.index(peer_id)
+    if len(target) != first.lengths[me] or target.end > num_blocks:
+        return Check(f"it has no room for blocks {target}")
+    if first.gains(np.array([me]))[0, target.start] <= _NEGLIGIBLE:
         return Check("it would not help any more")
-    staying = {a.peer_id for a in known if a.moving_to is None}
-    return Check(witnesses=tuple(fleet.witnesses(int(block), me, staying) for block in blocks))
+    if len(thin := np.flatnonzero(first.thin()[me])):
+        return Check(f"block {thin[0]} needs it where it is")
+    me = alone.peer_ids.index(peer_id)
+    if len(thin := np.flatnonzero(alone.thin()[me])):
+        return Check(f"others mean to leave block {thin[0]} too", again=True)
+    return Check(witnesses=tuple(alone.witnesses(int(b), me) for b in np.flatnonzero(alone.hosts[me])))
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,13 +173,13 @@ class _Fleet:
         self.lengths = np.array([len(_place(a)) for a in there], dtype=np.int64)
         speeds = np.array([speed_of(a) for a in there], dtype=np.float64)
         self.speeds: Floats = np.minimum(speeds, _FASTEST * np.median(speeds)) if there else speeds
-        self.serving = np.array([a.state == "serving" and a.moving_to is None for a in there], dtype=bool)
-        self.movable = np.array([a.movable for a in there], dtype=bool) & self.serving
-        blocks = np.arange(num_blocks)
-        self.hosts: Bools = (self.starts[:, None] <= blocks) & (
-            blocks < (self.starts + self.lengths)[:, None]
-        )
         self.mean = float(self.speeds @ self.lengths) / num_blocks
+        self.hosts = _hosts([_place(a) for a in there], num_blocks)
+        serves = np.array([a.state == "serving" for a in there], dtype=bool)
+        #: The weakest block's throughput at present, while those who mean to go have not gone.
+        self.floor = float(((self.speeds * serves) @ _hosts([a.span for a in there], num_blocks)).min())
+        self.serving: Bools = serves & np.array([a.moving_to is None for a in there], dtype=bool)
+        self.movable: Bools = self.serving & np.array([a.movable for a in there], dtype=bool)
 
     @property
     def throughputs(self) -> Floats:
@@ -189,15 +193,21 @@ class _Fleet:
         counts: Ints = self.serving.astype(np.int64) @ self.hosts
         return counts
 
+    @property
+    def serving_throughputs(self) -> Floats:
+        """Of each block, by those who serve it now and stay."""
+        sums: Floats = (self.speeds * self.serving) @ self.hosts
+        return sums
+
     def quality(self) -> _Quality:
         throughputs = self.throughputs
         hosted = throughputs[throughputs > 0]
         return _Quality(self.num_blocks - len(hosted), float(hosted.min()) if len(hosted) else 0.0)
 
-    def witnesses(self, block: int, me: int, staying: Collection[str]) -> tuple[str, ...]:
-        """Some who serve `block` besides server `me`; first those who do not mean to leave at all."""
-        peers = [self.peer_ids[i] for i in np.flatnonzero(self.hosts[:, block] & self.serving) if i != me]
-        return tuple(sorted(peers, key=lambda peer_id: peer_id not in staying)[:WITNESSES])
+    def witnesses(self, block: int, me: int) -> tuple[str, ...]:
+        """Some who serve `block`, and stay, besides server `me`."""
+        peers = [i for i in np.flatnonzero(self.hosts[:, block] & self.serving) if i != me]
+        return tuple(self.peer_ids[i] for i in peers[:WITNESSES])
 
     def move(self, index: int, start: int) -> None:
         blocks = np.arange(self.num_blocks)
@@ -207,8 +217,7 @@ class _Fleet:
 
     def best_move(self) -> tuple[int, int] | None:
         """The server, and its new start, that lower the strain most; None if nobody lowers it noticeably."""
-        thin = self.coverage < 2
-        rows = np.flatnonzero(self.movable & ~(self.hosts & thin).any(axis=1))
+        rows = np.flatnonzero(self.movable & ~self.thin().any(axis=1))
         if not len(rows):
             return None
         gains = self.gains(rows)
@@ -216,6 +225,16 @@ class _Fleet:
         best = gains[np.arange(len(rows)), starts]
         row = int(best.argmax())
         return (int(rows[row]), int(starts[row])) if best[row] > _NEGLIGIBLE else None
+
+    def thin(self) -> Bools:
+        """`[server, block]`: who hosts blocks that cannot spare it.
+
+        Each must keep a server, and may not get weaker than the weakest is now: a move takes a while,
+        and nobody is to be worse off for it meanwhile.
+        """
+        kept = self.serving_throughputs - self.speeds[:, None]
+        thin: Bools = self.hosts & ((self.coverage < 2) | (kept < self.floor * (1 - _ROUNDING)))
+        return thin
 
     def gains(self, rows: Ints) -> Floats:
         """`[i, j]`: by which part the strain falls if server `rows[i]` goes to block j; -inf if it cannot."""
@@ -249,6 +268,15 @@ class _Fleet:
         for _ in range(power):
             strain = strain * strain
         return strain
+
+
+def _hosts(spans: Sequence[Span], num_blocks: int) -> Bools:
+    """`[server, block]`: who hosts what."""
+    blocks = np.arange(num_blocks)
+    starts = np.array([span.start for span in spans], dtype=np.int64)
+    ends = np.array([span.end for span in spans], dtype=np.int64)
+    hosts: Bools = (starts[:, None] <= blocks) & (blocks < ends[:, None])
+    return hosts
 
 
 def _place(announcement: Announcement) -> Span:

@@ -22,6 +22,9 @@ from petal_swarm.wire.announcement import Announcement
 
 logger = logging.getLogger(__name__)
 
+#: How often one looks whether those who must give way have done so.
+MAX_CHECKS = 3
+
 
 class Movable(Protocol):
     """A server as the rebalancer sees it: a real one, or one of a simulation."""
@@ -57,13 +60,13 @@ class Timing:
 
     `look_s` grows by `look_s_per_server`, for a view of a large swarm costs much to fetch, and each pause is
     drawn from half to one and a half of it. `notice_s`: from the intention to the move. It must be more than
-    twice what an announcement needs to be seen everywhere: then of two servers that may not both go, the
-    one that gives way has seen the other. `late_s`: what was looked up is too old to go by after that.
+    an announcement needs to be seen everywhere: of two servers that may not both go, the one that declared
+    itself later has then seen the other. `late_s`: what was looked up is too old to go by after that.
     `stay_s`: from one move to the next, except where a block has no server at all. `patience_s`:
     who should have moved for so long is not reckoned with for `doubt_s`.
     """
 
-    look_s: float = 8.0
+    look_s: float = 5.0
     look_s_per_server: float = 0.02
     max_look_s: float = 30.0
     notice_s: float = 6.0
@@ -146,7 +149,6 @@ class Rebalancer:
         refusal = "nobody heard of it"
         try:
             if await self._server.intend(target):
-                await self._sleep(self._timing.notice_s)
                 refusal = await self._refusal(target)
         except (PetalSwarmError, TimeoutError):
             await self._server.intend(None)
@@ -159,10 +161,14 @@ class Rebalancer:
         return True
 
     async def _refusal(self, target: Span) -> str:
-        """Why not to move now, or nothing."""
-        started = self._now()
-        view = await self._view()
-        check = await asyncio.to_thread(check_move, view, view[-1].peer_id, target, self._num_blocks)
+        """Why not to move, or nothing; after the time that it takes until everybody knows of it."""
+        for _ in range(MAX_CHECKS):
+            await self._sleep(self._timing.notice_s)
+            started = self._now()
+            view = await self._view()
+            check = await asyncio.to_thread(check_move, view, view[-1].peer_id, target, self._num_blocks)
+            if not check.again:
+                break
         if check.refusal:
             return check.refusal
         if await self._abandoned(check, view):
