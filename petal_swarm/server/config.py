@@ -24,7 +24,8 @@ EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 class ServerConfig:
     """Settings of one server; the names are those of `run_server --help`.
 
-    Without a `cache_dir` nothing is kept for the next start.
+    Without a `cache_dir` nothing is kept for the next start. `rebalance` is whether it moves to other blocks
+    when the swarm needs them more; None is yes, unless `blocks` says which.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -48,6 +49,7 @@ class ServerConfig:
     name: str = ""
     drain_timeout_s: float = 60.0
     cache_dir: str | None = None
+    rebalance: bool | None = None
 
     def __post_init__(self) -> None:
         if self.new_swarm == bool(self.initial_peers):
@@ -56,6 +58,8 @@ class ServerConfig:
             )
         if self.blocks is not None and self.num_blocks is not None:
             raise ConfigError("give --blocks or --num-blocks, not both")
+        if self.blocks is not None and self.rebalance:
+            raise ConfigError("--blocks stays where it is; give --num-blocks to --rebalance")
         for name, value in (
             ("num-blocks", self.num_blocks),
             ("kv-tokens", self.kv_tokens),
@@ -71,6 +75,10 @@ class ServerConfig:
             raise ConfigError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
             raise ConfigError(f"--kv-tokens must be at least {MIN_KV_TOKENS}, got {self.kv_tokens}")
+
+    @property
+    def rebalances(self) -> bool:
+        return self.blocks is None if self.rebalance is None else self.rebalance
 
     def listen_addresses(self) -> tuple[str, ...]:
         """Where to listen: as told; else on loopback while the swarm is on this machine; else everywhere."""

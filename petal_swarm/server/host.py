@@ -78,6 +78,15 @@ class SessionHost:
             self._changed.clear()
             await self._changed.wait()
 
+    def end_all(self, error: PetalSwarmError) -> None:
+        """End the sessions that are left with `error`, let nobody in, and look after nothing any more."""
+        self.draining = True
+        self._room.refuse_all(error)
+        for session in self._sessions.values():
+            session.fail(error)
+        if self._looks_for_steps is not None:
+            self._looks_for_steps.cancel()
+
     async def handle_session(self, stream: Stream) -> None:
         """One client's session, from its `open` to the end of the stream."""
         channel = Channel(stream, SESSION_TABLE, Role.LISTENER)
