@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 NEIGHBOUR_PING_S = 15.0
 UPDATE_FIGURES_S = 1.0
 MAX_PINGED_NEIGHBOURS = 16
+#: For clients to hear why their sessions end.
+END_TIMEOUT_S = 2.0
 
 
 class Server:
@@ -284,6 +286,7 @@ class Server:
         assert self._host is not None
         assert self._compute is not None
         self._host.end_all(BusyError("this server moves to other blocks"))
+        await _drained(self._host, END_TIMEOUT_S)
         await self._entrance.clear()
         compute, self._host, self._compute = self._compute, None, None
         await asyncio.to_thread(compute.stop)

@@ -179,6 +179,11 @@ def test_a_gap_is_filled_by_who_leaves_the_weakest_block_strongest() -> None:
     assert plan_moves(swarm, BLOCKS) == (Move("a1", Span(8, 12)),)
 
 
+def test_who_fills_a_gap_comes_from_where_there_are_most() -> None:
+    swarm = [host("a0", 0, 4), host("a1", 0, 4), *(host(f"b{i}", 4, 8) for i in range(6))]
+    assert plan_moves(swarm, BLOCKS) == (Move("b0", Span(8, 12)), Move("b1", Span(8, 12)))
+
+
 def test_a_gap_of_two_spans_is_filled_by_two() -> None:
     swarm = [host("a", 0, 4), host("b", 0, 4), host("c", 0, 4)]
     assert {m.target for m in plan_moves(swarm, BLOCKS)} == {Span(4, 8), Span(8, 12)}

@@ -39,6 +39,7 @@ class Stage:
         self.unheard = False
         self.on_intention: Callable[[], None] = lambda: None
         self.lookup_s = 0.1
+        self.ping_s = 0.0
         self.failing_lookups: set[int] = set()
         self.lookups = 0
 
@@ -54,6 +55,7 @@ class Stage:
 
     async def alive(self, peers: Sequence[Announcement]) -> Collection[str]:
         self.asked |= {peer.peer_id for peer in peers}
+        await asyncio.sleep(self.ping_s)
         return {peer.peer_id for peer in peers} - self.dead
 
     async def intend(self, target: Span | None) -> bool:
@@ -160,6 +162,12 @@ def test_it_does_not_go_by_an_old_view() -> None:
         stage.lookup_s = 100.0
 
     stage.on_intention = slow
+    assert play(stage, 20).actions == [("intends", GAP), ("intends", None)]
+
+
+def test_it_does_not_go_when_asking_took_long() -> None:
+    stage = Stage(NEEDED)
+    stage.ping_s = TIMING.late_s
     assert play(stage, 20).actions == [("intends", GAP), ("intends", None)]
 
 
