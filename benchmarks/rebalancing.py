@@ -8,8 +8,8 @@ one in fifty announcements is lost; and the servers: draining takes 1 to 5 s, lo
 they announce is off by 5% (standard deviation), another 5% each time. Only servers that serve count for what
 the swarm has; all that live, for what it could have.
 
-No placement can pass the `bound`: capacity x speed of all servers, summed, / blocks. The `best placement found` is that
-of fresh greedy placements in several orders, each improved by moves. A gap is counted against a
+No placement can pass the `bound`: capacity x speed of all servers, summed, / blocks. The `best placement
+found` is that of fresh greedy placements in several orders, each improved by moves. A gap is counted against a
 move if a block of the mover has no other live, serving server at the moment it starts to drain.
 """
 
