@@ -9,8 +9,8 @@ they announce is off by 5% (standard deviation), another 5% each time. Only serv
 the swarm has; all that live, for what it could have.
 
 No placement can pass the `bound`: capacity x speed of all servers, summed, / blocks. The `best placement
-found` is that of fresh greedy placements in several orders, each improved by moves. A gap is counted against a
-move if a block of the mover has no other live, serving server at the moment it starts to drain.
+found` is that of fresh greedy placements in several orders, each improved by moves. A gap is counted against
+a move if a block of the mover has no other live, serving server at the moment it starts to drain.
 """
 
 from __future__ import annotations
