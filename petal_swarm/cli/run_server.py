@@ -127,6 +127,12 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="host N blocks, those that the swarm needs most (default: as many as fit)",
     )
+    blocks.add_argument(
+        "--rebalance",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="move to other blocks when the swarm needs them more (default: yes, except with --blocks)",
+    )
     blocks.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     blocks.add_argument(
         "--dtype",
@@ -188,6 +194,7 @@ def run(arguments: argparse.Namespace) -> int:
         new_swarm=arguments.new_swarm,
         blocks=Span.parse(arguments.blocks) if arguments.blocks else None,
         num_blocks=arguments.num_blocks,
+        rebalance=arguments.rebalance,
         listen=tuple(arguments.listen),
         announce=tuple(arguments.announce),
         reachability=arguments.reachability,

@@ -13,7 +13,7 @@ from typing import Any
 from petal_swarm.client.loading_bar import loading_bar
 from petal_swarm.directory.dht import DhtDirectory
 from petal_swarm.directory.reachability import Reachability, advice, candidates, sentence
-from petal_swarm.errors import ConfigError, NetworkError, PeerUnreachableError
+from petal_swarm.errors import ConfigError, ModelError, NetworkError, PeerUnreachableError
 from petal_swarm.models.checkpoint import Checkpoint, open_checkpoint
 from petal_swarm.net.addresses import is_loopback
 from petal_swarm.net.identity import Identity
@@ -50,8 +50,11 @@ async def serve(config: ServerConfig) -> int:
     gc.collect()
     gc.freeze()
     daemon = asyncio.create_task(transport.wait_daemon())
-    await first_of(daemon, signals.first)
+    failed = asyncio.create_task(server.wait_failed())
+    await first_of(daemon, failed, signals.first)
     try:
+        if failed.done():
+            raise ModelError("this server has no blocks any more; see above, then start it again")
         if not signals.first.done():
             raise NetworkError("the libp2p daemon has died; start the server again")
         await leave(server, signals)
@@ -59,6 +62,7 @@ async def serve(config: ServerConfig) -> int:
     finally:
         daemon.cancel()
         watching.cancel()
+        failed.cancel()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(CLOSE_TIMEOUT_S):
                 await server.close()

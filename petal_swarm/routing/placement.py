@@ -21,7 +21,7 @@ def block_throughputs(announcements: Iterable[Announcement], blocks: int | Span)
         ConfigError: for less than one block.
     """
     wanted = as_span(blocks)
-    there = [(_speed(a), a.span) for a in latest(announcements) if a.state != "left"]
+    there = [(speed_of(a), a.span) for a in latest(announcements) if a.state != "left"]
     totals = [0.0] * len(wanted)
     # From slow to fast: blocks with equal servers get equal sums, to the last bit.
     for speed, span in sorted(there, key=lambda entry: entry[0]):
@@ -59,7 +59,8 @@ def choose_span(
     return Span(start, start + length)
 
 
-def _speed(announcement: Announcement) -> float:
+def speed_of(announcement: Announcement) -> float:
+    """Decode steps a second of a server that is busy with nothing else, through its whole span."""
     step_s = announcement.step_time_s + len(announcement.span) * announcement.block_time_s
     return 1.0 / max(step_s, 1e-9)
 

@@ -16,7 +16,7 @@ from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
 
 FULL_PENALTY_S = 1e6
-"""More than any usable route costs: a server without room is a last resort, not an alternative."""
+"""More than any usable route costs: a server without room, or about to move, is a last resort."""
 
 MIN_TOKENS_PER_S = 1e-4
 """Lower claims count as this: their inverse must stay a number that can be calculated with."""
@@ -87,8 +87,8 @@ def find_route(
         measurements: what the client measured; without them every link is an estimate.
         step_bytes: size of the hidden states that travel in one step.
         avoid: ids of peers that must not be used.
-        kv_tokens: room the session needs. Servers announcing less are used only where a block
-            has no other server, and then as few of them as possible.
+        kv_tokens: room the session needs. Servers announcing less, or that they are about to move, are
+            used only where a block has no other server, and then as few of them as possible.
         before, after: ids of the peers that send to the first hop and take from the last, when a
             part of a route is replaced; `None` is the client. They are not used as hops.
 
@@ -111,8 +111,8 @@ def find_route(
     ends = [_endpoint(peer_id, known) for peer_id in (before, after)]
     known_links = measurements or Measurements()
     graph = _graph(servers, ends, wanted, known_links, step_bytes)
-    full = np.array([a.kv_tokens_free < kv_tokens for a in servers])
-    visits = cheapest_path(_penalised(graph, np.where(full, FULL_PENALTY_S, 0.0)))
+    unfit = np.array([a.kv_tokens_free < kv_tokens or a.moving_to is not None for a in servers])
+    visits = cheapest_path(_penalised(graph, np.where(unfit, FULL_PENALTY_S, 0.0)))
     hops, previous = [], ends[0]
     for server, start, end in visits:
         span = Span(wanted.start + start, wanted.start + end)

@@ -28,6 +28,8 @@ class ServerConfig:
 
     Without a `cache_dir` nothing is kept for the next start. `swarm_key` is the file of a private swarm's
     key. Only `allow_peers` may open sessions, if there are any.
+    Without a `cache_dir` nothing is kept for the next start. `rebalance` is whether it moves to other blocks
+    when the swarm needs them more; None is yes, unless `blocks` says which.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -55,6 +57,7 @@ class ServerConfig:
     name: str = ""
     drain_timeout_s: float = 60.0
     cache_dir: str | None = None
+    rebalance: bool | None = None
 
     def __post_init__(self) -> None:
         if self.new_swarm == bool(self.initial_peers):
@@ -66,6 +69,8 @@ class ServerConfig:
                 raise ConfigError(f"--allow-peer takes a peer id such as 12D3Koo..., got {peer_id!r:.100}")
         if self.blocks is not None and self.num_blocks is not None:
             raise ConfigError("give --blocks or --num-blocks, not both")
+        if self.blocks is not None and self.rebalance:
+            raise ConfigError("--blocks stays where it is; give --num-blocks to --rebalance")
         for name, value in (
             ("num-blocks", self.num_blocks),
             ("kv-tokens", self.kv_tokens),
@@ -98,6 +103,10 @@ class ServerConfig:
     def session_limits(self) -> SessionLimits:
         """Bounds on what peers may ask, with what was said of them here."""
         return SessionLimits(max_bytes_per_s_of_peer=self.max_mbit_per_peer * 1e6 / 8)
+
+    @property
+    def rebalances(self) -> bool:
+        return self.blocks is None if self.rebalance is None else self.rebalance
 
     def listen_addresses(self) -> tuple[str, ...]:
         """Where to listen: as told; else on loopback while the swarm is on this machine; else everywhere."""

@@ -53,7 +53,13 @@ class SessionHost:
     """All sessions of one server."""
 
     def __init__(
-        self, compute: Compute, transport: Transport, *, model_key: str, limits: SessionLimits
+        self,
+        compute: Compute,
+        transport: Transport,
+        *,
+        model_key: str,
+        limits: SessionLimits,
+        gate: StreamGate,
     ) -> None:
         self._compute = compute
         self._transport = transport
@@ -71,7 +77,7 @@ class SessionHost:
         self._freeing = 0
         self._salt = secrets.token_bytes(16)
         self._logs = LogBudget(limits.max_log_bytes)
-        self.gate = StreamGate(limits)
+        self._gate = gate
         self.overhead = Overhead()
         self.draining = False
 
@@ -96,12 +102,21 @@ class SessionHost:
             self._changed.clear()
             await self._changed.wait()
 
+    def end_all(self, error: PetalSwarmError) -> None:
+        """End the sessions that are left with `error`, let nobody in, and look after nothing any more."""
+        self.draining = True
+        self._room.refuse_all(error)
+        for session in self._sessions.values():
+            session.fail(error)
+        if self._looks_for_steps is not None:
+            self._looks_for_steps.cancel()
+
     async def handle_session(self, stream: Stream) -> None:
         """One client's session, from its `open` to the end of the stream."""
         channel = Channel(stream, SESSION_TABLE, Role.LISTENER)
         channel.incoming.max_payload_bytes = MAX_OPENING_PAYLOAD_BYTES
         async with _answering_errors(channel):
-            with self.gate.being_opened(channel.peer_id):
+            with self._gate.being_opened(channel.peer_id):
                 opening = await channel.expect(Open, timeout_s=self._limits.open_timeout_s)
             async with self._open(opening, channel) as session:
                 if opening.upstream is None:
@@ -114,7 +129,7 @@ class SessionHost:
         channel = Channel(stream, PUSH_TABLE, Role.LISTENER)
         channel.incoming.max_payload_bytes = MAX_OPENING_PAYLOAD_BYTES
         async with _answering_errors(channel):
-            with self.gate.being_opened(channel.peer_id):
+            with self._gate.being_opened(channel.peer_id):
                 opening = await channel.expect(PushOpen, timeout_s=self._limits.open_timeout_s)
                 channel.pause()  # or what it sends already would pile up meanwhile
                 session = await self._find(opening, channel.peer_id)

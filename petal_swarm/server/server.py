@@ -1,13 +1,14 @@
-"""A server's life: load a span, announce it, serve it, drain, leave."""
+"""A server's life: load a span, announce it, serve it, move to another, drain, leave."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from pathlib import Path
 from random import Random
 
 from petal_swarm.directory.announcer import Announcer
@@ -16,28 +17,22 @@ from petal_swarm.directory.remote import Pinger
 from petal_swarm.directory.service import DirectoryService
 from petal_swarm.engine.compute import Compute, ComputeThread
 from petal_swarm.engine.engine import Engine
-from petal_swarm.errors import ConfigError, PetalSwarmError
-from petal_swarm.models.block_cache import BlockCache
+from petal_swarm.errors import BusyError, ConfigError, PetalSwarmError
 from petal_swarm.models.checkpoint import Checkpoint
-from petal_swarm.models.stack import BlockStack, load_blocks
-from petal_swarm.net.transport import StreamHandler, Transport
+from petal_swarm.models.devices import release_cached
+from petal_swarm.net.transport import Transport
 from petal_swarm.routing.placement import choose_span
-from petal_swarm.server.allowed import only_for
-from petal_swarm.server.capacity import CapacityFile, calibrate
 from petal_swarm.server.config import ServerConfig
-from petal_swarm.server.hardware import (
-    block_capacity,
-    default_kv_tokens,
-    resolve_device,
-    resolve_dtype,
-    resolve_quant,
-)
+from petal_swarm.server.entrance import Entrance
+from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.host import SessionHost
+from petal_swarm.server.loader import Loader, Progress
+from petal_swarm.server.rebalancer import Rebalancer, Timing
 from petal_swarm.span import Span
 from petal_swarm.version import __version__
 from petal_swarm.wire.announcement import Announcement
-from petal_swarm.wire.connection import DIRECTORY_TABLE, PUSH_TABLE, SESSION_TABLE
-from petal_swarm.wire.protocols import DIRECTORY, PUSH, SESSION
+from petal_swarm.wire.connection import DIRECTORY_TABLE
+from petal_swarm.wire.protocols import DIRECTORY
 from petal_swarm.wire.tensors import dtype_name
 
 logger = logging.getLogger(__name__)
@@ -45,7 +40,8 @@ logger = logging.getLogger(__name__)
 NEIGHBOUR_PING_S = 15.0
 UPDATE_FIGURES_S = 1.0
 MAX_PINGED_NEIGHBOURS = 16
-Progress = Callable[[int, int], None]
+#: For clients to hear why their sessions end.
+END_TIMEOUT_S = 2.0
 
 
 class Server:
@@ -61,15 +57,22 @@ class Server:
         self.checkpoint = checkpoint
         self._transport = transport
         self._directory = directory
-        self._device = resolve_device(config.device)
-        self._dtype = resolve_dtype(config.dtype, checkpoint.config, self._device)
-        self._quant = resolve_quant(config.quant, checkpoint.config)
+        self._loader = Loader(config, checkpoint)
+        self._loop = asyncio.get_running_loop()
+        self._gate = StreamGate(config.session_limits())
+        self._entrance = Entrance(self._gate, config.allow_peers)
         self._pinger = Pinger(transport)
         self._next_rtts_s: dict[str, float] = {}
         self._compute: Compute | None = None
         self._host: SessionHost | None = None
         self._announcer: Announcer | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._rebalancing: asyncio.Task[None] | None = None
+        self._moving_to: Span | None = None
+        self._moved_at = -math.inf
+        self._timing = Timing()
+        self._leaving = False
+        self._failed = asyncio.Event()
         self.span = config.blocks or Span(0, checkpoint.config.num_blocks)
 
     @classmethod
@@ -121,12 +124,14 @@ class Server:
             addresses=self.addresses,
             name=self.config.name,
             state="joining",
-            dtype=dtype_name(self._dtype),
-            quant=self._quant,
+            dtype=dtype_name(self._loader.dtype),
+            quant=self._loader.quant,
             kv_dtype=self.config.kv_dtype,
             max_batch_tokens=self.config.max_batch_tokens,
             next_rtts_s=self._next_rtts_s,
             version=__version__,
+            movable=self._movable,
+            moving_to=self._moving_to,
         )
         if self._compute is None or self._host is None:
             return common
@@ -143,17 +148,22 @@ class Server:
         )
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no new sessions, tell the directory, and wait for the running ones, at most `timeout_s`."""
-        if self._host is None or self._announcer is None:
+        """Take no new sessions, tell the directory, and wait for the running ones, at most `timeout_s`.
+
+        A move under way is given up.
+        """
+        await self._stop_rebalancing()
+        if self._announcer is None:
             return
-        self._host.draining = True
+        if self._host is not None:
+            self._host.draining = True
         await self._announcer.leave()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await self._host.drained()
+        if self._host is not None:
+            await _drained(self._host, timeout_s)
 
     async def close(self) -> None:
         """Leave the directory, end all sessions and free everything. Idempotent."""
+        await self._stop_rebalancing()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -165,29 +175,134 @@ class Server:
         if self._compute is not None:
             await asyncio.to_thread(self._compute.stop)
 
+    async def wait_failed(self) -> None:
+        """Return when a move left the server without blocks: it has left the swarm, and is to be closed."""
+        await self._failed.wait()
+
+    async def others(self) -> list[Announcement]:
+        """See `Movable`."""
+        others = await self._directory.lookup(self.checkpoint.model_key)
+        return [other for other in others if other.peer_id != self._transport.peer_id]
+
+    async def alive(self, peers: Sequence[Announcement]) -> Collection[str]:
+        """See `Movable`. Those that were alive a while ago are asked, too."""
+        return await Pinger(self._transport).measure(peers)
+
+    async def intend(self, target: Span | None) -> bool:
+        """See `Movable`."""
+        self._moving_to = target
+        return await self._announce()
+
+    async def move(self, target: Span) -> None:
+        """Drain, then host `target` instead; if that cannot be loaded, what was hosted before.
+
+        Cancelling leaves a server that can only be closed.
+
+        Raises:
+            Exception: that could not be loaded again either. The server has left the directory.
+        """
+        assert self._host is not None, "there is nothing to move from"
+        source, frozen = self.span, gc.get_freeze_count()
+        self._host.draining = True
+        self.span, self._moving_to = target, None
+        await self._announce()
+        await _drained(self._host, self.config.drain_timeout_s)
+        await self._unload()
+        try:
+            await self._host_span(None)
+        except Exception as error:
+            # Whatever it is, and torch has its own errors for a lack of memory: what was there was fine.
+            logger.warning("cannot load blocks %s, going back to %s: %s", target, source, error)
+            self.span = source
+            await self._announce()
+            await self._host_again()
+        if frozen:  # what the program did when it started
+            gc.freeze()
+        self._moved_at = self._loop.time()
+        await self._announce()
+        logger.info("serves blocks %s", self.span)
+
+    async def _host_again(self) -> None:
+        try:
+            await self._host_span(None)
+        except Exception as error:
+            logger.error("cannot load blocks %s again, leaving the swarm: %s", self.span, error)
+            assert self._announcer is not None
+            await self._announcer.leave()
+            self._failed.set()
+            raise
+
     async def _start(self, progress: Progress | None, make_compute: Callable[[Engine], Compute]) -> None:
+        self._make_compute = make_compute
         self.span = await self._choose_span()
         self._announcer = Announcer(self._directory, self.announcement())
         await self._announcer.start()
-        stack = await asyncio.to_thread(self._load, progress)
-        engine = await asyncio.to_thread(self._make_engine, stack)
-        compute = make_compute(engine)
-        compute.start()
-        self._compute = compute
-        self._host = SessionHost(
-            compute, self._transport, model_key=self.checkpoint.model_key, limits=self.config.session_limits()
-        )
-        gate, listing = self._host.gate, DirectoryService(self._directory)
-        sessions: StreamHandler = self._host.handle_session
-        if self.config.allow_peers:
-            sessions = only_for(self.config.allow_peers, sessions)
-        await self._transport.serve(DIRECTORY, gate.guarded(DIRECTORY_TABLE, listing.handle))
-        await self._transport.serve(PUSH, gate.guarded(PUSH_TABLE, self._host.handle_push))
-        await self._transport.serve(SESSION, gate.guarded(SESSION_TABLE, sessions))
-        self._announcer.update(self.announcement())
-        await self._announcer.refresh_now()
+        await self._host_span(progress)
+        listing = DirectoryService(self._directory)
+        await self._transport.serve(DIRECTORY, self._gate.guarded(DIRECTORY_TABLE, listing.handle))
+        await self._entrance.open(self._transport)
+        await self._announce()
         self._tasks.append(asyncio.create_task(self._update_figures(self._announcer)))
         self._tasks.append(asyncio.create_task(self._ping_neighbours()))
+        num_blocks = self.checkpoint.config.num_blocks
+        if self.config.rebalances and len(self.span) < num_blocks:
+            rng = Random(f"{self._transport.peer_id} rebalances")
+            rebalancer = Rebalancer(self, num_blocks, rng=rng, now=self._loop.time, timing=self._timing)
+            self._rebalancing = asyncio.create_task(rebalancer.run(), name="rebalancer")
+            self._rebalancing.add_done_callback(_log_failure)
+
+    @property
+    def _movable(self) -> bool:
+        """Whether others may count on this server to go where it is needed."""
+        if self._rebalancing is None or self._rebalancing.done():
+            return False
+        return self._loop.time() - self._moved_at >= self._timing.stay_s
+
+    async def _announce(self) -> bool:
+        assert self._announcer is not None
+        self._announcer.update(self.announcement())
+        return await self._announcer.refresh_now()
+
+    async def _stop_rebalancing(self) -> None:
+        self._leaving = True
+        if self._rebalancing is not None:
+            self._rebalancing.cancel()
+            await asyncio.gather(self._rebalancing, return_exceptions=True)
+
+    async def _host_span(self, progress: Progress | None) -> None:
+        """Load the span, and let sessions in."""
+
+        def unless_leaving(done: int, total: int) -> None:
+            if self._leaving:
+                raise ConfigError("the server leaves while it loads blocks")
+            if progress is not None:
+                progress(done, total)
+
+        engine = await asyncio.to_thread(self._loader.load, self.span, unless_leaving)
+        compute = self._make_compute(engine)
+        compute.start()
+        self._compute = compute
+        self._host = self._entrance.host = SessionHost(
+            compute,
+            self._transport,
+            model_key=self.checkpoint.model_key,
+            limits=self.config.session_limits(),
+            gate=self._gate,
+        )
+
+    async def _unload(self) -> None:
+        """End what is left of the sessions, and free the memory of the blocks."""
+        assert self._host is not None
+        assert self._compute is not None
+        self._host.end_all(BusyError("this server moves to other blocks"))
+        await _drained(self._host, END_TIMEOUT_S)
+        await self._entrance.clear()
+        compute, self._host, self._compute = self._compute, None, None
+        await asyncio.to_thread(compute.stop)
+        del compute
+        gc.unfreeze()
+        gc.collect()
+        release_cached(self._loader.device)
 
     async def _choose_span(self) -> Span:
         num_blocks = self.checkpoint.config.num_blocks
@@ -197,47 +312,10 @@ class Server:
                     f"blocks {self.config.blocks} are outside the model, which has blocks 0:{num_blocks}"
                 )
             return self.config.blocks
-        capacity = self.config.num_blocks or block_capacity(
-            self.checkpoint.config, self._dtype, self._quant, self._device
+        capacity = self._loader.capacity()
+        return choose_span(
+            await self.others(), num_blocks, capacity, tie_break=Random(self._transport.peer_id)
         )
-        if capacity > num_blocks and self.config.num_blocks:
-            raise ConfigError(f"--num-blocks {capacity} is more than the model's {num_blocks} blocks")
-        others = await self._directory.lookup(self.checkpoint.model_key)
-        others = [other for other in others if other.peer_id != self._transport.peer_id]
-        return choose_span(others, num_blocks, capacity, tie_break=Random(self._transport.peer_id))
-
-    def _load(self, progress: Progress | None) -> BlockStack:
-        return load_blocks(
-            self.checkpoint,
-            self.span,
-            dtype=self._dtype,
-            device=self._device,
-            quant=self._quant,
-            cache=self._block_cache(),
-            progress=progress,
-        )
-
-    def _block_cache(self) -> BlockCache | None:
-        if self._quant == "none" or self.config.cache_dir is None:
-            return None
-        folder = Path(self.config.cache_dir).expanduser() / "quantized"
-        return BlockCache.of(folder, self.checkpoint, self._quant, self._dtype)
-
-    def _make_engine(self, stack: BlockStack) -> Engine:
-        kv_tokens = self.config.kv_tokens or default_kv_tokens(
-            self.checkpoint.config, len(self.span), self._dtype, self._device, self.config.kv_dtype
-        )
-        prefix_tokens = self.config.prefix_tokens
-        engine = Engine(
-            stack,
-            kv_tokens=kv_tokens,
-            max_batch_tokens=self.config.max_batch_tokens,
-            prefix_tokens=kv_tokens // 2 if prefix_tokens is None else prefix_tokens,
-            kv_dtype=self.config.kv_dtype,
-        )
-        kept = CapacityFile(self.config.cache_dir) if self.config.cache_dir else None
-        calibrate(engine, quant=self._quant, kv_dtype=self.config.kv_dtype, kept=kept)
-        return engine
 
     async def _update_figures(self, announcer: Announcer) -> None:
         """Keep what the next refresh will announce true; announce at once when much else is free."""
@@ -266,3 +344,14 @@ class Server:
             except PetalSwarmError as error:
                 logger.info("could not measure round trips: %s", error)
             await asyncio.sleep(NEIGHBOUR_PING_S)
+
+
+async def _drained(host: SessionHost, timeout_s: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(timeout_s):
+            await host.drained()
+
+
+def _log_failure(rebalancing: asyncio.Task[None]) -> None:
+    if not rebalancing.cancelled() and (error := rebalancing.exception()) is not None:
+        logger.error("this server does not rebalance any more", exc_info=error)

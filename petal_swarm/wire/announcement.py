@@ -26,6 +26,7 @@ class Announcement:
     Times are seconds. `block_time_s` is what one decode step of one token costs for each block;
     `step_time_s` what a step costs whatever its blocks; `queue_s` the work already waiting.
     `next_rtts_s` holds round trips this server measured to peers that may follow it on a route.
+    `movable`: it goes where the swarm needs it. `moving_to`: it still serves `span`, and means to leave it.
     """
 
     peer_id: str
@@ -47,6 +48,8 @@ class Announcement:
     bandwidth_bytes_per_s: float = 0.0
     next_rtts_s: Mapping[str, float] = field(default_factory=dict)
     version: str = ""
+    movable: bool = False
+    moving_to: Span | None = None
 
     def to_header(self) -> dict[str, Any]:
         """A msgpack-able map, read back by `from_header`."""
@@ -70,6 +73,8 @@ class Announcement:
             "bandwidth_bytes_per_s": self.bandwidth_bytes_per_s,
             "next_rtts_s": dict(self.next_rtts_s),
             "version": self.version,
+            "movable": self.movable,
+            "moving_to": [self.moving_to.start, self.moving_to.end] if self.moving_to else None,
         }
 
     @classmethod
@@ -86,6 +91,7 @@ class Announcement:
         if len(rtts) > MAX_NEIGHBOURS:
             raise RemoteProtocolError(f"field 'next_rtts_s': more than {MAX_NEIGHBOURS} entries")
         kv_tokens = fields.integer(header, "kv_tokens", 0, 1 << 40, 0)
+        moving_to = header.get("moving_to")
         return cls(
             peer_id=peer_id,
             model=fields.text(header, "model", limit=256),
@@ -114,20 +120,22 @@ class Announcement:
                 if isinstance(peer, str)
             },
             version=fields.text(header, "version", "", limit=64),
+            movable=fields.flag(header, "movable", False),
+            moving_to=None if moving_to is None else span_from_list(moving_to, "moving_to"),
         )
 
 
-def span_from_list(value: Any) -> Span:
-    """`[start, end]` from the wire as a `Span`.
+def span_from_list(value: Any, name: str = "span") -> Span:
+    """`[start, end]` from the wire, in the field `name`, as a `Span`.
 
     Raises:
         RemoteProtocolError: if it is not one.
     """
-    start, end = fields.items({"span": value}, "span", _block_index, limit=2, low=2)
+    start, end = fields.items({name: value}, name, _block_index, limit=2, low=2)
     try:
         return Span(start, end)
     except ConfigError as error:
-        raise RemoteProtocolError(f"field 'span': {error}") from None
+        raise RemoteProtocolError(f"field {name!r}: {error}") from None
 
 
 def _own_address(value: Any, peer_id: str) -> str:

@@ -86,6 +86,7 @@ def test_an_unknown_command_suggests_one(capsys):
         (["run-server", "m", "--new-swarm", "--blocks", "4"], "START:END"),
         (["run-server", "m", "--new-swarm", "--blocks", "4:4"], "start < end"),
         (["run-server", "m", "--new-swarm", "--blocks", "0:4", "--num-blocks", "4"], "not both"),
+        (["run-server", "m", "--new-swarm", "--blocks", "0:4", "--rebalance"], "--blocks stays"),
         (["run-server", "m", "--new-swarm", "--threads", "0"], "--threads"),
         (["run-server", "m", "--new-swarm", "--max-mbit-per-peer", "0"], "--max-mbit-per-peer must be"),
         (["run-server", "m", "--new-swarm", "--max-mbit-per-peer", "nan"], "--max-mbit-per-peer must be"),

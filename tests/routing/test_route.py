@@ -203,6 +203,12 @@ def test_a_full_server_is_the_last_resort() -> None:
     assert route.cost_s < 1
 
 
+def test_a_server_about_to_move_is_the_last_resort() -> None:
+    moving = server("a", 0, 4, moving_to=Span(4, 8))
+    assert peers(find_route([moving, server("b", 0, 4, block_time_s=5.0)], 4)) == ["b"]
+    assert peers(find_route([moving], 4)) == ["a"]
+
+
 def test_missing_blocks_are_named_and_the_advice_fits() -> None:
     swarm = [server("a", 0, 4), server("b", 8, 12), server("c", 13, 20, state="joining")]
     with pytest.raises(MissingBlocksError, match=r"nobody serves blocks 4-7 and 12-19: .*joining") as raised:

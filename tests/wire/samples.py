@@ -236,6 +236,8 @@ _claims = st.builds(
     bandwidth_bytes_per_s=st.just(0.0) | st.floats(1, 1e15),
     next_rtts_s=st.dictionaries(st.text(max_size=8), floats, max_size=4),
     version=texts(64),
+    movable=st.booleans(),
+    moving_to=st.none() | spans(),
 )
 
 
