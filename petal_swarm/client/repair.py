@@ -11,7 +11,7 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from petal_swarm.client.members import LinkFailedError, Member, OpenFailedError
 from petal_swarm.client.openings import Openings, named, neighbour_of, route_of
@@ -21,19 +21,24 @@ from petal_swarm.client.silence import Silence
 from petal_swarm.errors import (
     BusyError,
     CacheFullError,
+    DeadlineError,
     HopLostError,
     IdleError,
     MissingBlocksError,
     PetalSwarmError,
 )
-from petal_swarm.routing.route import Hop
+from petal_swarm.routing.route import Hop, Route
 from petal_swarm.span import Span
-from petal_swarm.wire.messages import SESSION_ID_BYTES, Reroute
+from petal_swarm.wire.messages import NO_STEP, SESSION_ID_BYTES, Reroute
 
 logger = logging.getLogger(__name__)
 
 #: Several streams tell of one death; whoever heard the first waits for the others.
 GATHER_S = 0.02
+#: Two living hops that lost each other have so long to connect again, if others could take their place.
+RELINK_S = 1.5
+#: After so many repairs that brought no answer, a link that is lost once more is not worth another try.
+MAX_IN_VAIN = 3
 #: After so many attempts to replace a part of the route, the whole is replaced.
 MEND_ATTEMPTS = 3
 RETRY_S = 0.2
@@ -47,6 +52,9 @@ class Repairer:
         self._config = openings.config
         self._silence = Silence(openings)
         self._relief = Relief(openings)
+        #: What was answered when the last repair began, and how many repairs have begun since.
+        self._answered = NO_STEP
+        self._in_vain = 0
 
     async def keep(self, ring: Ring) -> None:
         """Look after whatever is the matter; returns when it is done, or when something else has come up."""
@@ -79,6 +87,7 @@ class Repairer:
         limit_s = self._config.repair_timeout_s
         deadline = loop.time() + limit_s
         await asyncio.sleep(GATHER_S)
+        self._distrust(ring)
         first = self._tell(ring)
         attempts = 0
         while ring.error is None:
@@ -103,16 +112,30 @@ class Repairer:
             await asyncio.sleep(RETRY_S)
 
     async def _attempt(self, ring: Ring, number: int) -> None:
-        if number % (MEND_ATTEMPTS + 1):
+        if number % (MEND_ATTEMPTS + 1) or not ring.log.complete:
             try:
                 await self._mend(ring, fresh=number > 1)
                 return
             except MissingBlocksError:
-                pass  # one that is in use for another part of the route may serve these blocks as well
+                if not ring.log.complete:
+                    raise
+                # One that is in use for another part of the route may serve these blocks as well.
             except LinkFailedError as error:
                 if error.replayable:
                     raise
         await self._begin_again(ring)
+
+    def _distrust(self, ring: Ring) -> None:
+        """Replace both ends of a link that is lost again and again: one of them is wrong, or lies."""
+        self._in_vain = self._in_vain + 1 if ring.answered == self._answered else 0
+        self._answered = ring.answered
+        if self._in_vain < MAX_IN_VAIN:
+            return
+        for before, member in pairwise(ring.members):
+            if member.is_cut:
+                for one, other in ((before, member), (member, before)):
+                    reason = f"its link to {other.peer_id} was lost again and again"
+                    one.lose(HopLostError(reason, peer_id=one.peer_id))
 
     def _tell(self, ring: Ring) -> PetalSwarmError:
         """Log who is gone and remember to avoid them; returns why the first one is."""
@@ -152,7 +175,7 @@ class Repairer:
                     next=neighbour_of(after) if new_next and after else None,
                     answered=answered,
                 )
-                work.append(self._reroute(node, told, after))
+                work.append(self._reroute(ring, node, told, after))
             work.append(self._silence.expect_there(ring, node))
         opened = iter(await self._all(ring, work))
         members = [next(opened) if isinstance(node, Hop) else node for node in plan]
@@ -185,15 +208,32 @@ class Repairer:
             avoid.update(hop.peer_id for hop in route.hops)
         return plan
 
-    async def _reroute(self, member: Member, told: Reroute, after: Member | Hop | None) -> None:
+    async def _reroute(self, ring: Ring, member: Member, told: Reroute, after: Member | Hop | None) -> None:
+        timeout_s = self._openings.timeout_s
+        if told.next and isinstance(after, Member) and await self._silence.can_do_without([after]):
+            timeout_s = min(timeout_s, RELINK_S)
         try:
-            await member.reroute(told, self._openings.timeout_s)
-        except LinkFailedError as error:
-            if error.replayable and isinstance(after, Hop):
-                self._openings.view.avoidance.failed(after.peer_id)
-            elif error.replayable and isinstance(after, Member):
-                after.lose(HopLostError(f"{member.peer_id} cannot reach it: {error}", peer_id=after.peer_id))
+            await member.reroute(told, timeout_s)
+        except DeadlineError as error:
+            if told.next is None:
+                raise
+            progress = await self._silence.ask(ring, member)
+            if progress:  # it listens, so it is still dialling
+                self._cannot_reach(member, after, error)
+            elif progress is not None:
+                # What it has been sent before keeps it from reading this, maybe because of the link itself.
+                raise LinkFailedError(str(error), replayable=False) from None
             raise
+        except LinkFailedError as error:
+            if error.replayable:
+                self._cannot_reach(member, after, error)
+            raise
+
+    def _cannot_reach(self, member: Member, after: Member | Hop | None, error: PetalSwarmError) -> None:
+        if isinstance(after, Hop):
+            self._openings.view.avoidance.failed(after.peer_id)
+        elif after is not None:
+            after.lose(HopLostError(f"{member.peer_id} cannot reach it: {error}", peer_id=after.peer_id))
 
     async def _all(self, ring: Ring, work: Sequence[Awaitable[Member | None]]) -> list[Member]:
         """The hops that were opened, once all has worked.
@@ -218,25 +258,44 @@ class Repairer:
             raise worst from None
 
     async def _begin_again(self, ring: Ring) -> None:
-        """Open the session anew along whatever route there is, and send everything again."""
+        """Open the session anew along whatever route there is, and send everything again.
+
+        Who is gone may be back, or may have lost its connection only: where nobody else is left it is tried.
+        """
         if not ring.log.complete:
             ring.fail(HopLostError("a hop is gone, and the session is too long to be sent again"))
             return
-        gone = {m.peer_id for m in ring.members if m.error and not isinstance(m.error, IdleError)}
-        route = await self._openings.find_part(
-            self._openings.whole,
-            avoid=frozenset(gone),
-            like=[member.hop for member in ring.members],
-            min_batch_tokens=ring.log.max_rows,
-            fresh=True,
-        )
+        missing: MissingBlocksError | None = None
+        try:
+            route = await self._find_whole(ring, kept_out=Exception)
+        except MissingBlocksError as error:
+            missing = error
+            route = await self._find_whole(ring, kept_out=(CacheFullError, BusyError))
         session = secrets.token_bytes(SESSION_ID_BYTES)
         try:
             members = await self._openings.open_all(
                 route.hops, self._openings.of_session(session, route.hops, answered=ring.answered)
             )
         except OpenFailedError as error:
+            if missing is not None:
+                raise missing from None
             self._openings.blame(error.peer_id, error.error)
             raise error.error from None
         ring.session, ring.epoch = session, 0
         ring.adopt(members, route)
+
+    async def _find_whole(
+        self, ring: Ring, *, kept_out: type[Exception] | tuple[type[Exception], ...]
+    ) -> Route:
+        """A route without the hops that were lost for such a reason."""
+        return await self._openings.find_part(
+            self._openings.whole,
+            avoid=frozenset(
+                member.peer_id
+                for member in ring.members
+                if isinstance(member.error, kept_out) and not isinstance(member.error, IdleError)
+            ),
+            like=[member.hop for member in ring.members],
+            min_batch_tokens=ring.log.max_rows,
+            fresh=True,
+        )
