@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Awaitable, Sequence
 from itertools import groupby, pairwise
 
@@ -29,7 +30,7 @@ from petal_swarm.errors import (
 )
 from petal_swarm.routing.route import Hop, Route
 from petal_swarm.span import Span
-from petal_swarm.wire.messages import NO_STEP, SESSION_ID_BYTES, Reroute
+from petal_swarm.wire.messages import SESSION_ID_BYTES, Reroute
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,13 @@ logger = logging.getLogger(__name__)
 GATHER_S = 0.02
 #: Two living hops that lost each other have so long to connect again, if others could take their place.
 RELINK_S = 1.5
-#: After so many repairs that brought no answer, a link that is lost once more is not worth another try.
-MAX_IN_VAIN = 3
+#: A link that is lost more often is not made again.
+MAX_RELINKS = 3
 #: After so many attempts to replace a part of the route, the whole is replaced.
 MEND_ATTEMPTS = 3
+#: Pauses between attempts grow from the one to the other.
 RETRY_S = 0.2
+MAX_RETRY_S = 1.0
 
 
 class Repairer:
@@ -52,9 +55,7 @@ class Repairer:
         self._config = openings.config
         self._silence = Silence(openings)
         self._relief = Relief(openings)
-        #: What was answered when the last repair began, and how many repairs have begun since.
-        self._answered = NO_STEP
-        self._in_vain = 0
+        self._relinks: Counter[tuple[str, str]] = Counter()
 
     async def keep(self, ring: Ring) -> None:
         """Look after whatever is the matter; returns when it is done, or when something else has come up."""
@@ -89,9 +90,10 @@ class Repairer:
         await asyncio.sleep(GATHER_S)
         self._distrust(ring)
         first = self._tell(ring)
-        attempts = 0
+        attempts, why = 0, "no answer in time"
         while ring.error is None:
             attempts += 1
+            pause_s = min(MAX_RETRY_S, RETRY_S * attempts)
             try:
                 async with asyncio.timeout(max(0.0, deadline - loop.time())):
                     await self._attempt(ring, attempts)
@@ -99,9 +101,10 @@ class Repairer:
                 logger.info("repairing, attempt %d: %s", attempts, error or "timeout")
                 if isinstance(error, MissingBlocksError) and isinstance(first, (CacheFullError, BusyError)):
                     raise first from None  # the user can do more about that than about the rest
-                if loop.time() + RETRY_S >= deadline:
+                why = str(error) or why
+                if loop.time() + pause_s >= deadline:
                     raise HopLostError(
-                        f"{first}; nobody took its place within {limit_s:g} s: {error or 'no answer in time'}"
+                        f"{first}; nobody took its place within {limit_s:g} s: {why}"
                     ) from None
             else:
                 ring.repairs += 1
@@ -109,7 +112,7 @@ class Repairer:
                 return
             if attempts == MEND_ATTEMPTS:
                 logger.warning("%s; looking for another server for up to %g s", first, limit_s)
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(pause_s)
 
     async def _attempt(self, ring: Ring, number: int) -> None:
         if number % (MEND_ATTEMPTS + 1) or not ring.log.complete:
@@ -127,15 +130,15 @@ class Repairer:
 
     def _distrust(self, ring: Ring) -> None:
         """Replace both ends of a link that is lost again and again: one of them is wrong, or lies."""
-        self._in_vain = self._in_vain + 1 if ring.answered == self._answered else 0
-        self._answered = ring.answered
-        if self._in_vain < MAX_IN_VAIN:
-            return
         for before, member in pairwise(ring.members):
-            if member.is_cut:
-                for one, other in ((before, member), (member, before)):
-                    reason = f"its link to {other.peer_id} was lost again and again"
-                    one.lose(HopLostError(reason, peer_id=one.peer_id))
+            if not member.is_cut or member.error is not None or before.error is not None:
+                continue
+            link = (before.peer_id, member.peer_id)
+            self._relinks[link] += 1
+            if self._relinks[link] > MAX_RELINKS:
+                reason = f"the link from {before.peer_id} to {member.peer_id} is lost again and again"
+                before.lose(HopLostError(reason, peer_id=before.peer_id))
+                member.lose(HopLostError(reason, peer_id=member.peer_id))
 
     def _tell(self, ring: Ring) -> PetalSwarmError:
         """Log who is gone and remember to avoid them; returns why the first one is."""
@@ -277,10 +280,8 @@ class Repairer:
                 route.hops, self._openings.of_session(session, route.hops, answered=ring.answered)
             )
         except OpenFailedError as error:
-            if missing is not None:
-                raise missing from None
             self._openings.blame(error.peer_id, error.error)
-            raise error.error from None
+            raise missing or error.error from None
         ring.session, ring.epoch = session, 0
         ring.adopt(members, route)
 

@@ -289,7 +289,10 @@ class Ring:
                 self._changed.clear()
                 await self._keeper(self)
         except PetalSwarmError as error:
-            self.fail(error)
+            if self.is_waiting or not self._log.complete:
+                self.fail(error)
+            else:
+                logger.info("%s; that can wait until the session is used again", error)
         except Exception as error:
             logger.exception("a session could not be repaired")
             self.fail(HopLostError(f"the session could not be repaired: {type(error).__name__}"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 
 from petal_swarm.wire.messages import Recall, Recalled, Step, TensorMeta
 from petal_swarm.wire.step_log import StepLog
@@ -14,6 +16,7 @@ KEPT_STEP_BYTES = 256 << 10
 #: What is answered at once is bounded like a step.
 MAX_ROWS = 512
 MAX_MESSAGES = 64
+MAX_BYTES = 64 << 20
 
 
 class Receipts:
@@ -36,22 +39,19 @@ class Receipts:
 def answer(question: Recall, log: StepLog, receipts: Receipts) -> Iterator[Recalled]:
     """The messages that answer a question; one without slices if what it is about is not known here."""
     if question.received:
-        found = receipts.find(question.first, question.last)
+        found: Iterable[Recalled | Step] = receipts.find(question.first, question.last)
     else:
-        steps = log.after(question.first - 1, done=question.last, max_rows=MAX_ROWS) or []
-        found = [
-            Recalled(0, False, step.step, step.slices, step.tensor, step.payload, step.forks)
-            for step in steps
-            if step.step <= question.last
-        ]
-    found = found[:MAX_MESSAGES] or [Recalled(0, False, 0, (), TensorMeta("float32", (0, 0)), b"")]
-    for index, kept in enumerate(found):
-        yield Recalled(
-            question.number,
-            index + 1 < len(found),
-            kept.step,
-            kept.slices,
-            kept.tensor,
-            kept.payload,
-            kept.forks,
+        found = log.between(question.first, question.last, max_rows=MAX_ROWS)
+    answers, nbytes = [], 0
+    for kept in islice(found, MAX_MESSAGES):
+        nbytes += kept.tensor.nbytes
+        if nbytes > MAX_BYTES:
+            break
+        answers.append(
+            Recalled(question.number, True, kept.step, kept.slices, kept.tensor, kept.payload, kept.forks)
         )
+    yield from answers[:-1]
+    if answers:
+        yield replace(answers[-1], more=False)
+    else:
+        yield Recalled(question.number, False, 0, (), TensorMeta("float32", (0, 0)), b"")
