@@ -80,7 +80,8 @@ class Member:
 
         Raises:
             LinkFailedError: it could not.
-            HopLostError: it is gone itself, or says nothing.
+            HopLostError: it is gone itself.
+            DeadlineError: it says nothing.
         """
         answer = self._rerouted[told.epoch] = asyncio.get_running_loop().create_future()
         try:
@@ -91,7 +92,7 @@ class Member:
             async with asyncio.timeout(timeout_s):
                 await answer
         except TimeoutError:
-            raise HopLostError(f"peer {self.peer_id} did not answer within {timeout_s:g} s") from None
+            raise DeadlineError(f"peer {self.peer_id} did not answer within {timeout_s:g} s") from None
         finally:
             del self._rerouted[told.epoch]
 

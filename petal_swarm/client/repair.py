@@ -10,8 +10,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from collections import Counter
 from collections.abc import Awaitable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from petal_swarm.client.members import LinkFailedError, Member, OpenFailedError
 from petal_swarm.client.openings import Openings, named, neighbour_of, route_of
@@ -21,12 +22,13 @@ from petal_swarm.client.silence import Silence
 from petal_swarm.errors import (
     BusyError,
     CacheFullError,
+    DeadlineError,
     HopLostError,
     IdleError,
     MissingBlocksError,
     PetalSwarmError,
 )
-from petal_swarm.routing.route import Hop
+from petal_swarm.routing.route import Hop, Route
 from petal_swarm.span import Span
 from petal_swarm.wire.messages import SESSION_ID_BYTES, Reroute
 
@@ -34,9 +36,15 @@ logger = logging.getLogger(__name__)
 
 #: Several streams tell of one death; whoever heard the first waits for the others.
 GATHER_S = 0.02
+#: Two living hops that lost each other have so long to connect again, if others could take their place.
+RELINK_S = 1.5
+#: A link that is lost more often is not made again.
+MAX_RELINKS = 3
 #: After so many attempts to replace a part of the route, the whole is replaced.
 MEND_ATTEMPTS = 3
+#: Pauses between attempts grow from the one to the other.
 RETRY_S = 0.2
+MAX_RETRY_S = 1.0
 
 
 class Repairer:
@@ -47,6 +55,7 @@ class Repairer:
         self._config = openings.config
         self._silence = Silence(openings)
         self._relief = Relief(openings)
+        self._relinks: Counter[tuple[str, str]] = Counter()
 
     async def keep(self, ring: Ring) -> None:
         """Look after whatever is the matter; returns when it is done, or when something else has come up."""
@@ -79,10 +88,12 @@ class Repairer:
         limit_s = self._config.repair_timeout_s
         deadline = loop.time() + limit_s
         await asyncio.sleep(GATHER_S)
+        self._distrust(ring)
         first = self._tell(ring)
-        attempts = 0
+        attempts, why = 0, "no answer in time"
         while ring.error is None:
             attempts += 1
+            pause_s = min(MAX_RETRY_S, RETRY_S * attempts)
             try:
                 async with asyncio.timeout(max(0.0, deadline - loop.time())):
                     await self._attempt(ring, attempts)
@@ -90,9 +101,10 @@ class Repairer:
                 logger.info("repairing, attempt %d: %s", attempts, error or "timeout")
                 if isinstance(error, MissingBlocksError) and isinstance(first, (CacheFullError, BusyError)):
                     raise first from None  # the user can do more about that than about the rest
-                if loop.time() + RETRY_S >= deadline:
+                why = str(error) or why
+                if loop.time() + pause_s >= deadline:
                     raise HopLostError(
-                        f"{first}; nobody took its place within {limit_s:g} s: {error or 'no answer in time'}"
+                        f"{first}; nobody took its place within {limit_s:g} s: {why}"
                     ) from None
             else:
                 ring.repairs += 1
@@ -100,19 +112,33 @@ class Repairer:
                 return
             if attempts == MEND_ATTEMPTS:
                 logger.warning("%s; looking for another server for up to %g s", first, limit_s)
-            await asyncio.sleep(RETRY_S)
+            await asyncio.sleep(pause_s)
 
     async def _attempt(self, ring: Ring, number: int) -> None:
-        if number % (MEND_ATTEMPTS + 1) and not ring.is_spoiled:
+        if (number % (MEND_ATTEMPTS + 1) or not ring.log.complete) and not ring.is_spoiled:
             try:
                 await self._mend(ring, fresh=number > 1)
                 return
             except MissingBlocksError:
-                pass  # one that is in use for another part of the route may serve these blocks as well
+                if not ring.log.complete:
+                    raise
+                # One that is in use for another part of the route may serve these blocks as well.
             except LinkFailedError as error:
                 if error.replayable:
                     raise
         await self._begin_again(ring)
+
+    def _distrust(self, ring: Ring) -> None:
+        """Replace both ends of a link that is lost again and again: one of them is wrong, or lies."""
+        for before, member in pairwise(ring.members):
+            if not member.is_cut or member.error is not None or before.error is not None:
+                continue
+            link = (before.peer_id, member.peer_id)
+            self._relinks[link] += 1
+            if self._relinks[link] > MAX_RELINKS:
+                reason = f"the link from {before.peer_id} to {member.peer_id} is lost again and again"
+                before.lose(HopLostError(reason, peer_id=before.peer_id))
+                member.lose(HopLostError(reason, peer_id=member.peer_id))
 
     def _tell(self, ring: Ring) -> PetalSwarmError:
         """Log who is gone and remember to avoid them; returns why the first one is."""
@@ -152,7 +178,7 @@ class Repairer:
                     next=neighbour_of(after) if new_next and after else None,
                     answered=answered,
                 )
-                work.append(self._reroute(node, told, after))
+                work.append(self._reroute(ring, node, told, after))
             work.append(self._silence.expect_there(ring, node))
         opened = iter(await self._all(ring, work))
         members = [next(opened) if isinstance(node, Hop) else node for node in plan]
@@ -185,15 +211,32 @@ class Repairer:
             avoid.update(hop.peer_id for hop in route.hops)
         return plan
 
-    async def _reroute(self, member: Member, told: Reroute, after: Member | Hop | None) -> None:
+    async def _reroute(self, ring: Ring, member: Member, told: Reroute, after: Member | Hop | None) -> None:
+        timeout_s = self._openings.timeout_s
+        if told.next and isinstance(after, Member) and await self._silence.can_do_without([after]):
+            timeout_s = min(timeout_s, RELINK_S)
         try:
-            await member.reroute(told, self._openings.timeout_s)
-        except LinkFailedError as error:
-            if error.replayable and isinstance(after, Hop):
-                self._openings.view.avoidance.failed(after.peer_id)
-            elif error.replayable and isinstance(after, Member):
-                after.lose(HopLostError(f"{member.peer_id} cannot reach it: {error}", peer_id=after.peer_id))
+            await member.reroute(told, timeout_s)
+        except DeadlineError as error:
+            if told.next is None:
+                raise
+            progress = await self._silence.ask(ring, member)
+            if progress:  # it listens, so it is still dialling
+                self._cannot_reach(member, after, error)
+            elif progress is not None:
+                # What it has been sent before keeps it from reading this, maybe because of the link itself.
+                raise LinkFailedError(str(error), replayable=False) from None
             raise
+        except LinkFailedError as error:
+            if error.replayable:
+                self._cannot_reach(member, after, error)
+            raise
+
+    def _cannot_reach(self, member: Member, after: Member | Hop | None, error: PetalSwarmError) -> None:
+        if isinstance(after, Hop):
+            self._openings.view.avoidance.failed(after.peer_id)
+        elif after is not None:
+            after.lose(HopLostError(f"{member.peer_id} cannot reach it: {error}", peer_id=after.peer_id))
 
     async def _all(self, ring: Ring, work: Sequence[Awaitable[Member | None]]) -> list[Member]:
         """The hops that were opened, once all has worked.
@@ -218,18 +261,19 @@ class Repairer:
             raise worst from None
 
     async def _begin_again(self, ring: Ring) -> None:
-        """Open the session anew along whatever route there is, and send everything again."""
+        """Open the session anew along whatever route there is, and send everything again.
+
+        Who is gone may be back, or may have lost its connection only: where nobody else is left it is tried.
+        """
         if not ring.log.complete:
             ring.fail(HopLostError("a hop is gone, and the session is too long to be sent again"))
             return
-        gone = {m.peer_id for m in ring.members if m.error and not isinstance(m.error, IdleError)}
-        route = await self._openings.find_part(
-            self._openings.whole,
-            avoid=frozenset(gone),
-            like=[member.hop for member in ring.members],
-            min_batch_tokens=ring.log.max_rows,
-            fresh=True,
-        )
+        missing: MissingBlocksError | None = None
+        try:
+            route = await self._find_whole(ring, kept_out=Exception)
+        except MissingBlocksError as error:
+            missing = error
+            route = await self._find_whole(ring, kept_out=(CacheFullError, BusyError))
         session = secrets.token_bytes(SESSION_ID_BYTES)
         try:
             members = await self._openings.open_all(
@@ -237,6 +281,22 @@ class Repairer:
             )
         except OpenFailedError as error:
             self._openings.blame(error.peer_id, error.error)
-            raise error.error from None
+            raise missing or error.error from None
         ring.session, ring.epoch, ring.is_spoiled = session, 0, False
         ring.adopt(members, route)
+
+    async def _find_whole(
+        self, ring: Ring, *, kept_out: type[Exception] | tuple[type[Exception], ...]
+    ) -> Route:
+        """A route without the hops that were lost for such a reason."""
+        return await self._openings.find_part(
+            self._openings.whole,
+            avoid=frozenset(
+                member.peer_id
+                for member in ring.members
+                if isinstance(member.error, kept_out) and not isinstance(member.error, IdleError)
+            ),
+            like=[member.hop for member in ring.members],
+            min_batch_tokens=ring.log.max_rows,
+            fresh=True,
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from petal_swarm.client.members import LinkFailedError, Member
 from petal_swarm.errors import (
@@ -67,6 +67,14 @@ class Observer(Protocol):
     async def close(self) -> None: ...
 
 
+class _Pending(NamedTuple):
+    """An answer that is waited for, its shape, and how many bytes had been sent with its step."""
+
+    answer: asyncio.Future[Output]
+    shape: tuple[int, int]
+    sent_bytes: int
+
+
 class Ring:
     """An open session; made by `Swarm.open_ring`. All methods run in the event loop.
 
@@ -90,8 +98,10 @@ class Ring:
         self.epoch = 0
         self.members: list[Member] = []
         self._loop = asyncio.get_running_loop()
-        self._pending: dict[int, asyncio.Future[Output]] = {}
-        self._last_sent = NO_STEP
+        self._pending: dict[int, _Pending] = {}
+        self.last_sent = NO_STEP
+        #: All steps up to this one have been through all hops, and their answers have come.
+        self.answered = NO_STEP
         self._log = log
         self._outbox = Outbox(log, self._stalled, stall_s=STALL_S)
         self._keeper = keeper
@@ -102,7 +112,8 @@ class Ring:
         self._changed = asyncio.Event()
         self._watch: asyncio.TimerHandle | None = None
         self._progress_s = self._loop.time()
-        self._unanswered_bytes = 0
+        self._sent_bytes = 0
+        self._answered_bytes = 0
         #: Running mean of the time between two answers that were due.
         self.step_s = 0.0
         self.is_quiet = False
@@ -121,15 +132,18 @@ class Ring:
         """
         if self.error is not None:
             raise self.error
+        if self.last_sent == self.answered:
+            self._progress_s = self._loop.time()
+            if self._watch is None:
+                self._watch = self._loop.call_later(self.quiet_s, self._look)
+        self.last_sent = step.step
+        self._sent_bytes += len(step.payload)
         answer = None
         if step.rows != "none":
-            if not self._pending:
-                self._progress_s = self._loop.time()
-                if self._watch is None:
-                    self._watch = self._loop.call_later(self.quiet_s, self._look)
-            answer = self._pending[step.step] = self._loop.create_future()
-        self._last_sent = step.step
-        self._unanswered_bytes += len(step.payload)
+            answer = self._loop.create_future()
+            rows, columns = step.tensor.shape
+            shape = (len(step.slices) if step.rows == "last" else rows, columns)
+            self._pending[step.step] = _Pending(answer, shape, self._sent_bytes)
         self._outbox.send(step)
         if self.is_broken and self._keeping is None:
             self.wake()
@@ -168,7 +182,7 @@ class Ring:
         if self._watch is not None:
             self._watch.cancel()
             self._watch = None
-        for answer in self._pending.values():
+        for answer, *_ in self._pending.values():
             if not answer.done():
                 answer.set_exception(self.error)
                 answer.exception()  # seen: the one who waits raises it, if there is one
@@ -192,15 +206,6 @@ class Ring:
         return any(member.is_leaving for member in self.members)
 
     @property
-    def answered(self) -> int:
-        """All steps up to this one are answered, or want no answer."""
-        return min(self._pending, default=self._last_sent + 1) - 1
-
-    @property
-    def last_sent(self) -> int:
-        return self._last_sent
-
-    @property
     def log(self) -> StepLog:
         return self._log
 
@@ -208,12 +213,16 @@ class Ring:
     def quiet_s(self) -> float:
         """How long no answer may come before somebody asks why: it follows from the steps so far."""
         steps_s = min(MAX_QUIET_S, max(MIN_QUIET_S, QUIET_STEPS * self.step_s))
-        return steps_s + self._unanswered_bytes / SLOW_UPLOAD_BYTES_PER_S
+        return steps_s + (self._sent_bytes - self._answered_bytes) / SLOW_UPLOAD_BYTES_PER_S
 
     @property
     def is_waiting(self) -> bool:
-        """Whether an answer is due."""
-        return bool(self._pending)
+        """Whether anything was sent that no answer covers yet."""
+        return self.last_sent > self.answered
+
+    def is_due(self, step: int) -> bool:
+        """Whether the answer of a step up to this one is wanted, and has not come."""
+        return any(number <= step for number in self._pending)
 
     def adopt(self, members: Sequence[Member], route: Route) -> None:
         """Go on along these hops, which are connected to each other; those no longer in use are left."""
@@ -277,7 +286,7 @@ class Ring:
     def wake(self, *, unless_idle: bool = False) -> None:
         """There is something to repair."""
         self._changed.set()
-        if self.error is None and self._keeping is None and not (unless_idle and not self._pending):
+        if self.error is None and self._keeping is None and not (unless_idle and not self.is_waiting):
             self._keeping = self._loop.create_task(self._keep())
 
     # -- inside ----------------------------------------------------------------------------------
@@ -299,7 +308,10 @@ class Ring:
                 self._changed.clear()
                 await self._keeper(self)
         except PetalSwarmError as error:
-            self.fail(error)
+            if self.is_waiting or not self._log.complete:
+                self.fail(error)
+            else:
+                logger.info("%s; that can wait until the session is used again", error)
         except Exception as error:
             logger.exception("a session could not be repaired")
             self.fail(HopLostError(f"the session could not be repaired: {type(error).__name__}"))
@@ -309,7 +321,7 @@ class Ring:
     def _look(self) -> None:
         """A timer of its own while answers are due, not one for each step."""
         self._watch = None
-        if not self._pending or self.error is not None:
+        if not self.is_waiting or self.error is not None:
             return
         quiet_s = self.quiet_s
         left_s = self._progress_s + quiet_s - self._loop.time()
@@ -343,16 +355,25 @@ class Ring:
             if member in self.members:
                 raise RemoteProtocolError(f"peer {member.peer_id} sent an output, and is not the last hop")
             return
-        answer = self._pending.pop(output.step, None)
-        if answer is None or answer.done():
+        pending = self._pending.get(output.step)
+        if pending is None:
             return
-        answer.set_result(output)
+        answer, shape, sent_bytes = pending
+        if output.tensor.shape != shape:
+            raise RemoteProtocolError(
+                f"peer {member.peer_id} answered with shape {list(output.tensor.shape)},"
+                f" expected {list(shape)}"
+            )
+        del self._pending[output.step]
+        if not answer.done():
+            answer.set_result(output)
         now = self._loop.time()
         passed_s = now - self._progress_s
         self.step_s += (passed_s - self.step_s) * (_SMOOTHING if self.step_s else 1.0)
         self._progress_s = now
-        if not self._pending:
-            self._unanswered_bytes = 0
+        # Every hop keeps their order: those before it have been everywhere, too.
+        if output.step < min(self._pending, default=output.step + 1):
+            self.answered, self._answered_bytes = output.step, sent_bytes
         if self._observer is not None:
             self._observer.observe(self, output)
 

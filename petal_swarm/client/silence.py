@@ -30,14 +30,14 @@ class Silence:
     def __init__(self, openings: Openings) -> None:
         self._openings = openings
         self._probes = 0
-        #: Where each hop was when it was last asked, and since when it has been there.
-        self._stood_still: dict[int, tuple[tuple[int, ...], float]] = {}
+        #: Where each hop was when it was last asked, after which answer, and since when it has been there.
+        self._stood_still: dict[int, tuple[object, float]] = {}
 
     async def look_into(self, ring: Ring) -> None:
         """No answer has come for too long: ask every hop whether it is there, and how far."""
         ring.is_quiet, ring.is_looked_into = False, True
         members = list(ring.members)
-        asked = [asyncio.create_task(self._ask(ring, member)) for member in members]
+        asked = [asyncio.create_task(self.ask(ring, member)) for member in members]
         try:
             found = await asyncio.gather(*asked)
         finally:
@@ -46,7 +46,7 @@ class Silence:
                 task.cancel()
         now = asyncio.get_running_loop().time()
         silent = [member for member, progress in zip(members, found, strict=True) if progress is None]
-        if silent and ring.is_waiting and await self._can_do_without(silent):
+        if silent and ring.is_waiting and await self.can_do_without(silent):
             for member in silent:
                 ring.lose(member, HopLostError(f"peer {member.peer_id} is silent", peer_id=member.peer_id))
         if ring.is_broken or not ring.is_waiting:
@@ -54,13 +54,16 @@ class Silence:
         for index, (member, progress) in enumerate(zip(members, found, strict=True)):
             if not progress:
                 continue
-            stood_s = self._stood_for(index, progress, now)
+            stood_s = self._stood_for(index, (member.peer_id, progress, ring.answered), now)
             before = found[index - 1] if index else None
             arrived, done = progress
             if before and before[1] > arrived and stood_s >= STUCK_S:
                 ring.cut(member)
             elif arrived > done and stood_s >= STALLED_S:
                 ring.lose(member, HopLostError(f"peer {member.peer_id} computes nothing"))
+            elif member is members[-1] and done > ring.answered and ring.is_due(done):
+                # It would have sent the answer before it said so.
+                ring.lose(member, HopLostError(f"peer {member.peer_id} does not answer"))
 
     async def expect_there(self, ring: Ring, member: Member) -> None:
         """A hop that is to stay may be silent itself: what it is told would be waited for in vain.
@@ -68,13 +71,13 @@ class Silence:
         Raises:
             HopLostError: it is, and others could take its place.
         """
-        if await self._ask(ring, member) is None and await self._can_do_without([member]):
+        if await self.ask(ring, member) is None and await self.can_do_without([member]):
             silent = HopLostError(f"peer {member.peer_id} is silent", peer_id=member.peer_id)
             self._openings.blame(member.peer_id, silent)
             ring.lose(member, silent)
             raise silent
 
-    async def _can_do_without(self, silent: Sequence[Member]) -> bool:
+    async def can_do_without(self, silent: Sequence[Member]) -> bool:
         """Whether others could take their place. If not, they may be too busy to answer: better to wait."""
         try:
             await self._openings.find_part(
@@ -88,14 +91,14 @@ class Silence:
             return False
         return True
 
-    def _stood_for(self, index: int, progress: tuple[int, ...], now: float) -> float:
-        before, since = self._stood_still.get(index, ((), now))
-        if before != progress:
+    def _stood_for(self, index: int, place: object, now: float) -> float:
+        before, since = self._stood_still.get(index, (None, now))
+        if before != place:
             since = now
-        self._stood_still[index] = (progress, since)
+        self._stood_still[index] = (place, since)
         return now - since
 
-    async def _ask(self, ring: Ring, member: Member) -> tuple[int, ...] | None:
+    async def ask(self, ring: Ring, member: Member) -> tuple[int, ...] | None:
         """How far a hop is: the last step that came and the last that was done. Or only that it is there,
         if steps on the way keep the question waiting; None if it is not.
         """

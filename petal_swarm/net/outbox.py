@@ -33,6 +33,11 @@ class Link:
         self._backlog: deque[Step] | None = None
         self._pump: asyncio.Task[None] | None = None
 
+    @property
+    def is_filling(self) -> bool:
+        """Whether the peer is still sent what came earlier."""
+        return self._backlog is not None
+
     def send(self, step: Step) -> None:
         if self._backlog is not None:
             self._backlog.append(step)
@@ -116,8 +121,14 @@ class Outbox:
 
     @property
     def congested(self) -> bool:
-        """Whether so much is unsent that `drain` would wait."""
-        return any(link.channel.congested for link in self.links)
+        """Whether so much is unsent that `drain` would wait.
+
+        A peer that is being filled holds up nobody: what waits for it is in the log anyway.
+        """
+        return any(map(self._holds_up, self.links))
+
+    def _holds_up(self, link: Link) -> bool:
+        return link.channel.congested and not (link.is_filling and self.log.complete)
 
     @property
     def sent_bytes(self) -> int:
@@ -131,7 +142,7 @@ class Outbox:
 
     async def drain(self) -> None:
         """Wait until the links have taken what was sent, or are gone."""
-        for link in list(self.links):
+        for link in list(filter(self._holds_up, self.links)):
             with contextlib.suppress(NetworkError):  # whoever reads from it hears of it too
                 await link.channel.drain()
 

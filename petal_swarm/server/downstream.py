@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 #: A push stream to a neighbour, as of an epoch, and its answer. Raises `HopLostError`.
 Dial: TypeAlias = Callable[[Neighbour, int], Awaitable[tuple[Channel, Opened]]]
 
+#: Who is told of so many new neighbours, each within a second of the one before, takes its time: a client
+#: that says nothing else would have it dial thousands.
+MAX_HASTE = 4
+HASTE_S = 1.0
+CALM_S = 0.25
+
 GONE = "what was sent before is not known here any more"
 
 
@@ -44,6 +50,8 @@ class Downstream:
         self._on_change = on_change
         self._answered = answered
         self._tasks: set[asyncio.Task[None]] = set()
+        self._rerouted_s = -HASTE_S
+        self._haste = 0
 
     @property
     def is_connected(self) -> bool:
@@ -86,11 +94,17 @@ class Downstream:
             return
         for earlier in self._tasks:
             earlier.cancel()
-        task = asyncio.get_running_loop().create_task(self._reroute(following, epoch, also, done))
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        self._haste = self._haste + 1 if now - self._rerouted_s < HASTE_S else 0
+        self._rerouted_s = now
+        task = loop.create_task(self._reroute(following, epoch, also, done))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def _reroute(self, following: Neighbour, epoch: int, also: bool, done: int) -> None:
+        if self._haste > MAX_HASTE:
+            await asyncio.sleep(CALM_S)
         try:
             await self.connect(following, epoch, also=also, done=done)
         except PetalSwarmError as error:

@@ -15,7 +15,6 @@ from petal_swarm.engine.steps import StepRequest, StepResult
 from petal_swarm.errors import (
     BadMessageError,
     BadTensorError,
-    HopLostError,
     IdleError,
     NetworkError,
     ProtocolError,
@@ -103,14 +102,18 @@ class HostedSession:
         self._is_spare = opening.spare
         self._answered = opening.answered
         self._unanswered: list[Output] = []
+        self._unanswered_bytes = 0
         self._epoch = opening.epoch
         self._client_ended: asyncio.Future[None] = self._loop.create_future()
+        self._hushed: asyncio.Task[None] | None = None
         self._unrepaired: asyncio.TimerHandle | None = None
         self.last_step = NO_STEP
         self._last_done = NO_STEP
         self._last_active = math.inf  # to wait for room, or for the next hop, is not to be idle
         self._computing = 0
         self._prefixes = PrefixSteps(self, compute) if opening.share_prefixes else None
+        # What this session shares is filed under the name of the hop that was before it first.
+        self._trusts_keys = True
         self._settled = asyncio.Event()
         self._ended = asyncio.Event()
         #: Set once there is room for the session, or it has ended without.
@@ -181,6 +184,20 @@ class HostedSession:
                 self._tell(recalled)
         else:
             raise BadMessageError(f"expected a step, got {message.type!r}")
+        if self._client.congested and self._hushed is None and not self.ended:
+            self._client.pause()
+            self._hushed = self._loop.create_task(self._listen_again())
+
+    async def _listen_again(self) -> None:
+        """Who takes no answers is asked no questions."""
+        try:
+            async with asyncio.timeout(self._limits.write_timeout_s):
+                await self._client.drain()
+        except (NetworkError, TimeoutError) as error:
+            self.fail(error)
+            return
+        self._hushed = None
+        self._client.resume()
 
     def _reroute(self, told: Reroute) -> None:
         if told.epoch <= self._epoch and not (told.next and told.epoch == self._epoch):
@@ -189,6 +206,8 @@ class HostedSession:
         if told.upstream is not None:
             if self.opening.upstream is None:
                 raise BadMessageError("the first hop gets its steps from the client")
+            if told.upstream != self.upstream.peer_id:
+                self._trusts_keys = False
             self.upstream.reroute(told.upstream, told.epoch)
             self._on_reroute()
         if told.answered is not None and self._downstream is None:
@@ -238,8 +257,9 @@ class HostedSession:
         if self._prefixes is not None:
             self._prefixes.give_up_next()
         limit_s = self._limits.repair_timeout_s
-        lost = HopLostError(f"the next hop was lost, and not replaced for {limit_s:g} s")
-        self._unrepaired = self._loop.call_later(limit_s, self.fail, lost)
+        # That is nobody's fault here: the client has left it at that.
+        idle = IdleError(f"the next hop was lost, and not replaced for {limit_s:g} s")
+        self._unrepaired = self._loop.call_later(limit_s, self.fail, idle)
 
     async def take_steps(self, source: Channel) -> None:
         """Take the steps that the hop before this one pushes, until it, the session or its turn ends.
@@ -338,6 +358,8 @@ class HostedSession:
         self._usage.close()
         if self._unrepaired is not None:
             self._unrepaired.cancel()
+        if self._hushed is not None:
+            self._hushed.cancel()
         if self._prefixes is not None:
             self._prefixes.close()
         if self._downstream is not None:
@@ -359,8 +381,12 @@ class HostedSession:
         """Check what can be checked here and hand the step to the engine."""
         upstream = self.upstream
         if isinstance(message, FindPrefix) and self._prefixes is not None and upstream.source is not None:
-            if message.epoch == upstream.epoch:
+            if message.epoch != upstream.epoch:
+                return
+            if self._trusts_keys:
                 self._prefixes.ask(message, upstream.source)
+            else:
+                upstream.source.send(PrefixFound(message.step, (0,) * len(message.keys)))
             return
         if not isinstance(message, Step):
             raise BadMessageError(f"expected a step, got {message.type!r}")
@@ -386,6 +412,12 @@ class HostedSession:
         else:
             self.hand_over(message, arrived)
 
+    def _hold_back(self, output: Output) -> None:
+        self._unanswered.append(output)
+        self._unanswered_bytes += output.tensor.nbytes
+        if self._unanswered_bytes > self._limits.max_bytes_in_flight:
+            self.fail(TooSlowError("nobody has asked this spare for its answers"))
+
     def request_of(self, step: Step) -> StepRequest:
         """What the engine is asked for a step of this session."""
         return StepRequest(
@@ -395,7 +427,7 @@ class HostedSession:
             hidden=decode_tensor(step.tensor, step.payload),
             forks=step.forks,
             rows=step.rows if self._downstream is None else "all",
-            keys=step.keys,
+            keys=step.keys if self._trusts_keys else (),
             peer=self._client.peer_id,
         )
 
@@ -468,6 +500,6 @@ class HostedSession:
         elif step.rows != "none" and step.step > self._answered:
             output = Output(step=step.step, epoch=step.epoch, tensor=meta, payload=payload, trace=trace)
             if self._is_spare:
-                self._unanswered.append(output)
+                self._hold_back(output)
             else:
                 self._tell(output)

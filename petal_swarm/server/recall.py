@@ -6,6 +6,7 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 from petal_swarm.wire.messages import DIGEST_BYTES, Recall, Recalled, Step, TensorMeta
 from petal_swarm.wire.step_log import StepLog
@@ -44,19 +45,19 @@ def answer(question: Recall, log: StepLog, receipts: Receipts | None) -> Iterato
     if question.received:
         found = receipts.find(question.first, question.last) if receipts else ()
     else:
-        found = _sent(log.after(question.first - 1) or (), question.last)
+        found = _sent(log.between(question.first, question.last))
     for index, recalled in enumerate(found):
         yield replace(recalled, number=question.number, more=index + 1 < len(found))
     if not found:
         yield Recalled(question.number, False, 0, (), _NOTHING, b"")
 
 
-def _sent(steps: Sequence[Step], last: int) -> list[Recalled]:
+def _sent(steps: Iterator[Step]) -> list[Recalled]:
     found: list[Recalled] = []
     nbytes = 0
-    for step in steps[:MAX_STEPS]:
+    for step in islice(steps, MAX_STEPS):
         nbytes += len(step.payload)
-        if step.step > last or (found and nbytes > MAX_BYTES):
+        if found and nbytes > MAX_BYTES:
             break
         found.append(_recalled(step))
     return found

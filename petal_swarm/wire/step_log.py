@@ -5,8 +5,9 @@ Positions are absolute, so the same steps in the same order give the same KV cac
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 from petal_swarm.span import Slice
 from petal_swarm.wire.messages import DTYPE_BYTES, NO_STEP, Step, TensorMeta
@@ -90,6 +91,11 @@ class StepLog:
         first, joined = bisect_right(self._numbers, number), bisect_right(self._numbers, done)
         return [*join_steps(self._steps[first:joined], max_rows), *self._steps[max(first, joined) :]]
 
+    def between(self, first: int, last: int) -> Iterator[Step]:
+        """The steps of these numbers, in order; nothing if not all are known."""
+        begin, end = bisect_left(self._numbers, first), bisect_right(self._numbers, last)
+        return islice(self._steps, begin, end)
+
     @property
     def max_rows(self) -> int:
         """Rows of the largest step."""
@@ -110,7 +116,7 @@ class StepLog:
         self._budget._closed(self)
 
 
-def join_steps(steps: Sequence[Step], max_rows: int) -> Iterator[Step]:
+def join_steps(steps: Iterable[Step], max_rows: int) -> Iterator[Step]:
     """Fewer steps that leave the same KV cache behind, and return no rows.
 
     Steps that append to what the one before them has left become one, with the number of the last.

@@ -56,7 +56,7 @@ def swarm(bloom: Path) -> Iterator[LocalSwarm]:
             assert compute is not None
             left = (host._sessions, host._arrivals, host._room._waiting)
             assert left == ({}, {}, {})
-            assert (host.gate.num_opening, len(host._quotas), host._quotas.nbytes) == (0, 0, 0)
+            assert (swarm.servers[0]._gate.num_opening, len(host._quotas), host._quotas.nbytes) == (0, 0, 0)
             assert compute.engine.stats().sessions == 0
             assert host.tokens_available == compute.engine.stats().kv_tokens
         assert len(asyncio.all_tasks(swarm.loop)) == tasks
@@ -258,14 +258,14 @@ def test_streams_that_never_say_what_they_want(swarm: LocalSwarm) -> None:
         await asyncio.sleep(1)
         host = swarm.servers[0]._host
         assert host is not None
-        assert host.gate.num_opening == host._limits.max_opening_of_peer == 512
-        assert host.gate.num_streams == 512
+        assert swarm.servers[0]._gate.num_opening == host._limits.max_opening_of_peer == 512
+        assert swarm.servers[0]._gate.num_streams == 512
         with pytest.raises(BusyError, match="being opened") as caught:
             await pushing[-1].expect(Opened, timeout_s=1)
         assert caught.value.retry_after_s == host._limits.open_timeout_s
         await (await Intruder(swarm).opened(session=session_id(5000))).close()
         await asyncio.sleep(15)
-        assert not host.gate.num_opening
+        assert not swarm.servers[0]._gate.num_opening
         for channel in [*silent, *pushing]:
             channel.abort()
 
