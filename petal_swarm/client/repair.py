@@ -98,9 +98,7 @@ class Repairer:
         """No answer has come for too long: ask every hop whether it is there, and how far."""
         ring.is_quiet, ring.is_looked_into = False, True
         members = list(ring.members)
-        timeout_s = min(MAX_PROBE_S, max(MIN_PROBE_S, PROBE_STEPS * ring.step_s))
-        self._probes += 1
-        asked = [asyncio.create_task(self._ask(member, self._probes, timeout_s)) for member in members]
+        asked = [asyncio.create_task(self._ask(ring, member)) for member in members]
         try:
             found = await asyncio.gather(*asked)
         finally:
@@ -149,11 +147,13 @@ class Repairer:
         self._stood_still[index] = (progress, since)
         return now - since
 
-    async def _ask(self, member: Member, number: int, timeout_s: float) -> tuple[int, ...] | None:
+    async def _ask(self, ring: Ring, member: Member) -> tuple[int, ...] | None:
         """How far a hop is: the last step that came and the last that was done. Or only that it is there,
         if steps on the way keep the question waiting; None if it is not.
         """
-        probing = asyncio.create_task(member.probe(Probe(number), number))
+        timeout_s = min(MAX_PROBE_S, max(MIN_PROBE_S, PROBE_STEPS * ring.step_s))
+        self._probes += 1
+        probing = asyncio.create_task(member.probe(Probe(self._probes), self._probes))
         pinging = asyncio.create_task(self._view.is_there(member.hop, timeout_s))
         try:
             await asyncio.wait({probing, pinging}, return_when=asyncio.FIRST_COMPLETED)
@@ -260,6 +260,7 @@ class Repairer:
                     answered=answered,
                 )
                 work.append(self._reroute(node, told, after))
+            work.append(self._expect_there(ring, node))
         opened = iter(await self._all(ring, work))
         members = [next(opened) if isinstance(node, Hop) else node for node in plan]
         ring.adopt(members, _route(members))
@@ -292,6 +293,18 @@ class Repairer:
             plan += route.hops
             avoid.update(hop.peer_id for hop in route.hops)
         return plan
+
+    async def _expect_there(self, ring: Ring, member: Member) -> None:
+        """A hop that is to stay may be silent itself: what it is told would be waited for in vain.
+
+        Raises:
+            HopLostError: it is, and others could take its place.
+        """
+        if await self._ask(ring, member) is None and await self._can_do_without([member]):
+            silent = HopLostError(f"peer {member.peer_id} is silent", peer_id=member.peer_id)
+            self._blame(member.peer_id, silent)
+            ring.lose(member, silent)
+            raise silent
 
     async def _reroute(self, member: Member, told: Reroute, after: Member | Hop | None) -> None:
         try:

@@ -185,6 +185,23 @@ def test_a_cut_cable_between_two_living_hops(checkpoint: Path) -> None:
         assert outcome.ring.repairs >= 1
 
 
+@pytest.mark.parametrize("silent", [0, 2])
+def test_one_hop_dies_and_another_falls_silent(checkpoint: Path, silent: int) -> None:
+    """The repair of the first does not wait for the second for longer than for any silent hop."""
+    ids = prompt(1, 14)
+    with LocalSwarm(checkpoint, SPANS) as swarm:
+
+        def disturb(disturber: Disturber) -> None:
+            disturber.at(0.2, disturber.silence, silent)
+            disturber.at(0.2, disturber.kill, 1)
+
+        started = swarm.loop.time()
+        outcome = run(swarm, ids, TASKS["greedy"], disturb)
+        assert torch.equal(outcome.tokens, expected(checkpoint, ids, TASKS["greedy"]))
+        assert outcome.ring.epoch > 0, "it was mended, not begun again"
+        assert swarm.loop.time() - started < 40 * 4 * 0.007 + 3
+
+
 def test_all_hops_die_at_once(checkpoint: Path) -> None:
     ids = prompt(1, 14)
     with LocalSwarm(checkpoint, SPANS) as swarm:
