@@ -8,9 +8,10 @@ begins again along another route, from the client's own log.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from itertools import groupby
 
 from petal_swarm.client.members import (
@@ -68,6 +69,8 @@ class Repairer:
         self._model = model
         self._max_length = max_length
         self._probes = 0
+        #: That nobody else serves what is gone, if that was so in this repair.
+        self._missing: MissingBlocksError | None = None
         #: Where each hop was when it was last asked, and since when it has been there.
         self._stood_still: dict[int, tuple[tuple[int, ...], float]] = {}
 
@@ -180,6 +183,7 @@ class Repairer:
         deadline = loop.time() + limit_s
         await asyncio.sleep(GATHER_S)
         first = self._tell(ring)
+        self._missing = None
         attempts = 0
         while ring.error is None:
             attempts += 1
@@ -187,12 +191,13 @@ class Repairer:
                 async with asyncio.timeout(max(0.0, deadline - loop.time())):
                     await self._attempt(ring, attempts)
             except (PetalSwarmError, TimeoutError) as error:
-                logger.info("repairing, attempt %d: %s", attempts, error or "timeout")
+                logger.info("repairing, attempt %d: %s", attempts, str(error) or "timeout")
                 if isinstance(error, MissingBlocksError) and isinstance(first, (CacheFullError, BusyError)):
                     raise first from None  # the user can do more about that than about the rest
                 if loop.time() + RETRY_S >= deadline:
+                    reason = str(self._missing or error) or "no answer in time"
                     raise HopLostError(
-                        f"{first}; nobody took its place within {limit_s:g} s: {error or 'no answer in time'}"
+                        f"{first}; nobody took its place within {limit_s:g} s: {reason}"
                     ) from None
             else:
                 ring.repairs += 1
@@ -272,20 +277,18 @@ class Repairer:
             MissingBlocksError: nobody else serves the blocks of a hop that is gone.
         """
         plan: list[Member | Hop] = []
-        avoid = {member.peer_id for member in ring.members if not isinstance(member.error, IdleError)}
+        avoid = {member.peer_id for member in ring.members if member.error is None}
         runs = [(gone, list(run)) for gone, run in groupby(ring.members, lambda m: m.error is not None)]
         for number, (gone, run) in enumerate(runs):
             if not gone:
                 plan += run
                 continue
             after = runs[number + 1][1][0].peer_id if number + 1 < len(runs) else None
-            route = await self._view.find_part(
-                self._model,
+            route = await self._find_others(
+                ring,
                 Span(run[0].hop.span.start, run[-1].hop.span.end),
-                kv_tokens=self._max_length,
-                avoid=frozenset(avoid),
-                like=[member.hop for member in run],
-                min_batch_tokens=ring.log.max_rows,
+                like=run,
+                avoid=avoid,
                 fresh=fresh,
                 before=_peer_id(plan[-1]) if plan else None,
                 after=after,
@@ -293,6 +296,46 @@ class Repairer:
             plan += route.hops
             avoid.update(hop.peer_id for hop in route.hops)
         return plan
+
+    async def _find_others(
+        self,
+        ring: Ring,
+        span: Span,
+        *,
+        like: Sequence[Member],
+        avoid: Collection[str] = (),
+        fresh: bool,
+        before: str | None = None,
+        after: str | None = None,
+    ) -> Route:
+        """Who could compute `span` in place of `like`; where nobody else does, those that were lost.
+
+        Raises:
+            MissingBlocksError: nobody could.
+        """
+        gone = [m for m in ring.members if m.error is not None and not isinstance(m.error, IdleError)]
+        find = functools.partial(
+            self._view.find_part,
+            self._model,
+            span,
+            kv_tokens=self._max_length,
+            like=[member.hop for member in like],
+            min_batch_tokens=ring.log.max_rows,
+            fresh=fresh,
+            before=before,
+            after=after,
+        )
+        try:
+            return await find(avoid=frozenset(avoid).union(m.peer_id for m in gone))
+        except MissingBlocksError as error:
+            self._missing = error
+            # It may have been the connection that broke, and not the peer.
+            lost = {member.peer_id for member in gone if isinstance(member.error, HopLostError)}
+            if not lost:
+                raise
+        for member in gone:
+            member.channel.abort()  # it may not know that it was lost
+        return await find(avoid=frozenset(avoid).union(m.peer_id for m in gone if m.peer_id not in lost))
 
     async def _expect_there(self, ring: Ring, member: Member) -> None:
         """A hop that is to stay may be silent itself: what it is told would be waited for in vain.
@@ -343,16 +386,7 @@ class Repairer:
         if not ring.log.complete:
             ring.fail(HopLostError("a hop is gone, and the session is too long to be sent again"))
             return
-        gone = {m.peer_id for m in ring.members if m.error and not isinstance(m.error, IdleError)}
-        route = await self._view.find_part(
-            self._model,
-            Span(0, self._model.num_blocks),
-            kv_tokens=self._max_length,
-            avoid=frozenset(gone),
-            like=[member.hop for member in ring.members],
-            min_batch_tokens=ring.log.max_rows,
-            fresh=True,
-        )
+        route = await self._find_others(ring, Span(0, self._model.num_blocks), like=ring.members, fresh=True)
         session = secrets.token_bytes(SESSION_ID_BYTES)
         try:
             members = await open_hops(

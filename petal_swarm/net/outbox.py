@@ -24,7 +24,7 @@ class Link:
     ) -> None:
         self.channel = channel
         self.epoch = epoch
-        self._after = after
+        self.after = after
         self._stalled = stalled
         self._stall_s = stall_s
         #: What could not be sent yet; None while steps are sent as they come.
@@ -35,7 +35,7 @@ class Link:
         if self._backlog is not None:
             self._backlog.append(step)
             return
-        if step.step <= self._after:
+        if step.step <= self.after:
             return  # the hop before this one is being filled with what the peer has had from another
         step.epoch = self.epoch
         with contextlib.suppress(ProtocolError):  # it has just ended the stream: its reader says why
