@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks.harness import RunningServer, start_server
 from benchmarks.proxy import Proxy
@@ -75,7 +77,7 @@ class Member:
 class Swarm:
     """One server of each span that stays, and `copies - 1` that may be killed, stopped or told to leave."""
 
-    def __init__(self, model: Path, log: EventLog, *, copies: int = 3) -> None:
+    def __init__(self, model: Path, log: EventLog, *, spans: Sequence[str] = SPANS, copies: int = 3) -> None:
         self.log = log
         self._model = model
         self._proxy = Proxy()
@@ -83,10 +85,10 @@ class Swarm:
         self._members: dict[str, Member] = {}
         self._pool = ThreadPoolExecutor(2)
         self._coming: list[Future[None]] = []
-        self._closed = False
-        self._groups: set[int] = set()
+        self._processes: dict[int, subprocess.Popen[str]] = {}
+        self._timers: list[threading.Timer] = []
         for number in range(copies):
-            for span in SPANS:
+            for span in spans:
                 self._start(span, stays=number == 0)
 
     @property
@@ -105,7 +107,9 @@ class Swarm:
         (os.killpg if daemon else os.kill)(member.pid, signal.SIGKILL)
         member.running.process.wait()
         if not daemon:
-            threading.Timer(ORPHAN_S, self._kill_group, (member.pid,)).start()
+            self._later(ORPHAN_S, self._end, member.pid)
+        else:
+            self._end(member.pid)
 
     def stop(self, member: Member, seconds: float, *, daemon: bool) -> None:
         """SIGSTOP, and after a while SIGCONT."""
@@ -118,7 +122,7 @@ class Swarm:
                 send(member.pid, signal.SIGCONT)
                 self.log.note(f"goes on {_told(member)}")
 
-        threading.Timer(seconds, go_on).start()
+        self._later(seconds, go_on)
 
     def leave(self, member: Member) -> None:
         """SIGTERM: it drains, and leaves."""
@@ -128,6 +132,7 @@ class Swarm:
 
         def wait() -> None:
             status = member.running.process.wait()
+            self._end(member.pid)
             self.log.note(f"left with status {status} {_told(member)}")
 
         threading.Thread(target=wait, daemon=True).start()
@@ -150,11 +155,7 @@ class Swarm:
         self.log.note(f"delay of {1e3 * delay_s:.0f} ms for {seconds:.1f} s {_told(member)}")
         self._proxy.do("delay", member.port, delay_s)
         usual_s = STAYING_DELAY_S if member.stays else 0.0
-        threading.Timer(seconds, self._undelay, (member.port, usual_s)).start()
-
-    def _undelay(self, port: int, usual_s: float) -> None:
-        with contextlib.suppress(OSError, ValueError):  # the proxy has ended
-            self._proxy.do("delay", port, usual_s)
+        self._later(seconds, self._proxy.do, "delay", member.port, usual_s)
 
     def come(self, span: str) -> None:
         """A new server starts, in a while."""
@@ -165,10 +166,11 @@ class Swarm:
         return sum(not future.done() for future in self._coming)
 
     def close(self) -> None:
-        self._closed = True
+        for timer in self._timers:
+            timer.cancel()
         self._pool.shutdown(cancel_futures=True)
-        for group in list(self._groups):
-            self._kill_group(group)
+        for pid in list(self._processes):
+            self._end(pid)
         self._proxy.close()
 
     def _start(self, span: str, *, stays: bool) -> None:
@@ -180,22 +182,33 @@ class Swarm:
         options = ["--threads", "1", "--drain-timeout", f"{DRAIN_S:g}", "--kv-tokens", "16384"]
         options += ["--announce", f"/ip4/127.0.0.1/tcp/{port}"]
         running = start_server(self._model, span, self.addresses, *options, port=hidden)
-        self._groups.add(running.process.pid)
+        self._processes[running.process.pid] = running.process
         member = Member(running, span, port, stays)
         with self._lock:
             self._members[member.peer_id] = member
         self.log.note(f"serves {_told(member)}")
-        if self._closed:
-            self._kill_group(running.process.pid)
 
     def _forget(self, member: Member) -> None:
         with self._lock:
             self._members.pop(member.peer_id, None)
 
-    def _kill_group(self, group: int) -> None:
-        self._groups.discard(group)
+    def _later(self, seconds: float, act: Callable[..., object], *arguments: Any) -> None:
+        self._timers = [timer for timer in self._timers if timer.is_alive()]
+        timer = threading.Timer(seconds, act, arguments)
+        timer.daemon = True
+        self._timers.append(timer)
+        timer.start()
+
+    def _end(self, pid: int) -> None:
+        """Nothing stays of a server and its daemon."""
+        process = self._processes.pop(pid, None)
+        if process is None:
+            return
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(group, signal.SIGKILL)
+            os.killpg(pid, signal.SIGKILL)
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 class Churn:

@@ -137,8 +137,10 @@ class Proxy:
             return json.loads(stdout.readline())
 
     def close(self) -> None:
+        """End it, and all connections through it."""
         self._process.kill()
-        self._process.wait()
+        with self._lock, self._process:
+            pass
 
 
 async def _serve_commands() -> None:
