@@ -15,6 +15,7 @@ import argparse
 import collections
 import itertools
 import json
+import logging
 import os
 import statistics
 import subprocess
@@ -36,6 +37,9 @@ SAMPLE_S = 5.0
 #: Memory and descriptors are compared from here on: caches fill first.
 WARM_S = 120.0
 SHOWN_FAILURES = 20
+SHOWN_EVENTS = 80
+#: A generation of usually one second that takes so long is noted among the events.
+SLOW_S = 8.0
 
 
 @dataclass
@@ -76,6 +80,17 @@ class Watched:
         return lines
 
 
+class ClientNotes(logging.Handler):
+    """Puts what the clients of this process say of their repairs among the events."""
+
+    def __init__(self, log: EventLog) -> None:
+        super().__init__(logging.INFO)
+        self._events = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._events.note(f"{record.threadName}: {record.getMessage()}")
+
+
 class Tally:
     """What became of all generations; failures are told at once, with what came before."""
 
@@ -94,8 +109,12 @@ class Tally:
                 f"FAILED {outcome.kind}, {outcome.prompt} tokens, {began_s:.2f} to {ended_s:.2f} s,"
                 f" {outcome.repairs} repairs: {outcome.failure}"
             )
-            for event in self._log.since(outcome.began_s):
+            for event in self._log.since(outcome.began_s)[:SHOWN_EVENTS]:
                 print(f"    {event}", flush=True)
+        elif outcome.ended_s - outcome.began_s > SLOW_S:
+            self._log.note(
+                f"{outcome.kind} took {outcome.ended_s - outcome.began_s:.1f} s, {outcome.repairs} repairs"
+            )
 
     def show(self, minutes: float) -> None:
         done = [outcome for outcome in self.outcomes if outcome.new]
@@ -152,6 +171,9 @@ def soak(arguments: argparse.Namespace, folder: Path) -> bool:
     path = checkpoint("tiny", folder)
     log = EventLog(shown=arguments.events)
     tally = Tally(log)
+    clients_say = logging.getLogger("petal_swarm.client")
+    clients_say.setLevel(logging.INFO)
+    clients_say.addHandler(ClientNotes(log))
     swarm = Swarm(path, log, copies=arguments.copies)
     local = reference(path)
     ended = threading.Event()
@@ -167,7 +189,10 @@ def soak(arguments: argparse.Namespace, folder: Path) -> bool:
         watched = [Watched("clients (threads)", psutil.Process())]
         watched += [Watched("client (libp2p)", psutil.Process(each.pid)) for each in others.running]
         watched += [Watched(f"server {m.span}", psutil.Process(m.pid)) for m in swarm.members(stay=True)]
-        threads = [threading.Thread(target=client.run, args=(ended,)) for client in clients]
+        threads = [
+            threading.Thread(target=client.run, args=(ended,), name=f"client {number}")
+            for number, client in enumerate(clients)
+        ]
         for thread in threads:
             thread.start()
 
