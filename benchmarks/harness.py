@@ -78,11 +78,13 @@ def servers(model: Path | str, spans: Sequence[str], *options: str) -> Iterator[
                 os.killpg(server.process.pid, signal.SIGKILL)
 
 
-def start_server(model: Path | str, span: str, initial_peers: Sequence[str], *options: str) -> RunningServer:
+def start_server(
+    model: Path | str, span: str, initial_peers: Sequence[str], *options: str, port: int = 0
+) -> RunningServer:
     """A `run_server` process on loopback that is ready; without initial peers it starts a swarm."""
     join = ["--initial-peers", *initial_peers] if initial_peers else ["--new-swarm"]
     command = [sys.executable, "-m", "petal_swarm.cli.run_server", str(model), *join]
-    command += ["--blocks", span, "--quant", "none", *options, "--listen", "/ip4/127.0.0.1/tcp/0"]
+    command += ["--blocks", span, "--quant", "none", *options, "--listen", f"/ip4/127.0.0.1/tcp/{port}"]
     started = time.perf_counter()
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True

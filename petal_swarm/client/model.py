@@ -148,6 +148,10 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         if embeds is not None and is_first_iteration:
             kept = embeds if next_sequence_length is None else embeds[:, -next_sequence_length:]
             return {"inputs_embeds": kept, **kwargs}
+        if is_first_iteration and next_sequence_length is None:
+            # Assisted decoding asks for all tokens, also where a session holds the first ones already.
+            cache = kwargs.get("past_key_values")
+            input_ids = input_ids[:, cache.width if isinstance(cache, SwarmCache) else 0 :]
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         return {"input_ids": input_ids, **kwargs}

@@ -26,7 +26,7 @@ class Link:
         self.epoch = epoch
         #: Bytes of payload that were written.
         self.sent_bytes = 0
-        self._after = after
+        self.after = after
         self._stalled = stalled
         self._stall_s = stall_s
         #: What could not be sent yet; None while steps are sent as they come.
@@ -42,7 +42,7 @@ class Link:
         if self._backlog is not None:
             self._backlog.append(step)
             return
-        if step.step <= self._after:
+        if step.step <= self.after:
             return  # the hop before this one is being filled with what the peer has had from another
         step.epoch = self.epoch
         self.sent_bytes += len(step.payload)

@@ -59,7 +59,7 @@ class Downstream:
 
     async def connect(
         self, following: Neighbour, epoch: int, *, also: bool = False, done: int = NO_STEP
-    ) -> Channel:
+    ) -> Link:
         """Send everything that `following` lacks to it, and what is to come; `also` to those before it.
 
         Of steps up to `done` nobody wants the results any more.
@@ -78,7 +78,7 @@ class Downstream:
             raise HopLostError(GONE)
         self._watch(link)
         self._on_change()
-        return channel
+        return link
 
     def reroute(self, following: Neighbour, epoch: int, *, also: bool, done: int) -> None:
         """As `connect`, in a task; the client hears `rerouted`, or that the link is lost."""

@@ -134,11 +134,17 @@ class HostedSession:
         Raises:
             HopLostError: it cannot be reached, or refuses.
         """
-        if self._downstream is None or self.opening.next is None or self._is_spare:
+        if self._downstream is None or self.opening.next is None:
             return
-        channel = await self._downstream.connect(self.opening.next, self.opening.epoch)
-        if self._prefixes is not None:
-            self._prefixes.attach_next(channel)
+        link = None
+        if not self._is_spare:
+            link = await self._downstream.connect(self.opening.next, self.opening.epoch)
+        if self._prefixes is None:
+            return
+        if link is not None and link.after == NO_STEP:
+            self._prefixes.attach_next(link.channel)
+        else:
+            self._prefixes.give_up_next()
 
     async def serve_client(self) -> None:
         """Take what the client says until it leaves: where steps go, and, at the first hop, the steps.

@@ -56,7 +56,9 @@ class PrefixSteps:
         self._next = channel
 
     def give_up_next(self) -> None:
-        """The next hop is lost or another one: whatever it holds, ask for nothing more."""
+        """The next hop is lost, another one, or holds more of this session than this hop: asked for a prefix,
+        it would forget the rest. So nothing is shared from here on.
+        """
         self._next_is_silent = True
         if self._asked is not None and not self._asked[1].done():
             self._asked[1].set_result(())
@@ -165,10 +167,10 @@ class PrefixSteps:
     async def _everywhere(self, step: int, found: Sequence[PageKeys]) -> list[int]:
         """How many of these pages all hops from here on hold, for each entry."""
         pages = [len(entry.keys) for entry in found]
-        if self._next is None or not any(pages):
-            return pages
         if self._next_is_silent:
             return [0] * len(pages)
+        if self._next is None or not any(pages):
+            return pages
         asked = [index for index, count in enumerate(pages) if count]
         answer: asyncio.Future[tuple[int, ...]] = asyncio.get_running_loop().create_future()
         self._asked = (step, answer)

@@ -82,6 +82,18 @@ def test_prompt_lookup_decoding_rolls_back(checkpoint: Path) -> None:
         assert torch.equal(ours, local.generate(ids, max_new_tokens=60, do_sample=False))
 
 
+def test_prompt_lookup_decoding_goes_on_in_a_session(checkpoint: Path) -> None:
+    ids, more = prompt(1, 6).repeat(1, 4), prompt(1, 5, seed=3)
+    with LocalSwarm(checkpoint, SPANS[2]) as swarm:
+        model, local = swarm.model(), reference(checkpoint)
+        settings = {"max_new_tokens": 20, "do_sample": False}
+        with model.open_session(max_length=160) as session:
+            held = model.generate(ids, prompt_lookup_num_tokens=4, session=session, **settings)
+            ours = model.generate(more, prompt_lookup_num_tokens=4, session=session, **settings)
+        theirs = local.generate(torch.cat([held, more], 1), **settings)
+        assert torch.equal(torch.cat([held, ours], 1), theirs)
+
+
 def test_streamer_and_stopping_criteria(checkpoint: Path) -> None:
     class Collect(BaseStreamer):
         def __init__(self) -> None:

@@ -281,6 +281,26 @@ def test_a_session_that_idled_for_too_long_begins_again(checkpoint: Path) -> Non
         assert torch.equal(torch.cat([one, two], 1), theirs)
 
 
+@pytest.mark.parametrize("hop", [0, 1])
+def test_a_broken_connection_to_the_only_server(checkpoint: Path, hop: int) -> None:
+    """It was the connection that died, and not the peer."""
+    ids = prompt(1, 14)
+    with LocalSwarm(checkpoint, ["0:4", "4:8"]) as swarm:
+
+        def disturb(disturber: Disturber) -> None:
+            def act(peer_id: str) -> None:
+                transport = swarm.network.find(peer_id)
+                assert transport is not None
+                for stream in list(transport._streams):
+                    stream.abort()
+
+            disturber.at(0.2, act, hop)
+
+        outcome = run(swarm, ids, TASKS["greedy"], disturb)
+        assert torch.equal(outcome.tokens, expected(checkpoint, ids, TASKS["greedy"]))
+        assert outcome.ring.repairs >= 1
+
+
 def test_a_silent_hop_that_nobody_can_replace_is_waited_for(checkpoint: Path) -> None:
     """It may be a server with too much to do."""
     ids = prompt(1, 14)
