@@ -219,7 +219,7 @@ def leftovers(swarm: LocalSwarm, model: Any, servers: list[Server]) -> list[str]
             "logs": len(host._logs._logs),
             "log bytes": host._logs.used_bytes,
             "awaited sessions": len(host._arrivals),
-            "streams being opened": host._opening,
+            "streams being opened": server._gate.num_opening,
             "streams": len(swarm.network.find(server.announcement().peer_id)._streams),  # type: ignore[union-attr]
             "KV sessions": server._compute.engine.stats().sessions,  # type: ignore[union-attr]
         }
