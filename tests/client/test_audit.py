@@ -231,12 +231,15 @@ def test_rows_of_another_shape_or_kind_are_wrong() -> None:
 
 
 def test_the_difference_is_told_in_words() -> None:
-    verdict = judge(skipped(), answer(Precision()), PLAIN, Precision("float32", "int8", "int8"))
+    other = Precision("float32", "int8", "int8")
+    verdict = judge(skipped(), answer(Precision()), PLAIN, other)
     assert verdict.suspects == ("claimed", "recomputed")
-    for word in ("position", "allowed", "4 blocks", "bfloat16", "int8 weights", "int8 KV cache"):
-        assert word in verdict.difference
-    large = judge(large_channels_lost()[:, :], answer(PLAIN), PLAIN, PLAIN)
-    assert not large.ok
+    for words in ("typical of 8 rows", "allowed", "4 blocks", "bfloat16", "int8 weights", "int8 KV cache"):
+        assert words in verdict.difference
+    row = judge(noisy(2.0), answer(PLAIN), PLAIN, PLAIN, slice(9, 10))
+    assert "the row at position 9 differs by" in row.difference
+    large = judge(large_channels_lost(), answer(PLAIN), PLAIN, PLAIN, slice(9, 10))
+    assert "the row at position 9 differs in its largest channels" in large.difference
 
 
 def test_few_wrong_rows_among_many_fail() -> None:
