@@ -42,6 +42,8 @@ from petal_swarm.span import Span
 
 LENGTHS = (96, 192)
 BLOOM_BLOCKS = 8
+#: Tokens between the texts of the two halves.
+APART = 40_000
 #: The last steps of a session, whose rows are audited one by one and together.
 DECODED = 12
 TOGETHER = 8
@@ -53,15 +55,15 @@ PLAIN = Precision("bfloat16")
 
 def models(path: str, calibrate: bool) -> list[Model]:
     """SmolLM2 and a random BLOOM, with the prompts of one half."""
-    needed = 2 * sum(LENGTHS)
-    ids = text_tokens(path, needed + 20_000)
-    first = 0 if calibrate else needed // 2 + 20_000
-    parts = list(ids[first : first + needed // 2].split(list(LENGTHS)))
+    needed = sum(LENGTHS)
+    ids = text_tokens(path, needed + APART)
+    first = 0 if calibrate else APART
+    parts = list(ids[first : first + needed].split(list(LENGTHS)))
     checkpoint = open_checkpoint(path)
     ends = load_ends(checkpoint, dtype=torch.float32)
     with torch.inference_mode():
         prompts = [ends.embed(part) for part in parts]
-    bloom = random_bloom(BLOOM_BLOCKS, [part % 1000 for part in parts[:1]], seed=1 if calibrate else 2)
+    bloom = random_bloom(BLOOM_BLOCKS, [part % 1000 for part in parts[:1]], seed=1 if calibrate else 3)
     return [smollm(checkpoint, prompts), bloom]
 
 
@@ -190,74 +192,101 @@ def situations(model: Model, rng: random.Random) -> list[Rerun]:
     return found
 
 
-def trial(
-    rerun: Rerun, claimed: Tensor, audited: Precision, rng: random.Random, together: int
-) -> tuple[int | None, int, bool]:
-    """A client's next 200 steps: the step of a ban, the audits made, whether the ban was of another."""
-    others = {f"other-{n}": rng.choice(KINDS) for n in range(OTHERS)}
-    precisions = {peer: kind.precision for peer, kind in others.items()}
-    sampler, ledger = AuditSampler(RATE, rng), AuditLedger()
-    blocks, audits = len(rerun.at.span), 0
-    for step in range(STEPS):
-        if not sampler.picks():
-            continue
-        audits += 1
-        last = rng.randrange(together - 1, rerun.at.rows)
+def tells(auditor: Kind, audited: Precision) -> bool:
+    """Whether an auditor can tell small faults: 4-bit weights only from equal ones."""
+    quants = {auditor.precision.quant, audited.quant}
+    return "nf4" not in quants or len(quants) == 1
 
-        def judge(rows: Tensor, one: Precision, peer: str, last: int = last) -> Verdict:
-            return rerun.verdict(rows, one, rerun.again[others[peer]], precisions[peer], last, together)
 
-        first, *rest = order_auditors(audited, precisions, blocks=blocks, rng=rng)
-        verdict = judge(claimed, audited, first)
-        if verdict.ok:
-            ledger.record_pass()
-            continue
-        audit = Audit("audited", first)
+@dataclass
+class Swarm:
+    """The other servers of a span, of random kinds, of which at least `telling` can tell small faults."""
+
+    rerun: Rerun
+    claimed: Tensor
+    audited: Precision
+    others: Mapping[str, Kind]
+
+    @classmethod
+    def draw(
+        cls, rerun: Rerun, claimed: Tensor, audited: Precision, rng: random.Random, telling: int = 0
+    ) -> Swarm:
+        able = [kind for kind in KINDS if tells(kind, audited)]
+        drawn = [rng.choice(able if n < telling else KINDS) for n in range(OTHERS)]
+        return cls(rerun, claimed, audited, {f"other-{n}": kind for n, kind in enumerate(drawn)})
+
+    def audit(self, last: int, rng: random.Random) -> tuple[Verdict, frozenset[str]]:
+        """One audit of the rows up to `last`: its verdict, and who is to blame after more opinions."""
+        precisions = {peer: kind.precision for peer, kind in self.others.items()}
+        blocks = len(self.rerun.at.span)
+        first, *rest = order_auditors(self.audited, precisions, blocks=blocks, rng=rng)
+
+        def judge(rows: Tensor, one: Precision, peer: str) -> Verdict:
+            again = self.rerun.again[self.others[peer]]
+            return self.rerun.verdict(rows, one, again, precisions[peer], last, TOGETHER)
+
+        audit, verdict = Audit("audited", first), judge(self.claimed, self.audited, first)
         suspects = audit.suspects(verdict)
         for third in rest:
-            if len(suspects) == 1:
+            if len(suspects) <= 1:
                 break
-            with_auditor = judge(rerun.again[others[first]], precisions[first], third)
-            suspects = audit.settled(verdict, third, judge(claimed, audited, third), with_auditor)
-        ban = ledger.record(suspects, verdict.difference, now_s=step)
-        if ban is not None:
-            return step, audits, ban.peer_id != "audited"
-    return None, audits, False
+            with_claim = judge(self.claimed, self.audited, third)
+            with_auditor = judge(self.rerun.again[self.others[first]], precisions[first], third)
+            suspects = audit.settled(verdict, third, with_claim, with_auditor)
+        return verdict, suspects
+
+    def banned(self, rng: random.Random) -> tuple[str | None, int]:
+        """Who is banned within a client's next 200 steps, and how many audits it took."""
+        sampler, ledger, audits = AuditSampler(RATE, rng), AuditLedger(), 0
+        for step in range(STEPS):
+            if not sampler.picks():
+                continue
+            audits += 1
+            verdict, suspects = self.audit(rng.randrange(TOGETHER - 1, self.rerun.at.rows), rng)
+            if verdict.ok:
+                ledger.record_pass()
+            elif ban := ledger.record(suspects, verdict.difference, now_s=step):
+                return ban.peer_id, audits
+        return None, audits
+
+
+def single_audits(
+    rerun: Rerun, claimed: Tensor, audited: Precision, together: int, rng: random.Random
+) -> list[float]:
+    """Ratios of audits by servers that can tell, 40 of them."""
+    able = [kind for kind in KINDS if tells(kind, audited)]
+    ratios = []
+    for _ in range(40):
+        kind, last = rng.choice(able), rng.randrange(together - 1, DECODED)
+        verdict = rerun.verdict(claimed, audited, rerun.again[kind], kind.precision, last, together)
+        ratios.append(min(verdict.ratio, 999.0))
+    return ratios
 
 
 def fault_report(
     reruns: list[Rerun], faults: Mapping[str, Fault], kind: Kind, trials: int, rng: random.Random
 ) -> None:
     """One line for each fault: what single audits see, and how many trials end with a ban."""
+    audited = kind.precision
     for name, fault in faults.items():
-        claims = [fault(rerun.at, kind) for rerun in reruns]
-        seen: dict[int, list[bool]] = {1: [], TOGETHER: []}
-        ratios = []
-        for rerun, claimed in zip(reruns, claims, strict=True):
-            for together, results in seen.items():
-                for _ in range(40):
-                    auditor = rng.choice(KINDS)
-                    last = rng.randrange(together - 1, DECODED)
-                    again = rerun.again[auditor]
-                    precision = auditor.precision
-                    verdict = rerun.verdict(claimed, kind.precision, again, precision, last, together)
-                    results.append(not verdict.ok)
-                    if together == TOGETHER:
-                        ratios.append(min(verdict.ratio, 999.0))
-        caught = {}
-        for together in seen:
-            bans = [
-                trial(rerun, claimed, kind.precision, rng, together)
-                for _ in range(max(1, trials // len(reruns)))
-                for rerun, claimed in zip(reruns, claims, strict=True)
+        claims = [(rerun, fault(rerun.at, kind)) for rerun in reruns]
+        one, many = (
+            [ratio for pair in claims for ratio in single_audits(*pair, audited, together, rng)]
+            for together in (1, TOGETHER)
+        )
+        shares = []
+        for telling in (2, 0):
+            banned = [
+                Swarm.draw(*pair, audited, rng, telling).banned(rng)[0]
+                for _ in range(max(1, trials // len(claims)))
+                for pair in claims
             ]
-            assert not any(wrong for _, _, wrong in bans), "an honest server was banned"
-            caught[together] = [step for step, _, _ in bans]
-        shares = [
-            f"{statistics.mean(seen[n]):12.1%} {statistics.mean(s is not None for s in caught[n]):7.1%}"
-            for n in seen
-        ]
-        print(f"  {name:44} {statistics.median(ratios):7.2f}  {shares[0]} {shares[1]}", flush=True)
+            if set(banned) - {None, "audited"}:
+                print("  AN HONEST SERVER WAS BANNED")
+            shares.append(sum(peer == "audited" for peer in banned) / len(banned))
+        seen = [sum(ratio > 1 for ratio in ratios) / len(ratios) for ratios in (one, many)]
+        figures = " ".join(f"{share:8.1%}" for share in (*seen, *shares))
+        print(f"  {name:44} {statistics.median(many):7.2f} {figures}", flush=True)
 
 
 def honest_bans(reruns: list[Rerun], trials: int, rng: random.Random) -> tuple[int, int]:
@@ -266,13 +295,9 @@ def honest_bans(reruns: list[Rerun], trials: int, rng: random.Random) -> tuple[i
     for _ in range(trials):
         for rerun in reruns:
             kind = rng.choice(KINDS)
-            step, made, _ = trial(rerun, rerun.again[rng.choice(_like(kind))], kind.precision, rng, TOGETHER)
-            audits, bans = audits + made, bans + (step is not None)
+            peer, made = Swarm.draw(rerun, rerun.again[kind], kind.precision, rng).banned(rng)
+            audits, bans = audits + made, bans + (peer is not None)
     return audits, bans
-
-
-def _like(kind: Kind) -> list[Kind]:
-    return [other for other in KINDS if other.precision == kind.precision]
 
 
 def print_honest(every: list[Model], rng: random.Random) -> None:
@@ -305,9 +330,9 @@ def main() -> None:
     for model in every:
         reruns = situations(model, rng)
         audits, bans = honest_bans(reruns, math.ceil(arguments.trials / 2), rng)
-        print(f"\n{model.name}, {OTHERS + 1} servers of random kinds, audit rate {RATE:.0%}, {STEPS} steps")
-        print(f"  all honest: {bans} bans, {audits} audits")
-        print(f"  {'one lies':44}   ratio     1 row: seen, banned  {TOGETHER} rows: seen, banned")
+        print(f"\n{model.name}, {OTHERS} other servers, audit rate {RATE:.0%}, {STEPS} steps")
+        print(f"  all honest, random kinds: {bans} bans, {audits} audits")
+        print(f"  {'':44}  median   seen in 1, {TOGETHER} rows   banned: two can tell, random kinds")
         for kind, faults in (
             (Kind(PLAIN), {**PROMISED, **INT4, **SUBTLE}),
             (Kind(Precision("bfloat16", "int8", "int8")), PROMISED),
