@@ -149,8 +149,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             kept = embeds if next_sequence_length is None else embeds[:, -next_sequence_length:]
             return {"inputs_embeds": kept, **kwargs}
         if is_first_iteration and next_sequence_length is None:
-            # Assisted decoding asks for all tokens, also where a session holds the first ones already; a prompt
-            # in chunks asks for one chunk, which is never longer than what is held then.
+            # Assisted decoding asks for all tokens, also where a session holds the first ones already; a
+            # prompt in chunks asks for one chunk, which is never longer than what is held then.
             cache = kwargs.get("past_key_values")
             held = cache.width if isinstance(cache, SwarmCache) else 0
             input_ids = input_ids[:, held:] if input_ids.shape[1] > held else input_ids
