@@ -13,7 +13,8 @@ import hashlib
 import logging
 import random
 import secrets
-from collections.abc import AsyncIterator, Sequence
+from collections import deque
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count
 
@@ -36,8 +37,8 @@ from petal_swarm.wire.messages import (
     Output,
     Recall,
     Recalled,
+    Rows,
     Step,
-    TensorMeta,
 )
 from petal_swarm.wire.step_log import join_steps
 from petal_swarm.wire.tensors import decode_tensor
@@ -47,6 +48,8 @@ logger = logging.getLogger(__name__)
 RECALL_TIMEOUT_S = 10.0
 OPEN_TIMEOUT_S = 10.0
 RECOMPUTE_TIMEOUT_S = 120.0
+#: Rows of so many steps are compared together: a typical row is judged more strictly than one alone.
+WINDOW = 8
 #: Steps larger than this are not kept by who received them.
 MAX_STEP_BYTES = 256 << 10
 #: Audits of one session that wait for their turn.
@@ -55,22 +58,24 @@ MAX_WAITING = 64
 
 @dataclass(frozen=True, slots=True)
 class _Testimony:
-    """One step of one hop: what is said to have come out, and the hop's own word on what went in."""
+    """What came out of a hop for some steps in a row, by number, and the hop's own word on what went in."""
 
-    number: int
-    claimed: TensorMeta
-    payload: bytes
+    claimed: dict[int, torch.Tensor]
     received_digest: bytes
     sources: frozenset[str]
 
 
 class _Bench:
-    """A session at one auditor, which has computed the audited hop's inputs up to `up_to`."""
+    """A session at one auditor, which has computed the audited hop's inputs up to step `up_to`.
+
+    It numbers its steps itself: it may be asked for rows again.
+    """
 
     def __init__(self, member: Member, precision: Precision) -> None:
         self.member = member
         self.precision = precision
         self.up_to = NO_STEP
+        self.next_number = 0
 
     @property
     def peer_id(self) -> str:
@@ -102,22 +107,35 @@ class Auditor:
         self._tasks: set[asyncio.Task[None]] = set()
         self._turn = asyncio.Lock()
         self._benches: dict[str, list[_Bench]] = {}
+        self._outputs: deque[Output] = deque(maxlen=WINDOW)
+        self._members: tuple[Member, ...] = ()
+        #: The last step that may have been computed by others than the members of now.
+        self._since = NO_STEP
 
     def observe(self, ring: Ring, output: Output) -> None:
         """An answer has come: perhaps audit what hops did for it."""
+        if self._members != tuple(ring.members):
+            # What others computed before is not to be held against those who took their place.
+            self._since = ring.last_sent if self._members else NO_STEP
+            self._members = tuple(ring.members)
+            self._outputs.clear()
+        if output.step <= self._since:
+            return
+        self._outputs.append(output)
         for index in range(len(ring.members)):
             if self._sampler.picks():
                 self._begin(ring, index, output)
 
     def _begin(self, ring: Ring, index: int, output: Output) -> None:
-        steps = ring.log.after(output.step - 1)
-        if not steps or ring.is_broken or len(self._tasks) >= MAX_WAITING:
+        steps = ring.log.between(max(self._since + 1, output.step - WINDOW + 1), output.step)
+        window = _window([step for step in steps if _decodes(step)])
+        if not window or window[-1].step != output.step or ring.is_broken:
             return
-        step = steps[0]
-        decodes = step.rows == "all" or len(step.slices) == step.tensor.shape[0]
-        if step.step != output.step or not decodes or step.tensor.nbytes > MAX_STEP_BYTES:
+        if len(self._tasks) >= MAX_WAITING:
+            logger.debug("more audits are due than can be done")
             return
-        task = asyncio.get_running_loop().create_task(self._audit(ring, index, step.step, output))
+        numbers = [step.step for step in window]
+        task = asyncio.get_running_loop().create_task(self._audit(ring, index, numbers, list(self._outputs)))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -130,15 +148,13 @@ class Auditor:
         self._benches.clear()
         await asyncio.gather(*(bench.member.channel.close() for bench in benches))
 
-    async def _audit(self, ring: Ring, index: int, number: int, output: Output) -> None:
+    async def _audit(self, ring: Ring, index: int, numbers: list[int], outputs: list[Output]) -> None:
         members = list(ring.members)
         audited = members[index]
         before = members[index - 1] if index else None
         after = members[index + 1] if index + 1 < len(members) else None
         try:
-            told = await self._hear(audited, after, number, output)
-            if told is None:
-                return
+            told = await self._hear(audited, after, numbers, outputs)
             async with self._turn:
                 if audited in ring.members:
                     await self._judge(ring, audited, before, told)
@@ -148,31 +164,40 @@ class Auditor:
             logger.debug("an audit of %s came to nothing: %s", audited.peer_id, error or "timeout")
 
     async def _hear(
-        self, audited: Member, after: Member | None, number: int, output: Output
-    ) -> _Testimony | None:
-        """What came out of the hop for a step; None if that is not known any more."""
-        received = await self._recall(audited, number, received=True)
-        if received is None:
-            return None
-        if after is None:
-            claimed = (output.tensor, bytes(output.payload))
-            return _Testimony(number, *claimed, received.digest, frozenset())
-        got = await self._recall(after, number, received=True)
-        sent = await self._recall(audited, number, received=False)
-        if got is None:
-            return None
-        # What it says itself that it sent rests on nobody else's word.
-        agreed = sent is not None and bytes(sent.payload) == bytes(got.payload)
-        sources = frozenset() if agreed else frozenset((after.peer_id,))
-        return _Testimony(number, got.tensor, bytes(got.payload), received.digest, sources)
+        self, audited: Member, after: Member | None, numbers: list[int], outputs: list[Output]
+    ) -> _Testimony:
+        """What came out of the hop for these steps, or the last of them.
 
-    async def _recall(self, member: Member, number: int, *, received: bool) -> Recalled | None:
-        question = Recall(next(self._numbers), received=received, first=number, last=number)
+        Raises:
+            HopLostError: it is not known any more.
+        """
+        received = await self._recall(audited, numbers, received=True)
+        if not received or received[-1].step != numbers[-1]:
+            raise HopLostError("what the hop received is not known any more")
+        claimed: dict[int, torch.Tensor]
+        sources: frozenset[str] = frozenset()
+        if after is None:
+            claimed = {
+                output.step: decode_tensor(output.tensor, output.payload)
+                for output in outputs
+                if output.step in numbers
+            }
+        else:
+            got = await self._recall(after, numbers, received=True)
+            sent = await self._recall(audited, numbers, received=False)
+            # What it says itself that it sent rests on nobody else's word.
+            if [bytes(each.payload) for each in sent] != [bytes(each.payload) for each in got]:
+                sources = frozenset((after.peer_id,))
+            claimed = {each.step: decode_tensor(each.tensor, each.payload) for each in got}
+        return _Testimony(claimed, received[-1].digest, sources)
+
+    async def _recall(self, member: Member, numbers: list[int], *, received: bool) -> list[Recalled]:
+        question = Recall(next(self._numbers), received=received, first=numbers[0], last=numbers[-1])
         found = await member.recall(question, RECALL_TIMEOUT_S)
-        return found[0] if len(found) == 1 and found[0].step == number else None
+        return [recalled for recalled in found if recalled.step in numbers]
 
     async def _judge(self, ring: Ring, audited: Member, before: Member | None, told: _Testimony) -> None:
-        """Have the step computed again, and draw the consequences.
+        """Have the steps computed again, and draw the consequences.
 
         Raises:
             PetalSwarmError: somebody who is needed for it failed.
@@ -183,30 +208,32 @@ class Auditor:
         if not benches:
             logger.debug("nobody else serves %s: no audit of %s", hop.span, audited.peer_id)
             return
-        steps = [step async for step in self._history(ring, before, told.number)]
-        inputs = steps[-1]
-        if inputs.step != told.number:
-            raise HopLostError("the step is not known any more by itself")
+        last = max(told.claimed, default=NO_STEP)
+        steps = [step async for step in self._history(ring, before, last)]
+        window = _window([step for step in steps if step.step in told.claimed and _decodes(step)])
+        if not window or window[-1].step != last:
+            raise HopLostError("the steps are not known any more one by one")
         sources = set(told.sources)
         if before is not None and _digest(steps) != told.received_digest:
             sources.add(before.peer_id)
-        claimed = decode_tensor(told.claimed, told.payload)
-        first = await self._recompute(benches[0], steps)
-        verdict = _compare(inputs, claimed, first, precision, benches[0].precision, len(hop.span))
-        audit = Audit(audited.peer_id, benches[0].peer_id, frozenset(sources))
+        earlier = [step for step in steps if step.step < window[0].step]
+        first = await self._recompute(benches[0], earlier, window)
+        verdict = _compare(window, told.claimed, first, precision, benches[0].precision, len(hop.span))
         if verdict.ok:
             self._ledger.record_pass()
             return
+        audit = Audit(audited.peer_id, benches[0].peer_id, frozenset(sources))
         suspects = audit.suspects(verdict)
         if len(benches) > 1:
-            third = await self._recompute(benches[1], steps)
+            other = benches[1]
+            third = await self._recompute(other, earlier, window)
             suspects = audit.settled(
                 verdict,
-                benches[1].peer_id,
-                _compare(inputs, claimed, third, precision, benches[1].precision, len(hop.span)),
-                _compare(inputs, first, third, benches[0].precision, benches[1].precision, len(hop.span)),
+                other.peer_id,
+                _compare(window, told.claimed, third, precision, other.precision, len(hop.span)),
+                _compare(window, first, third, benches[0].precision, other.precision, len(hop.span)),
             )
-        self._accuse(ring, suspects, f"{audited.peer_id}: {verdict.difference}", (ring.session, told.number))
+        self._accuse(ring, suspects, f"{audited.peer_id}: {verdict.difference}", (ring.session, last))
 
     def _accuse(self, ring: Ring, suspects: frozenset[str], what: str, audit: tuple[bytes, int]) -> None:
         logger.warning("an audit failed: %s", what)
@@ -276,57 +303,95 @@ class Auditor:
                 yield step
             number = steps[-1].step
 
-    async def _recompute(self, bench: _Bench, steps: Sequence[Step]) -> torch.Tensor:
-        """The rows of the last step, as the bench's server computes them.
+    async def _recompute(
+        self, bench: _Bench, earlier: Sequence[Step], window: Sequence[Step]
+    ) -> dict[int, torch.Tensor]:
+        """The rows of the steps of `window`, by number, as the bench's server computes them.
 
         Raises:
             PetalSwarmError: it fails, and is not used again.
         """
         channel = bench.member.channel
-        missing = [step for step in steps if step.step > bench.up_to]
+        missing = [step for step in earlier if step.step > bench.up_to]
+        rows: dict[int, torch.Tensor] = {}
         try:
-            for step in join_steps(missing[:-1], bench.member.opened.max_batch_tokens):
-                channel.send(_fresh(step, "none"))
-            channel.send(_fresh(missing[-1], "all"))
-            output = await channel.expect(Output, timeout_s=RECOMPUTE_TIMEOUT_S)
-            if output.step != missing[-1].step:
-                raise RemoteProtocolError(f"peer {bench.peer_id} answered another step")
-            bench.up_to = output.step
-            return decode_tensor(output.tensor, output.payload)
+            for step in join_steps(missing, bench.member.opened.max_batch_tokens):
+                channel.send(_bench_step(bench, step, "none"))
+            asked = [_bench_step(bench, step, "all") for step in window]
+            for step in asked:
+                channel.send(step)
+            for step, own in zip(window, asked, strict=True):
+                output = await channel.expect(Output, timeout_s=RECOMPUTE_TIMEOUT_S)
+                if output.step != own.step:
+                    raise RemoteProtocolError(f"peer {bench.peer_id} answered another step")
+                rows[step.step] = decode_tensor(output.tensor, output.payload)
         except BaseException as error:
             if isinstance(error, PetalSwarmError):
                 bench.member.lose(error)
             channel.abort()
             raise
+        bench.up_to = window[-1].step
+        return rows
+
+
+def _bench_step(bench: _Bench, step: Step, rows: Rows) -> Step:
+    """A step of the bench's session with the same contents."""
+    number = bench.next_number
+    bench.next_number += 1
+    return Step(number, 0, step.slices, step.tensor, step.payload, rows, step.forks)
+
+
+def _decodes(step: Step) -> bool:
+    """Whether each sequence gets one token: then all rows are answered, and the step is small."""
+    return len(step.slices) == step.tensor.shape[0] and step.tensor.nbytes <= MAX_STEP_BYTES
+
+
+def _window(steps: Sequence[Step]) -> list[Step]:
+    """The last steps that each append one token to the same sequences."""
+    window: list[Step] = []
+    for step in reversed(steps):
+        following = window[0] if window else None
+        if following is not None and (
+            following.forks is not None
+            or [(piece.sequence, piece.end) for piece in step.slices]
+            != [(piece.sequence, piece.position) for piece in following.slices]
+        ):
+            break
+        window.insert(0, step)
+    return window
 
 
 def _compare(
-    inputs: Step,
-    claimed: torch.Tensor,
-    recomputed: torch.Tensor,
+    window: Sequence[Step],
+    claimed: Mapping[int, torch.Tensor],
+    recomputed: Mapping[int, torch.Tensor],
     audited: Precision,
     auditor: Precision,
     blocks: int,
 ) -> Verdict:
-    """The worst verdict over the step's sequences."""
-    rows = decode_tensor(inputs.tensor, inputs.payload)
+    """The worst verdict over the sequences, each with its rows of all steps."""
     worst = Verdict(0.0)
-    start = 0
-    for piece in inputs.slices:
-        part = slice(start, start + piece.length)
-        start += piece.length
+    inputs = [decode_tensor(step.tensor, step.payload) for step in window]
+    for row, piece in enumerate(window[0].slices):
         verdict = compare(
-            rows[part],
-            claimed[part],
-            recomputed[part],
+            torch.stack([rows[row] for rows in inputs]),
+            _of_sequence(claimed, window, row),
+            _of_sequence(recomputed, window, row),
             audited,
             auditor,
             blocks=blocks,
             position=piece.position,
         )
-        if not verdict.ok or verdict.ratio > worst.ratio:
-            worst = verdict if worst.ok else worst
+        if worst.ok and (not verdict.ok or verdict.ratio > worst.ratio):
+            worst = verdict
     return worst
+
+
+def _of_sequence(rows: Mapping[int, torch.Tensor], window: Sequence[Step], row: int) -> torch.Tensor:
+    parts = [rows[step.step] for step in window]
+    if any(part.shape[0] <= row for part in parts):
+        return parts[0][:0]  # of a wrong shape: whoever compares says so
+    return torch.stack([part[row] for part in parts])
 
 
 def _digest(steps: Sequence[Step]) -> bytes:
@@ -340,8 +405,3 @@ def _digest(steps: Sequence[Step]) -> bytes:
 def _step(recalled: Recalled) -> Step:
     slices = tuple(Slice(*piece) for piece in recalled.slices)
     return Step(recalled.step, 0, slices, recalled.tensor, recalled.payload, "none", recalled.forks)
-
-
-def _fresh(step: Step, rows: str) -> Step:
-    """A step of another session with the same contents."""
-    return Step(step.step, 0, step.slices, step.tensor, step.payload, rows, step.forks)  # type: ignore[arg-type]
