@@ -220,6 +220,8 @@ def leftovers(swarm: LocalSwarm, model: Any, servers: list[Server]) -> list[str]
             "log bytes": host._logs.used_bytes,
             "awaited sessions": len(host._arrivals),
             "streams being opened": server._gate.num_opening,
+            "peers with quotas": len(host._quotas),
+            "bytes under way": host._quotas.nbytes,
             "streams": len(swarm.network.find(server.announcement().peer_id)._streams),  # type: ignore[union-attr]
             "KV sessions": server._compute.engine.stats().sessions,  # type: ignore[union-attr]
         }

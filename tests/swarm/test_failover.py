@@ -281,6 +281,28 @@ def test_a_session_that_idled_for_too_long_begins_again(checkpoint: Path) -> Non
         assert torch.equal(torch.cat([one, two], 1), theirs)
 
 
+@pytest.mark.parametrize("hop", [0, 1, 2])
+def test_a_silent_replacement_is_tried_once(checkpoint: Path, hop: int) -> None:
+    ids = prompt(1, 14)
+    with LocalSwarm(checkpoint, SPANS) as swarm:
+
+        def disturb(disturber: Disturber) -> None:
+            def act(peer_id: str) -> None:
+                span = swarm.server_of(peer_id).span
+                (other,) = [s for s in swarm.servers if s.span == span and s is not swarm.server_of(peer_id)]
+                disturber.silence(other.announcement().peer_id)
+                disturber.kill(peer_id)
+                for _ in range(2):
+                    swarm.loop.call_later(1.0, lambda: swarm.loop.create_task(swarm.start_server(str(span))))
+
+            disturber.at(0.2, act, hop)
+
+        started = swarm.loop.time()
+        outcome = run(swarm, ids, TASKS["greedy"], disturb)
+        assert torch.equal(outcome.tokens, expected(checkpoint, ids, TASKS["greedy"]))
+        assert swarm.loop.time() - started < 40 * 4 * 0.007 + 4.5 + 1
+
+
 @pytest.mark.parametrize("hop", [0, 1])
 def test_a_broken_connection_to_the_only_server(checkpoint: Path, hop: int) -> None:
     """It was the connection that died, and not the peer."""
