@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from petal_swarm.client.members import Member, neighbour, open_hop, open_hops
 from petal_swarm.client.view import ModelRef, View
-from petal_swarm.errors import BusyError, CacheFullError, IdleError, PetalSwarmError
+from petal_swarm.errors import PetalSwarmError
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.routing.route import Hop, Route
@@ -73,12 +73,8 @@ class Openings:
         return await open_hops(self._transport, hops, opening, timeout_s or self.timeout_s)
 
     def blame(self, peer_id: str, error: PetalSwarmError) -> None:
-        """Remember to avoid a peer that failed or refused."""
-        avoidance = self.view.avoidance
-        if isinstance(error, (CacheFullError, BusyError)):
-            avoidance.busy(peer_id, self.config.retry_busy_s)
-        elif not isinstance(error, IdleError):
-            avoidance.failed(peer_id)
+        """See `View.blame`."""
+        self.view.blame(peer_id, error)
 
     def of_session(
         self, session: bytes, hops: Sequence[Hop], *, wait_s: float = 0.0, answered: int = NO_STEP

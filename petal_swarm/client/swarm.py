@@ -118,10 +118,7 @@ class Swarm:
                 logger.info("attempt %d: avoiding %s: %s", attempt + 1, error.peer_id, error)
                 last = error
                 (full if error.is_full else failed).add(error.peer_id)
-                if error.is_full:
-                    self.view.avoidance.busy(error.peer_id, self.config.retry_busy_s)
-                else:
-                    self.view.avoidance.failed(error.peer_id)
+                self.view.blame(error.peer_id, error.error)
         assert last is not None
         if last.is_full and self.config.wait_for_room_s:
             return await self._open_when_free(model, max_length, last, failed)

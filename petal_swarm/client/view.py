@@ -12,7 +12,7 @@ from petal_swarm.client.avoidance import Avoidance
 from petal_swarm.client.config import ClientConfig
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import Pinger, measure_rtt
-from petal_swarm.errors import MissingBlocksError, PetalSwarmError
+from petal_swarm.errors import BusyError, CacheFullError, IdleError, MissingBlocksError, PetalSwarmError
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.links import Measurements
 from petal_swarm.routing.route import Hop, Route, find_route
@@ -57,6 +57,13 @@ class View:
     async def measure(self, announcements: list[Announcement]) -> dict[str, float]:
         """Round trips to these peers in seconds, by peer id; those that do not answer are left out."""
         return dict(await self._pinger.measure(announcements))
+
+    def blame(self, peer_id: str, error: PetalSwarmError) -> None:
+        """Remember to avoid a peer that failed or refused."""
+        if isinstance(error, (CacheFullError, BusyError)):
+            self.avoidance.busy(peer_id, error.retry_after_s or self.config.retry_busy_s)
+        elif not isinstance(error, IdleError):
+            self.avoidance.failed(peer_id)
 
     async def is_there(self, hop: Hop, timeout_s: float) -> bool:
         """Whether a server answers a ping in time; whatever else it is busy with."""
