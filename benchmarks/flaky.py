@@ -79,6 +79,10 @@ class Killer:
             if self.deaths % 2:
                 swarm.network.kill(peer_id)
             else:
+                announcer = swarm.server_of(peer_id)._announcer
+                assert announcer is not None
+                assert announcer._task is not None
+                announcer._task.cancel()
                 for other in list(swarm.network._peers):
                     swarm.network.cut(peer_id, other)
             swarm.loop.call_later(REJOIN_S, lambda: swarm.loop.create_task(swarm.start_server(span)))

@@ -282,7 +282,13 @@ class Auditor:
             span=hop.span,
             max_length=self._max_length,
         )
-        return await open_hop(self._transport, hop, opening, OPEN_TIMEOUT_S)
+        return await open_hop(
+            self._transport,
+            hop,
+            opening,
+            OPEN_TIMEOUT_S,
+            lambda hop: self._view.is_there(hop, OPEN_TIMEOUT_S),
+        )
 
     async def _history(self, ring: Ring, before: Member | None, last: int) -> AsyncIterator[Step]:
         """All that went into a hop, from the beginning up to step `last`.

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from petal_swarm.errors import (
     BusyError,
     CacheFullError,
     DeadlineError,
     HopLostError,
+    NetworkError,
     PetalSwarmError,
     ProtocolError,
     RemoteProtocolError,
@@ -36,6 +38,11 @@ class OpenFailedError(PetalSwarmError):
         self.peer_id = peer_id
         self.span = span
         self.error = error
+
+    @property
+    def is_unreachable(self) -> bool:
+        """Whether the network is to blame, or somebody who has just gone."""
+        return isinstance(self.error, (NetworkError, HopLostError))
 
     @property
     def is_full(self) -> bool:
@@ -183,12 +190,33 @@ def neighbour(hop: Hop) -> Neighbour:
     return Neighbour(hop.peer_id, hop.addresses)
 
 
-async def open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: float) -> Member:
+#: Whether a server answers at all, whatever it is busy with; it may take a second or two to say no.
+Ping: TypeAlias = Callable[[Hop], Awaitable[bool]]
+
+
+async def open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: float, ping: Ping) -> Member:
     """Open one hop; a hop without room may let the session wait for `opening.wait_s` on top of `timeout_s`.
 
     Raises:
-        OpenFailedError: it, or the hop that it shall send to, is unreachable or refuses.
+        OpenFailedError: it, or the hop that it shall send to, is unreachable or refuses; or it does not even
+            answer a ping, which is known sooner.
     """
+    attempt = asyncio.create_task(_open_hop(transport, hop, opening, timeout_s))
+    pinging = asyncio.ensure_future(ping(hop))
+    try:
+        await asyncio.wait({attempt, pinging}, return_when=asyncio.FIRST_COMPLETED)
+        if not attempt.done() and not pinging.result():
+            silent = HopLostError(f"peer {hop.peer_id} is silent", peer_id=hop.peer_id)
+            raise OpenFailedError(hop.peer_id, hop.span, silent)
+        return await attempt
+    finally:
+        pinging.cancel()
+        if not attempt.done():
+            attempt.cancel()
+            await asyncio.gather(attempt, return_exceptions=True)
+
+
+async def _open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: float) -> Member:
     channel: Channel | None = None
     try:
         stream = await transport.open_stream(
@@ -209,7 +237,7 @@ async def open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: flo
 
 
 async def open_hops(
-    transport: Transport, hops: Sequence[Hop], opening: Callable[[int], Open], timeout_s: float
+    transport: Transport, hops: Sequence[Hop], opening: Callable[[int], Open], timeout_s: float, ping: Ping
 ) -> list[Member]:
     """Open a whole route at once; `opening(i)` is for hop i. Returns when each is connected to the next.
 
@@ -217,7 +245,7 @@ async def open_hops(
         OpenFailedError: a hop failed; none stays open.
     """
     attempts = [
-        asyncio.create_task(open_hop(transport, hop, opening(index), timeout_s))
+        asyncio.create_task(open_hop(transport, hop, opening(index), timeout_s, ping))
         for index, hop in enumerate(hops)
     ]
     try:

@@ -13,6 +13,9 @@ from petal_swarm.routing.route import Hop, Route
 from petal_swarm.span import Span
 from petal_swarm.wire.messages import NO_STEP, Neighbour, Open
 
+#: To dial a far peer takes several round trips; one that says nothing for longer is not worth waiting for.
+PING_TIMEOUT_S = 2.0
+
 
 class Openings:
     """What all openings of a session have in common: the model, the room it needs, and whom to avoid."""
@@ -64,13 +67,16 @@ class Openings:
 
     async def open_one(self, hop: Hop, opening: Open) -> Member:
         """See `open_hop`."""
-        return await open_hop(self._transport, hop, opening, self.timeout_s)
+        return await open_hop(self._transport, hop, opening, self.timeout_s, self._ping)
 
     async def open_all(
         self, hops: Sequence[Hop], opening: Callable[[int], Open], timeout_s: float | None = None
     ) -> list[Member]:
         """See `open_hops`."""
-        return await open_hops(self._transport, hops, opening, timeout_s or self.timeout_s)
+        return await open_hops(self._transport, hops, opening, timeout_s or self.timeout_s, self._ping)
+
+    async def _ping(self, hop: Hop) -> bool:
+        return await self.view.is_there(hop, PING_TIMEOUT_S)
 
     def blame(self, peer_id: str, error: PetalSwarmError) -> None:
         """See `View.blame`."""

@@ -49,6 +49,8 @@ STALL_S = 30.0
 QUIET_STEPS = 8.0
 MIN_QUIET_S = 0.1
 MAX_QUIET_S = 1.0
+#: A session without a step for so long is not worth a repair before the next one.
+LAZY_AFTER_S = 60.0
 #: What is being uploaded may take as long as over a slow home connection.
 SLOW_UPLOAD_BYTES_PER_S = 1.25e6
 _SMOOTHING = 0.1
@@ -284,8 +286,10 @@ class Ring:
             self.wake()
 
     def wake(self, *, unless_idle: bool = False) -> None:
-        """There is something to repair."""
+        """There is something to repair; a session unused for a while can wait for its next step."""
         self._changed.set()
+        if not self.is_waiting and not self.is_leaving:
+            unless_idle = unless_idle or self._loop.time() - self._progress_s > LAZY_AFTER_S
         if self.error is None and self._keeping is None and not (unless_idle and not self.is_waiting):
             self._keeping = self._loop.create_task(self._keep())
 

@@ -28,6 +28,7 @@ from petal_swarm.wire.step_log import LogBudget
 
 logger = logging.getLogger(__name__)
 
+RETRY_S = 0.5
 #: A session that can never fit is refused at once: who waits for less than this is not told of it.
 SAY_WAITING_AFTER_S = 0.5
 
@@ -91,9 +92,10 @@ class Swarm:
         return cls(config, transport, directory)
 
     async def open_ring(self, model: ModelRef, *, max_length: int) -> Ring:
-        """Open a session along the fastest route, around servers that fail or refuse; finite attempts.
+        """Open a session along the fastest route, around servers that fail or refuse.
 
-        If all that could serve some blocks are full, it waits once, `wait_for_room_s` at most.
+        After `open_attempts` it gives up if some are full, and waits once, `wait_for_room_s` at most. Where
+        servers cannot be reached, it tries again, those that failed too, until `wait_for_blocks_s` are over.
 
         Raises:
             MissingBlocksError: nobody serves some blocks.
@@ -103,7 +105,13 @@ class Swarm:
         failed: set[str] = set()
         full: set[str] = set()
         last: OpenFailedError | None = None
-        for attempt in range(self.config.open_attempts):
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.wait_for_blocks_s
+        attempts = 0
+        while attempts < self.config.open_attempts or (
+            last is not None and last.is_unreachable and loop.time() < deadline
+        ):
+            attempts += 1
             try:
                 route = await self.view.find_route(
                     model, kv_tokens=max_length, avoid=frozenset(failed | full)
@@ -111,11 +119,15 @@ class Swarm:
             except MissingBlocksError:
                 if last is None:
                     raise
-                break
+                if full or not last.is_unreachable or loop.time() >= deadline:
+                    break
+                failed.clear()  # it may have been the connection; and others may come
+                await asyncio.sleep(RETRY_S)
+                continue
             try:
                 return await self._open_along(route, model, max_length)
             except OpenFailedError as error:
-                logger.info("attempt %d: avoiding %s: %s", attempt + 1, error.peer_id, error)
+                logger.info("attempt %d: avoiding %s: %s", attempts, error.peer_id, error)
                 last = error
                 (full if error.is_full else failed).add(error.peer_id)
                 self.view.blame(error.peer_id, error.error)
