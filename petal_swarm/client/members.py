@@ -211,9 +211,8 @@ async def open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: flo
         return await attempt
     finally:
         pinging.cancel()
-        if not attempt.done():
-            attempt.cancel()
-            await asyncio.gather(attempt, return_exceptions=True)
+        attempt.cancel()
+        await asyncio.gather(attempt, pinging, return_exceptions=True)
 
 
 async def _open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: float) -> Member:
