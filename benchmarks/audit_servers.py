@@ -41,14 +41,18 @@ class Kind:
 
 
 KINDS = [
-    Kind(Precision(dtype, quant, kv_dtype))
-    for dtype in DTYPES
-    for quant in ("none", "int8", "nf4")
-    for kv_dtype in (("auto",) if dtype == "float16" else ("auto", "int8"))
-] + [
-    Kind(Precision(dtype, quant), plain=True)
-    for dtype in ("float32", "bfloat16")
-    for quant in ("int8", "nf4")
+    Kind(Precision("float32")),
+    Kind(Precision("float32", kv_dtype="int8")),
+    Kind(Precision("bfloat16")),
+    Kind(Precision("bfloat16", kv_dtype="int8")),
+    Kind(Precision("float16")),
+    Kind(Precision("float32", "int8")),
+    Kind(Precision("bfloat16", "int8", "int8")),
+    Kind(Precision("bfloat16", "int8"), plain=True),
+    Kind(Precision("float16", "int8")),
+    Kind(Precision("bfloat16", "nf4")),
+    Kind(Precision("float32", "nf4"), plain=True),
+    Kind(Precision("float16", "nf4", "int8")),
 ]
 
 

@@ -40,10 +40,10 @@ from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.ends import load_ends
 from petal_swarm.span import Span
 
-LENGTHS = (96, 192)
+LENGTHS = (96, 96, 96, 96, 256)
 BLOOM_BLOCKS = 8
 #: Tokens between the texts of the two halves.
-APART = 40_000
+APART = 60_000
 #: The last steps of a session, whose rows are audited one by one and together.
 DECODED = 12
 TOGETHER = 8
@@ -63,7 +63,7 @@ def models(path: str, calibrate: bool) -> list[Model]:
     ends = load_ends(checkpoint, dtype=torch.float32)
     with torch.inference_mode():
         prompts = [ends.embed(part) for part in parts]
-    bloom = random_bloom(BLOOM_BLOCKS, [part % 1000 for part in parts[:1]], seed=1 if calibrate else 3)
+    bloom = random_bloom(BLOOM_BLOCKS, [part % 1000 for part in parts[:1]], seed=1 if calibrate else 4)
     return [smollm(checkpoint, prompts), bloom]
 
 
@@ -108,9 +108,10 @@ def honest_audits(model: Model, rng: random.Random) -> dict[str, Ratios]:
     """Every kind audited by every kind, at all depths, as decoding and as a prompt in chunks."""
     found: dict[str, Ratios] = defaultdict(lambda: Ratios([]))
     blocks = model.config.num_blocks
-    for prompt, travelled in enumerate((torch.bfloat16, torch.float32)[: len(model.prompts)]):
+    for prompt in range(len(model.prompts)):
+        travelled = torch.float32 if prompt % 2 else torch.bfloat16
         every = inputs_at(model, prompt, travelled)
-        starts = starts_of(model) if prompt == 0 else [0, 2, blocks // 2]
+        starts = starts_of(model) if len(every[0]) < 200 else [0, 2, blocks // 2]
         for start in starts:
             inputs, span = every[start], Span(start, blocks)
             size = len(inputs)
