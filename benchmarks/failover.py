@@ -130,13 +130,15 @@ def stall(runs: int, seed: int) -> None:
             model.close()
 
 
-def drain(clients: int, seed: int) -> None:
+def drain(clients: int, shape: str, seed: int) -> None:
     torch.manual_seed(seed)
     with workspace() as folder:
-        path = checkpoint("bloom-560m-blocks", folder)
+        path = checkpoint(shape, folder)
         local = reference(path)
+        tokens_each = 400 if shape == "tiny" else 96
+        spans = ["0:3", "3:5", "5:8"] if shape == "tiny" else ["0:8", "8:16", "16:24"]
         prompts = [torch.randint(5, 1000, (1, 64)) for _ in range(clients)]
-        with replicas(path, ["0:8", "8:16", "16:24"], "--threads", "1", "--dtype", "float32") as swarm:
+        with replicas(path, spans, "--threads", "1", "--dtype", "float32") as swarm:
             models = [client(path, swarm) for _ in prompts]
             started = threading.Barrier(clients + 1)
 
@@ -147,8 +149,8 @@ def drain(clients: int, seed: int) -> None:
                     models[index].generate(
                         ids,
                         attention_mask=torch.ones_like(ids),
-                        max_new_tokens=96,
-                        min_new_tokens=96,
+                        max_new_tokens=tokens_each,
+                        min_new_tokens=tokens_each,
                         do_sample=False,
                         session=session,
                         streamer=times,
@@ -156,7 +158,7 @@ def drain(clients: int, seed: int) -> None:
                     times.longest_gap_s(skip=10),
                 )
 
-            sessions = [model.open_session(max_length=200) for model in models]
+            sessions = [model.open_session(max_length=500) for model in models]
             with ThreadPoolExecutor(clients) as pool:
                 running = [pool.submit(generate, index) for index in range(clients)]
                 started.wait()
@@ -169,7 +171,9 @@ def drain(clients: int, seed: int) -> None:
                 results = [future.result() for future in running]
             changed = 0
             for ids, (tokens, _) in zip(prompts, results, strict=True):
-                theirs = local.generate(ids, max_new_tokens=96, min_new_tokens=96, do_sample=False)
+                theirs = local.generate(
+                    ids, max_new_tokens=tokens_each, min_new_tokens=tokens_each, do_sample=False
+                )
                 changed += not torch.equal(tokens, theirs)
             users = used.count(victim)
             print(
@@ -186,6 +190,7 @@ def main() -> None:
     parser.add_argument("what", choices=("kills", "stall", "drain"))
     parser.add_argument("--runs", type=int, default=10, help="for each hop")
     parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="tiny", help="of the model that drains")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -193,7 +198,7 @@ def main() -> None:
     measures: dict[str, Callable[[], None]] = {
         "kills": lambda: kills(arguments.runs, arguments.seed),
         "stall": lambda: stall(arguments.runs, arguments.seed),
-        "drain": lambda: drain(arguments.clients, arguments.seed),
+        "drain": lambda: drain(arguments.clients, arguments.shape, arguments.seed),
     }
     measures[arguments.what]()
 
