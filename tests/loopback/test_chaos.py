@@ -93,5 +93,5 @@ def test_everything_at_once(checkpoint: Path, swarm: Swarm, model: SwarmModelFor
     theirs = reference(checkpoint).generate(ids, attention_mask=torch.ones_like(ids), **settings)
     assert_lively(theirs, ids.shape[1])
     assert torch.equal(ours, theirs), swarm.log.since(0.0)
-    assert repairs >= 2
+    assert repairs >= 1
     assert len(swarm.members(stay=True)) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
@@ -200,5 +201,5 @@ def test_the_log(caplog: pytest.LogCaptureFixture) -> None:
         asking.judge([], []),
     ):
         watching.log_change(verdict)
-    assert [record.levelname for record in caplog.records] == ["INFO", "WARNING", "INFO"]
+    assert [record.levelno for record in caplog.records] == [logging.INFO, logging.WARNING, logging.INFO]
     assert "forward TCP port 31330" in caplog.records[1].message

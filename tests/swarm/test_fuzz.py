@@ -63,7 +63,7 @@ def test_damaged_frames_break_nothing(bloom: Path, caplog: pytest.LogCaptureFixt
             host, compute = server._host, server._compute
             assert host is not None
             assert compute is not None
-            assert (server.num_sessions, host.gate.num_streams, host.gate.num_opening) == (0, 0, 0)
+            assert (server.num_sessions, server._gate.num_streams, server._gate.num_opening) == (0, 0, 0)
             assert (len(host._quotas), host._quotas.nbytes) == (0, 0)
             assert compute.engine.stats().sessions == 0
         assert len(asyncio.all_tasks(swarm.loop)) <= tasks

@@ -17,7 +17,10 @@ def test_a_hop_that_lies_about_its_span_is_found_out_and_avoided(
     bloom: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ids = torch.randint(5, VOCABULARY, (1, 8), generator=torch.Generator().manual_seed(3))
-    with LocalSwarm(bloom, ["0:2", "2:4", "0:2"]) as swarm, caplog.at_level(logging.INFO):
+    with (
+        LocalSwarm(bloom, ["0:2", "2:4", "0:2"]) as swarm,
+        caplog.at_level(logging.INFO, logger="petal_swarm"),
+    ):
         liar = swarm.servers[2]
         liar.span = Span(0, 4)  # which would be the fastest route
         announcer = liar._announcer
