@@ -178,11 +178,13 @@ class P2pdTransport:
         Raises:
             NetworkError: the daemon does not answer.
         """
+        from hivemind.proto.p2pd_pb2 import Request
+
         try:
-            _, visible = await self.p2p._client.identify()
+            response = await self._ask_daemon_once(Request(type=Request.IDENTIFY))
         except Exception as error:  # the daemon's own, or those of a socket that it has left
             raise NetworkError(f"the libp2p daemon does not answer: {_first_line(error)}") from None
-        told = [join_address(address_from_bytes(base.to_bytes()), self.peer_id) for base in visible]
+        told = [join_address(address_from_bytes(base), self.peer_id) for base in response.identify.addrs]
         self._visible = tuple(address for address in told if self.listens or is_circuit(address))
 
     async def connect(self, address: str, *, timeout_s: float) -> str:
@@ -204,8 +206,7 @@ class P2pdTransport:
         try:
             async with asyncio.timeout(timeout_s):
                 request = ConnectRequest(peer=target.to_bytes(), addrs=bases)
-                _, writer = await self._ask_daemon(Request(type=Request.CONNECT, connect=request))
-                writer.close()
+                await self._ask_daemon_once(Request(type=Request.CONNECT, connect=request))
         except TimeoutError:
             raise PeerUnreachableError(f"no answer from {told} within {timeout_s:g} s") from None
         except Exception as error:
@@ -221,7 +222,9 @@ class P2pdTransport:
             async with asyncio.timeout(timeout_s):
                 await self._dial(peer_id, addresses, timeout_s)
                 request = StreamOpenRequest(peer=PeerID.from_base58(peer_id).to_bytes(), proto=[protocol])
-                reader, writer = await self._ask_daemon(Request(type=Request.STREAM_OPEN, streamOpen=request))
+                _, reader, writer = await self._ask_daemon(
+                    Request(type=Request.STREAM_OPEN, streamOpen=request)
+                )
         except (NetworkError, ConfigError):
             raise
         except TimeoutError:
@@ -235,8 +238,8 @@ class P2pdTransport:
             raise PeerUnreachableError(f"cannot reach peer {peer_id}: {_first_line(error)}") from None
         return await P2pdStream.adopt(peer_id, reader, writer)
 
-    async def _ask_daemon(self, request: Any) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Send a request on a connection of its own, and return that once the daemon has agreed.
+    async def _ask_daemon(self, request: Any) -> tuple[Any, asyncio.StreamReader, asyncio.StreamWriter]:
+        """Send a request on a connection of its own; return the daemon's consent and that connection.
 
         As hivemind's own calls, which leave the connection behind if the daemon refuses or the caller
         is cancelled.
@@ -253,12 +256,26 @@ class P2pdTransport:
         except BaseException:
             writer.transport.abort()
             raise
-        return reader, writer
+        return response, reader, writer
+
+    async def _ask_daemon_once(self, request: Any) -> Any:
+        """The daemon's answer to a request that needs its connection no longer."""
+        response, _, writer = await self._ask_daemon(request)
+        writer.close()
+        return response
+
+    async def _connected_peers(self) -> set[bytes]:
+        from hivemind.proto.p2pd_pb2 import Request
+
+        response = await self._ask_daemon_once(Request(type=Request.LIST_PEERS))
+        return {peer.id for peer in response.peers}
 
     async def _dial(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
         """Connect to the peer if the daemon is not connected yet."""
+        from hivemind.p2p.p2p_daemon_bindings.datastructures import PeerID
+
         own = [address for address in addresses if split_address(address)[1] == peer_id]
-        if own and peer_id not in {str(peer.peer_id) for peer in await self.p2p.list_peers()}:
+        if own and PeerID.from_base58(peer_id).to_bytes() not in await self._connected_peers():
             await self._connect(peer_id, own, timeout_s)
 
     async def serve(self, protocol: str, handler: StreamHandler) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hashlib
 import logging
 import os
@@ -34,10 +35,8 @@ from petal_swarm.net.p2pd_stream import READ_AHEAD_BYTES, P2pdStream
 from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Stream
 
 pytestmark = [
-    # hivemind finds its daemon by an old function of importlib.resources, and leaves its connection to
-    # the daemon to the garbage collector where a request is refused.
+    # hivemind finds its daemon by an old function of importlib.resources.
     pytest.mark.filterwarnings("ignore:path is deprecated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:unclosed <StreamWriter:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:unclosed <socket.socket .*hivemind-p2pd:ResourceWarning"),
     pytest.mark.timeout(90),
 ]
@@ -486,6 +485,23 @@ def sockets(transport: P2pdTransport) -> list[Path]:
     """The files through which a transport and its daemon talk."""
     addresses = (transport.p2p._daemon_listen_maddr, transport.p2p._client_listen_maddr)
     return [path for path in (Path(address["unix"]) for address in addresses) if path.exists()]
+
+
+def test_an_open_that_is_cancelled_leaves_no_connection_to_the_daemon(run: Run) -> None:
+    """Wherever it is cancelled. A connection left to the garbage collector is a warning, and so a failure."""
+
+    async def scenario(pair: Pair) -> None:
+        for turns in range(12):
+            opening = asyncio.create_task(pair.open("/echo/1"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            opening.cancel()
+            with suppress(asyncio.CancelledError):
+                await (await opening).close()
+        await asyncio.sleep(0)
+        gc.collect()
+
+    run(scenario)
 
 
 def test_closing_leaves_nothing_behind(run: Run) -> None:
