@@ -15,19 +15,12 @@ import msgpack
 
 from petal_swarm.span import Slice, Span
 from petal_swarm.wire.frames import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PREFIX
-from petal_swarm.wire.messages import (
-    FindPrefix,
-    ListRequest,
-    Message,
-    Neighbour,
-    Open,
-    PageKeys,
-    Ping,
-    PushOpen,
-    Step,
-    TensorMeta,
-    encode,
-)
+from petal_swarm.wire.messages import Message, encode
+from petal_swarm.wire.messages.directory import ListRequest, Ping
+from petal_swarm.wire.messages.opening import Open, PushOpen
+from petal_swarm.wire.messages.parts import Neighbour, TensorMeta
+from petal_swarm.wire.messages.prefixes import FindPrefix, PageKeys
+from petal_swarm.wire.messages.steps import Step
 from petal_swarm.wire.protocols import DIRECTORY, PUSH, SESSION
 
 MAX_LENGTH = 64

@@ -10,7 +10,7 @@ from petal_swarm.errors import PetalSwarmError
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, Transport
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
-from petal_swarm.wire.messages import Ping, Pong
+from petal_swarm.wire.messages.directory import Ping, Pong
 from petal_swarm.wire.protocols import DIRECTORY, SESSION
 from tests.hostile_frames import Attack, Target
 

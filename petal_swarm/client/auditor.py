@@ -29,17 +29,10 @@ from petal_swarm.errors import ConfigError, HopLostError, PetalSwarmError, Remot
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.route import Hop
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import (
-    DIGEST_BYTES,
-    NO_STEP,
-    SESSION_ID_BYTES,
-    Open,
-    Output,
-    Recall,
-    Recalled,
-    Rows,
-    Step,
-)
+from petal_swarm.wire.messages.audit import DIGEST_BYTES, Recall, Recalled
+from petal_swarm.wire.messages.opening import SESSION_ID_BYTES, Open
+from petal_swarm.wire.messages.parts import NO_STEP
+from petal_swarm.wire.messages.steps import Output, Rows, Step
 from petal_swarm.wire.step_log import join_steps
 from petal_swarm.wire.tensors import decode_tensor
 

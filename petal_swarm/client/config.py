@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from petal_swarm.errors import ConfigError
-from petal_swarm.wire.messages import MAX_WAIT_S
+from petal_swarm.wire.messages.opening import MAX_WAIT_S
 
 TRANSPORTS = ("auto", "p2pd", "libp2p")
 

@@ -23,7 +23,11 @@ from petal_swarm.net.transport import Transport
 from petal_swarm.routing.route import Hop
 from petal_swarm.span import Span
 from petal_swarm.wire.connection import SESSION_TABLE, Role
-from petal_swarm.wire.messages import Message, Neighbour, Open, Opened, Progress, Recall, Recalled, Reroute
+from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.audit import Recall, Recalled
+from petal_swarm.wire.messages.opening import Open, Opened
+from petal_swarm.wire.messages.parts import Neighbour
+from petal_swarm.wire.messages.repair import Progress, Reroute
 from petal_swarm.wire.protocols import SESSION
 
 HOP_LOST_GRACE_S = 0.2

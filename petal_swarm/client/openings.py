@@ -11,7 +11,8 @@ from petal_swarm.net.transport import Transport
 from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.routing.route import Hop, Route
 from petal_swarm.span import Span
-from petal_swarm.wire.messages import NO_STEP, Neighbour, Open
+from petal_swarm.wire.messages.opening import Open
+from petal_swarm.wire.messages.parts import NO_STEP, Neighbour
 
 #: To dial a far peer takes several round trips; one that says nothing for longer is not worth waiting for.
 PING_TIMEOUT_S = 2.0

@@ -10,7 +10,7 @@ from petal_swarm.client.members import LinkFailedError, Member
 from petal_swarm.client.openings import Openings, named, route_of
 from petal_swarm.client.ring import Ring
 from petal_swarm.errors import PetalSwarmError
-from petal_swarm.wire.messages import Probe, Progress, Reroute
+from petal_swarm.wire.messages.repair import Probe, Progress, Reroute
 
 logger = logging.getLogger(__name__)
 

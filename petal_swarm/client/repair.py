@@ -30,7 +30,8 @@ from petal_swarm.errors import (
 )
 from petal_swarm.routing.route import Hop, Route
 from petal_swarm.span import Span
-from petal_swarm.wire.messages import SESSION_ID_BYTES, Reroute
+from petal_swarm.wire.messages.opening import SESSION_ID_BYTES
+from petal_swarm.wire.messages.repair import Reroute
 
 logger = logging.getLogger(__name__)
 

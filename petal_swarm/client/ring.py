@@ -27,18 +27,12 @@ from petal_swarm.errors import (
 )
 from petal_swarm.net.outbox import Link, Outbox
 from petal_swarm.routing.route import Route
-from petal_swarm.wire.messages import (
-    NO_STEP,
-    Error,
-    Leaving,
-    Lost,
-    Message,
-    Output,
-    Progress,
-    Recalled,
-    Rerouted,
-    Step,
-)
+from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.audit import Recalled
+from petal_swarm.wire.messages.error import Error
+from petal_swarm.wire.messages.parts import NO_STEP
+from petal_swarm.wire.messages.repair import Leaving, Lost, Progress, Rerouted
+from petal_swarm.wire.messages.steps import Output, Step
 from petal_swarm.wire.step_log import StepLog
 
 logger = logging.getLogger(__name__)

@@ -19,7 +19,8 @@ from petal_swarm.errors import ConfigError, PetalSwarmError, SessionTooLongError
 from petal_swarm.routing.prefill import MIN_CHUNK_TOKENS, choose_chunk, stages_of
 from petal_swarm.routing.route import Route
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import MAX_POSITION, MAX_SEQUENCES, Output, Rows, Step
+from petal_swarm.wire.messages.parts import MAX_POSITION, MAX_SEQUENCES
+from petal_swarm.wire.messages.steps import Output, Rows, Step
 from petal_swarm.wire.tensors import DTYPES, decode_tensor, encode_tensor
 
 CLOSE_TIMEOUT_S = 10.0

@@ -10,7 +10,7 @@ from petal_swarm.client.members import Member
 from petal_swarm.client.openings import Openings, named
 from petal_swarm.client.ring import Ring
 from petal_swarm.errors import HopLostError, MissingBlocksError
-from petal_swarm.wire.messages import Probe
+from petal_swarm.wire.messages.repair import Probe
 
 logger = logging.getLogger(__name__)
 

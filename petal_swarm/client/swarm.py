@@ -23,7 +23,7 @@ from petal_swarm.net.swarm_key import SwarmKey, load_swarm_key
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.routing.route import Route
-from petal_swarm.wire.messages import SESSION_ID_BYTES
+from petal_swarm.wire.messages.opening import SESSION_ID_BYTES
 from petal_swarm.wire.step_log import LogBudget
 
 logger = logging.getLogger(__name__)

@@ -15,7 +15,8 @@ from collections.abc import Awaitable, Callable
 from petal_swarm.errors import BusyError
 from petal_swarm.net.addresses import ip_address
 from petal_swarm.net.knock import knock
-from petal_swarm.wire.messages import DialBack, DialedBack, Error
+from petal_swarm.wire.messages.directory import DialBack, DialedBack
+from petal_swarm.wire.messages.error import Error
 
 DIAL_TIMEOUT_S = 4.0
 #: At once, for everybody.

@@ -26,7 +26,7 @@ from petal_swarm.net.relay import Candidate
 from petal_swarm.net.transport import Transport
 from petal_swarm.wire.announcement import Announcement
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
-from petal_swarm.wire.messages import MAX_DIALED_PORTS, DialBack, DialedBack
+from petal_swarm.wire.messages.directory import MAX_DIALED_PORTS, DialBack, DialedBack
 from petal_swarm.wire.protocols import DIRECTORY
 
 ASK_TIMEOUT_S = 8.0

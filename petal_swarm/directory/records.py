@@ -28,7 +28,7 @@ from petal_swarm.net.identity import Identity, verify
 from petal_swarm.net.swarm_key import SwarmKey
 from petal_swarm.wire import fields
 from petal_swarm.wire.announcement import Announcement
-from petal_swarm.wire.messages import MAX_RECORD_BYTES
+from petal_swarm.wire.messages.directory import MAX_RECORD_BYTES
 
 #: No record lives longer, so a replayed one cannot keep a dead peer visible for longer either.
 MAX_TTL_S = 60.0

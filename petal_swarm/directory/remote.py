@@ -23,7 +23,7 @@ from petal_swarm.net.swarm_key import SwarmKey
 from petal_swarm.net.transport import Transport
 from petal_swarm.wire.announcement import Announcement
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
-from petal_swarm.wire.messages import Listing, ListRequest, Ping, Pong
+from petal_swarm.wire.messages.directory import Listing, ListRequest, Ping, Pong
 from petal_swarm.wire.protocols import DIRECTORY
 
 logger = logging.getLogger(__name__)

@@ -20,16 +20,9 @@ from petal_swarm.errors import (
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
-from petal_swarm.wire.messages import (
-    MAX_ANNOUNCEMENTS,
-    DialBack,
-    Error,
-    Listing,
-    ListRequest,
-    Message,
-    Ping,
-    Pong,
-)
+from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.directory import MAX_ANNOUNCEMENTS, DialBack, Listing, ListRequest, Ping, Pong
+from petal_swarm.wire.messages.error import Error
 
 logger = logging.getLogger(__name__)
 

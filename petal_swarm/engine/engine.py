@@ -25,7 +25,7 @@ from petal_swarm.models.devices import release_cached, to_device, wait_for
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Span
-from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys
+from petal_swarm.wire.messages.prefixes import PAGE_TOKENS, PageKeys
 
 logger = logging.getLogger(__name__)
 

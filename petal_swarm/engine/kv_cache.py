@@ -25,7 +25,7 @@ from petal_swarm.errors import (
     UnknownSessionError,
 )
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys
+from petal_swarm.wire.messages.prefixes import PAGE_TOKENS, PageKeys
 
 #: Page tables take memory too, and forks and shared prefixes make them for nothing.
 MAX_SESSION_PAGES = 1 << 18

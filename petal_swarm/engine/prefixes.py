@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 
 from petal_swarm.engine.pages import PageAllocator
-from petal_swarm.wire.messages import PAGE_KEY_BYTES, PAGE_TOKENS
+from petal_swarm.wire.messages.prefixes import PAGE_KEY_BYTES, PAGE_TOKENS
 
 
 class PrefixScope(NamedTuple):

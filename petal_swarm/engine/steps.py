@@ -12,7 +12,7 @@ from petal_swarm.engine.kv_cache import Placement
 from petal_swarm.errors import BadTensorError, PetalSwarmError
 from petal_swarm.models.packing import PackedSlice
 from petal_swarm.span import Slice, Span
-from petal_swarm.wire.messages import PageKeys
+from petal_swarm.wire.messages.prefixes import PageKeys
 
 #: A step of few new tokens for each of its sequences, and few in all, decodes: a token, a beam, some drafts.
 DECODE_TOKENS = 8

@@ -10,7 +10,8 @@ from petal_swarm.errors import DeadlineError, RemoteProtocolError, StreamClosedE
 from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Stream
 from petal_swarm.wire.connection import Connection, Role, StreamEnded, Table
 from petal_swarm.wire.frames import FrameDecoder
-from petal_swarm.wire.messages import Error, Message
+from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.error import Error
 
 T = TypeVar("T")
 

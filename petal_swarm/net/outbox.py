@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 from petal_swarm.errors import NetworkError, PetalSwarmError, ProtocolError
 from petal_swarm.net.channel import Channel
-from petal_swarm.wire.messages import NO_STEP, Step
+from petal_swarm.wire.messages.parts import NO_STEP
+from petal_swarm.wire.messages.steps import Step
 from petal_swarm.wire.step_log import StepLog
 
 #: Larger steps would keep the hops behind the first one waiting.

@@ -21,7 +21,8 @@ from petal_swarm.net.refusal import refuse
 from petal_swarm.net.swarm_key import Side, SwarmKey
 from petal_swarm.net.transport import Buffer, Receiver, Stream, StreamHandler, Transport
 from petal_swarm.wire.frames import PREFIX, FrameDecoder
-from petal_swarm.wire.messages import Error, Message, decode
+from petal_swarm.wire.messages import Message, decode
+from petal_swarm.wire.messages.error import Error
 from petal_swarm.wire.proof import HEAD, member_frame
 
 logger = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ import contextlib
 
 from petal_swarm.errors import NetworkError, RemoteError
 from petal_swarm.net.transport import Stream
-from petal_swarm.wire.messages import Error, encode
+from petal_swarm.wire.messages import encode
+from petal_swarm.wire.messages.error import Error
 
 #: How long the dialler may take to end its side. Ended here at once, with bytes of it unread, the stream
 #: would be reset, and a reset may overtake the reason.

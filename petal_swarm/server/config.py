@@ -10,7 +10,7 @@ from pathlib import Path
 from petal_swarm.errors import ConfigError
 from petal_swarm.net.addresses import is_loopback, is_peer_id
 from petal_swarm.span import Span
-from petal_swarm.wire.messages import MAX_PAGES, PAGE_TOKENS
+from petal_swarm.wire.messages.prefixes import MAX_PAGES, PAGE_TOKENS
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 MIN_KV_TOKENS = 64

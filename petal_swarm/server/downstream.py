@@ -10,7 +10,12 @@ from typing import TypeAlias
 from petal_swarm.errors import HopLostError, PetalSwarmError, RemoteProtocolError
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.outbox import Link, Outbox
-from petal_swarm.wire.messages import NO_STEP, Error, Lost, Message, Neighbour, Opened, PrefixFound, Rerouted
+from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.error import Error
+from petal_swarm.wire.messages.opening import Opened
+from petal_swarm.wire.messages.parts import NO_STEP, Neighbour
+from petal_swarm.wire.messages.prefixes import PrefixFound
+from petal_swarm.wire.messages.repair import Lost, Rerouted
 from petal_swarm.wire.step_log import StepLog
 
 logger = logging.getLogger(__name__)

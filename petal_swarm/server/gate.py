@@ -11,7 +11,7 @@ from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, StreamHandler
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.wire.connection import Role, Table
-from petal_swarm.wire.messages import Error
+from petal_swarm.wire.messages.error import Error
 
 logger = logging.getLogger(__name__)
 

@@ -36,7 +36,8 @@ from petal_swarm.server.results import Overhead, error_message
 from petal_swarm.server.waiting_room import LOOK_S, WaitingRoom
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
 from petal_swarm.wire.frames import MAX_PAYLOAD_BYTES
-from petal_swarm.wire.messages import DTYPE_BYTES, NO_STEP, Neighbour, Open, Opened, PushOpen
+from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
+from petal_swarm.wire.messages.parts import DTYPE_BYTES, NO_STEP, Neighbour
 from petal_swarm.wire.protocols import PUSH
 from petal_swarm.wire.step_log import LogBudget
 from petal_swarm.wire.tensors import dtype_name

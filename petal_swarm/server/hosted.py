@@ -31,23 +31,13 @@ from petal_swarm.server.results import OVERHEAD_TOKENS, Overhead, encode_result,
 from petal_swarm.server.slow_peers import SlowReader, SlowWriter
 from petal_swarm.server.upstream import Upstream
 from petal_swarm.wire.frames import Buffer
-from petal_swarm.wire.messages import (
-    NO_STEP,
-    FindPrefix,
-    Leaving,
-    Lost,
-    Message,
-    Open,
-    Output,
-    PrefixFound,
-    Probe,
-    Progress,
-    Recall,
-    Reroute,
-    Rerouted,
-    Step,
-    TensorMeta,
-)
+from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.audit import Recall
+from petal_swarm.wire.messages.opening import Open
+from petal_swarm.wire.messages.parts import NO_STEP, TensorMeta
+from petal_swarm.wire.messages.prefixes import FindPrefix, PrefixFound
+from petal_swarm.wire.messages.repair import Leaving, Lost, Probe, Progress, Reroute, Rerouted
+from petal_swarm.wire.messages.steps import Output, Step
 from petal_swarm.wire.step_log import StepLog
 from petal_swarm.wire.tensors import decode_tensor
 

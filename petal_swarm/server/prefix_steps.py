@@ -19,7 +19,9 @@ from petal_swarm.engine.compute import Compute
 from petal_swarm.errors import BadMessageError, HopLostError, PetalSwarmError
 from petal_swarm.net.channel import Channel
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import PAGE_TOKENS, FindPrefix, PageKeys, PrefixFound, Step, TensorMeta
+from petal_swarm.wire.messages.parts import TensorMeta
+from petal_swarm.wire.messages.prefixes import PAGE_TOKENS, FindPrefix, PageKeys, PrefixFound
+from petal_swarm.wire.messages.steps import Step
 
 if TYPE_CHECKING:
     from petal_swarm.server.hosted import HostedSession

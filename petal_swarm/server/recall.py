@@ -8,7 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 
-from petal_swarm.wire.messages import DIGEST_BYTES, Recall, Recalled, Step, TensorMeta
+from petal_swarm.wire.messages.audit import DIGEST_BYTES, Recall, Recalled
+from petal_swarm.wire.messages.parts import TensorMeta
+from petal_swarm.wire.messages.steps import Step
 from petal_swarm.wire.step_log import StepLog
 
 #: Of what was received, the last few small steps are kept: audits pick steps of decoding.

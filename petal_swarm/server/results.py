@@ -16,7 +16,9 @@ from petal_swarm.errors import (
     VersionMismatchError,
 )
 from petal_swarm.wire.frames import Buffer
-from petal_swarm.wire.messages import Error, Step, TensorMeta
+from petal_swarm.wire.messages.error import Error
+from petal_swarm.wire.messages.parts import TensorMeta
+from petal_swarm.wire.messages.steps import Step
 from petal_swarm.wire.tensors import DTYPES, encode_tensor
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from petal_swarm.net.outbox import Outbox
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.quotas import Usage
 from petal_swarm.server.slow_peers import SlowWriter
-from petal_swarm.wire.messages import Message, Open
+from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.opening import Open
 
 
 class Upstream:

@@ -14,33 +14,14 @@ from typing import Final, TypeAlias
 
 from petal_swarm.errors import CutOffError, LocalProtocolError, RemoteProtocolError
 from petal_swarm.wire.frames import Buffer, FrameDecoder
-from petal_swarm.wire.messages import (
-    DialBack,
-    DialedBack,
-    Error,
-    FindPrefix,
-    Leaving,
-    Listing,
-    ListRequest,
-    Lost,
-    Message,
-    Open,
-    Opened,
-    Output,
-    Ping,
-    Pong,
-    PrefixFound,
-    Probe,
-    Progress,
-    PushOpen,
-    Recall,
-    Recalled,
-    Reroute,
-    Rerouted,
-    Step,
-    decode,
-    encode,
-)
+from petal_swarm.wire.messages import Message, decode, encode
+from petal_swarm.wire.messages.audit import Recall, Recalled
+from petal_swarm.wire.messages.directory import DialBack, DialedBack, Listing, ListRequest, Ping, Pong
+from petal_swarm.wire.messages.error import Error
+from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
+from petal_swarm.wire.messages.prefixes import FindPrefix, PrefixFound
+from petal_swarm.wire.messages.repair import Leaving, Lost, Probe, Progress, Reroute, Rerouted
+from petal_swarm.wire.messages.steps import Output, Step
 
 
 class Role(Enum):

@@ -90,6 +90,11 @@ def mapping(header: Header, name: str) -> Header:
     return value
 
 
+def optional(header: Header, name: str, read: Callable[[], T]) -> T | None:
+    """What `read` gives for a field that may be absent or null."""
+    return None if header.get(name) is None else read()
+
+
 def as_text(value: Any) -> str:
     """`parse` for `items`: a string."""
     return text({"entry": value}, "entry")

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import DTYPE_BYTES, NO_STEP, Step, TensorMeta
+from petal_swarm.wire.messages.parts import DTYPE_BYTES, NO_STEP, TensorMeta
+from petal_swarm.wire.messages.steps import Step
 
 #: What an entry costs besides its payload.
 _ENTRY_BYTES = 512

@@ -12,7 +12,7 @@ import torch
 
 from petal_swarm.errors import LocalProtocolError, RemoteProtocolError
 from petal_swarm.wire.frames import Buffer
-from petal_swarm.wire.messages import TensorMeta
+from petal_swarm.wire.messages.parts import TensorMeta
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -15,7 +15,8 @@ from petal_swarm.directory.dial_back import (
     DialBackService,
     RateLimit,
 )
-from petal_swarm.wire.messages import DialBack, DialedBack, Error
+from petal_swarm.wire.messages.directory import DialBack, DialedBack
+from petal_swarm.wire.messages.error import Error
 
 from .samples import START_S, Clock
 

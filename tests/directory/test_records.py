@@ -26,7 +26,7 @@ from petal_swarm.errors import (
 )
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.swarm_key import SwarmKey
-from petal_swarm.wire.messages import MAX_RECORD_BYTES
+from petal_swarm.wire.messages.directory import MAX_RECORD_BYTES
 
 from .samples import START_S, Clock, announcement
 

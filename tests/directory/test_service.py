@@ -15,15 +15,9 @@ from petal_swarm.errors import BadMessageError, BusyError, NetworkError, RemoteE
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.identity import Identity
 from petal_swarm.wire.connection import DIRECTORY_TABLE, SESSION_TABLE, Role
-from petal_swarm.wire.messages import (
-    MAX_ANNOUNCEMENTS,
-    Listing,
-    ListRequest,
-    Ping,
-    Pong,
-    PushOpen,
-    encode,
-)
+from petal_swarm.wire.messages import encode
+from petal_swarm.wire.messages.directory import MAX_ANNOUNCEMENTS, Listing, ListRequest, Ping, Pong
+from petal_swarm.wire.messages.opening import PushOpen
 
 from .samples import MODEL, START_S, Clock, PairedStream, announcement, stream_pair
 

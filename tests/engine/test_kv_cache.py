@@ -15,7 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from petal_swarm.engine.kv_cache import KVCache, Placement
 from petal_swarm.errors import BadMessageError, CacheFullError, SessionTooLongError, UnknownSessionError
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import PAGE_TOKENS
+from petal_swarm.wire.messages.prefixes import PAGE_TOKENS
 
 POOL_TOKENS = 10 * PAGE_TOKENS
 KEYS = ["a", "b", "c"]

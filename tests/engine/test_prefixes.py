@@ -17,7 +17,7 @@ from petal_swarm.engine.prefixes import PrefixIndex, PrefixScope, SequencePrefix
 from petal_swarm.engine.steps import StepRequest
 from petal_swarm.errors import BadMessageError, CacheFullError, UnknownSessionError
 from petal_swarm.span import Slice, Span
-from petal_swarm.wire.messages import PAGE_TOKENS, PageKeys
+from petal_swarm.wire.messages.prefixes import PAGE_TOKENS, PageKeys
 
 from .tiny import HIDDEN, WHOLE, Tiny, close, rows
 

@@ -168,7 +168,8 @@ def test_a_stranger_can_neither_write_nor_read_nor_open(swarms: Swarms, key: str
 async def refused(transport: Any, peer_id: str, protocol: str) -> None:
     from petal_swarm.net.channel import Channel
     from petal_swarm.wire.connection import DIRECTORY_TABLE, PUSH_TABLE, SESSION_TABLE, Role
-    from petal_swarm.wire.messages import Open, Opened, Ping, Pong, PushOpen
+    from petal_swarm.wire.messages.directory import Ping, Pong
+    from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
 
     first: dict[str, tuple[Any, Any, type]] = {
         SESSION: (SESSION_TABLE, Open(b"s" * 16, 0, "model", Span(0, 1), 8), Opened),

@@ -21,19 +21,12 @@ from petal_swarm.net.memory import VirtualClockLoop
 from petal_swarm.net.transport import WRITE_HIGH_WATER_BYTES, Buffer, Receiver
 from petal_swarm.span import Slice
 from petal_swarm.wire.connection import DIRECTORY_TABLE, PUSH_TABLE, Role
-from petal_swarm.wire.messages import (
-    Error,
-    Listing,
-    ListRequest,
-    Message,
-    Opened,
-    Ping,
-    Pong,
-    PushOpen,
-    Step,
-    TensorMeta,
-    encode,
-)
+from petal_swarm.wire.messages import Message, encode
+from petal_swarm.wire.messages.directory import Listing, ListRequest, Ping, Pong
+from petal_swarm.wire.messages.error import Error
+from petal_swarm.wire.messages.opening import Opened, PushOpen
+from petal_swarm.wire.messages.parts import TensorMeta
+from petal_swarm.wire.messages.steps import Step
 
 
 def run(scenario: Callable[[], Coroutine[Any, Any, None]]) -> None:

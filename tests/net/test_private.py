@@ -23,7 +23,9 @@ from petal_swarm.net.private import PrivateStream, PrivateTransport
 from petal_swarm.net.swarm_key import Side, SwarmKey
 from petal_swarm.net.transport import Stream, Transport
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
-from petal_swarm.wire.messages import Error, ListRequest, Ping, Pong, encode
+from petal_swarm.wire.messages import encode
+from petal_swarm.wire.messages.directory import ListRequest, Ping, Pong
+from petal_swarm.wire.messages.error import Error
 from petal_swarm.wire.proof import HEAD, member_frame
 
 KEY, OTHER_KEY = SwarmKey(b"k" * 32), SwarmKey(b"o" * 32)

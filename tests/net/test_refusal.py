@@ -12,7 +12,7 @@ from petal_swarm.net.memory import MemoryNetwork, VirtualClockLoop
 from petal_swarm.net.refusal import LINGER_S, refuse
 from petal_swarm.net.transport import Stream
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
-from petal_swarm.wire.messages import Ping, Pong
+from petal_swarm.wire.messages.directory import Ping, Pong
 
 
 @pytest.mark.parametrize(("ends_after_s", "refused_after_s"), [(0.5, 0.5), (100, LINGER_S)])

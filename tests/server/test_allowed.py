@@ -14,7 +14,7 @@ from petal_swarm.net.transport import Stream
 from petal_swarm.server.allowed import only_for
 from petal_swarm.server.config import ServerConfig
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
-from petal_swarm.wire.messages import Ping, Pong
+from petal_swarm.wire.messages.directory import Ping, Pong
 
 
 async def _answer(stream: Stream) -> None:

@@ -13,7 +13,7 @@ from petal_swarm.net.transport import Stream
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.gate import Shares, StreamGate
 from petal_swarm.wire.connection import SESSION_TABLE, Role
-from petal_swarm.wire.messages import Opened
+from petal_swarm.wire.messages.opening import Opened
 from petal_swarm.wire.protocols import SESSION
 
 

@@ -14,7 +14,9 @@ from petal_swarm.errors import BadMessageError, HopLostError
 from petal_swarm.net.memory import VirtualClockLoop
 from petal_swarm.server.prefix_steps import ANSWER_TIMEOUT_S, MAX_QUESTIONS, PrefixSteps, drop_rows
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import PAGE_TOKENS, FindPrefix, PageKeys, PrefixFound, Step, TensorMeta
+from petal_swarm.wire.messages.parts import TensorMeta
+from petal_swarm.wire.messages.prefixes import PAGE_TOKENS, FindPrefix, PageKeys, PrefixFound
+from petal_swarm.wire.messages.steps import Step
 
 KEY = bytes(32)
 

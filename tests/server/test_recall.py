@@ -9,7 +9,9 @@ import pytest
 from petal_swarm.server import recall
 from petal_swarm.server.recall import Receipts, answer
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import Recall, Step, TensorMeta
+from petal_swarm.wire.messages.audit import Recall
+from petal_swarm.wire.messages.parts import TensorMeta
+from petal_swarm.wire.messages.steps import Step
 from petal_swarm.wire.step_log import LogBudget, StepLog
 
 COLUMNS = 8

@@ -17,7 +17,9 @@ from petal_swarm.errors import BadMessageError, BusyError, CacheFullError, IdleE
 from petal_swarm.net.channel import Channel
 from petal_swarm.server.host import SessionHost
 from petal_swarm.span import Slice, Span
-from petal_swarm.wire.messages import Neighbour, Open, Opened, Output, Step
+from petal_swarm.wire.messages.opening import Open, Opened
+from petal_swarm.wire.messages.parts import Neighbour
+from petal_swarm.wire.messages.steps import Output, Step
 from petal_swarm.wire.tensors import encode_tensor
 from tests.checkpoints import VOCABULARY, reference
 from tests.swarm.local import LocalSwarm

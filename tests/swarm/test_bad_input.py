@@ -30,7 +30,11 @@ from petal_swarm.net.memory import MemoryTransport
 from petal_swarm.span import Slice, Span
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
 from petal_swarm.wire.frames import PREFIX, encode_frame
-from petal_swarm.wire.messages import Error, Leaving, Open, Opened, Output, PushOpen, Step, TensorMeta
+from petal_swarm.wire.messages.error import Error
+from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
+from petal_swarm.wire.messages.parts import TensorMeta
+from petal_swarm.wire.messages.repair import Leaving
+from petal_swarm.wire.messages.steps import Output, Step
 from petal_swarm.wire.protocols import PUSH, SESSION
 from petal_swarm.wire.tensors import encode_tensor
 from tests.checkpoints import VOCABULARY, reference

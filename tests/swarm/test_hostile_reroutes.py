@@ -17,22 +17,12 @@ from petal_swarm.errors import TooSlowError
 from petal_swarm.net.channel import Channel
 from petal_swarm.span import Slice
 from petal_swarm.wire.connection import PUSH_TABLE, Role
-from petal_swarm.wire.messages import (
-    PAGE_TOKENS,
-    Error,
-    FindPrefix,
-    Neighbour,
-    Opened,
-    Output,
-    PageKeys,
-    PrefixFound,
-    Probe,
-    Progress,
-    PushOpen,
-    Reroute,
-    Rerouted,
-    Step,
-)
+from petal_swarm.wire.messages.error import Error
+from petal_swarm.wire.messages.opening import Opened, PushOpen
+from petal_swarm.wire.messages.parts import Neighbour
+from petal_swarm.wire.messages.prefixes import PAGE_TOKENS, FindPrefix, PageKeys, PrefixFound
+from petal_swarm.wire.messages.repair import Probe, Progress, Reroute, Rerouted
+from petal_swarm.wire.messages.steps import Output, Step
 from petal_swarm.wire.protocols import PUSH
 from petal_swarm.wire.tensors import encode_tensor
 from tests.swarm.local import LocalSwarm

@@ -27,7 +27,10 @@ from petal_swarm.server.quotas import Quotas
 from petal_swarm.span import Slice
 from petal_swarm.wire.connection import PUSH_TABLE, Role
 from petal_swarm.wire.frames import encode_frame
-from petal_swarm.wire.messages import Lost, Neighbour, Opened, Output, PushOpen, Step
+from petal_swarm.wire.messages.opening import Opened, PushOpen
+from petal_swarm.wire.messages.parts import Neighbour
+from petal_swarm.wire.messages.repair import Lost
+from petal_swarm.wire.messages.steps import Output, Step
 from petal_swarm.wire.protocols import PUSH
 from petal_swarm.wire.tensors import encode_tensor
 from tests.checkpoints import VOCABULARY, reference

@@ -23,7 +23,7 @@ from petal_swarm.server.server import Server
 from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
 from petal_swarm.wire.connection import SESSION_TABLE, Role
-from petal_swarm.wire.messages import Opened
+from petal_swarm.wire.messages.opening import Opened
 from petal_swarm.wire.protocols import SESSION
 from tests.checkpoints import VOCABULARY, reference
 from tests.directory.samples import stream_pair

@@ -11,7 +11,7 @@ import torch
 
 from petal_swarm.engine.steps import StepRequest
 from petal_swarm.server import prefix_steps
-from petal_swarm.wire.messages import PAGE_TOKENS
+from petal_swarm.wire.messages.prefixes import PAGE_TOKENS
 from tests.checkpoints import reference
 from tests.swarm.local import LocalSwarm
 from tests.swarm.test_exact import SPANS, prompt

@@ -15,7 +15,9 @@ from petal_swarm.engine.steps import StepRequest, StepResult
 from petal_swarm.server.hosted import HostedSession
 from petal_swarm.server.server import Server
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import Lost, Message, Output, Step
+from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.repair import Lost
+from petal_swarm.wire.messages.steps import Output, Step
 from petal_swarm.wire.tensors import encode_tensor
 from tests.checkpoints import reference
 from tests.swarm.local import LocalSwarm

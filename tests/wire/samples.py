@@ -12,48 +12,39 @@ from petal_swarm.span import Slice, Span
 from petal_swarm.wire.announcement import MAX_ADDRESSES, MAX_BLOCKS, STATES, Announcement
 from petal_swarm.wire.fields import MAX_TEXT
 from petal_swarm.wire.frames import Buffer
-from petal_swarm.wire.messages import (
-    DTYPE_BYTES,
+from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.audit import Recall, Recalled
+from petal_swarm.wire.messages.directory import (
     MAX_DIALED_PORTS,
-    MAX_PAGES,
-    MAX_POSITION,
     MAX_RECORD_BYTES,
-    MAX_RETRY_AFTER_S,
-    MAX_SEQUENCES,
-    MAX_STEP,
-    MAX_WAIT_S,
-    NO_STEP,
-    PAGE_KEY_BYTES,
-    PAGE_TOKENS,
-    ROWS,
-    SESSION_ID_BYTES,
     DialBack,
     DialedBack,
-    Error,
-    FindPrefix,
-    Leaving,
     Listing,
     ListRequest,
-    Lost,
-    Message,
-    Neighbour,
-    Open,
-    Opened,
-    Output,
-    PageKeys,
     Ping,
     Pong,
-    PrefixFound,
-    Probe,
-    Progress,
-    PushOpen,
-    Recall,
-    Recalled,
-    Reroute,
-    Rerouted,
-    Step,
+)
+from petal_swarm.wire.messages.error import MAX_RETRY_AFTER_S, Error
+from petal_swarm.wire.messages.opening import MAX_WAIT_S, SESSION_ID_BYTES, Open, Opened, PushOpen
+from petal_swarm.wire.messages.parts import (
+    DTYPE_BYTES,
+    MAX_POSITION,
+    MAX_SEQUENCES,
+    MAX_STEP,
+    NO_STEP,
+    Neighbour,
     TensorMeta,
 )
+from petal_swarm.wire.messages.prefixes import (
+    MAX_PAGES,
+    PAGE_KEY_BYTES,
+    PAGE_TOKENS,
+    FindPrefix,
+    PageKeys,
+    PrefixFound,
+)
+from petal_swarm.wire.messages.repair import Leaving, Lost, Probe, Progress, Reroute, Rerouted
+from petal_swarm.wire.messages.steps import ROWS, Output, Step
 
 same_every_time = settings(deadline=None, derandomize=True)
 

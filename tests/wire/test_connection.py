@@ -21,32 +21,14 @@ from petal_swarm.wire.connection import (
     StreamEnded,
     Table,
 )
-from petal_swarm.wire.messages import (
-    DialBack,
-    DialedBack,
-    Error,
-    FindPrefix,
-    Leaving,
-    Listing,
-    ListRequest,
-    Lost,
-    Message,
-    Open,
-    Opened,
-    Output,
-    Ping,
-    Pong,
-    PrefixFound,
-    Probe,
-    Progress,
-    PushOpen,
-    Recall,
-    Recalled,
-    Reroute,
-    Rerouted,
-    Step,
-    encode,
-)
+from petal_swarm.wire.messages import Message, encode
+from petal_swarm.wire.messages.audit import Recall, Recalled
+from petal_swarm.wire.messages.directory import DialBack, DialedBack, Listing, ListRequest, Ping, Pong
+from petal_swarm.wire.messages.error import Error
+from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
+from petal_swarm.wire.messages.prefixes import FindPrefix, PrefixFound
+from petal_swarm.wire.messages.repair import Leaving, Lost, Probe, Progress, Reroute, Rerouted
+from petal_swarm.wire.messages.steps import Output, Step
 
 from .samples import BY_TYPE, EXAMPLES, contents, joined, same_every_time
 

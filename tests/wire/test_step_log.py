@@ -7,7 +7,8 @@ import random
 import pytest
 
 from petal_swarm.span import Slice
-from petal_swarm.wire.messages import NO_STEP, Step, TensorMeta
+from petal_swarm.wire.messages.parts import NO_STEP, TensorMeta
+from petal_swarm.wire.messages.steps import Step
 from petal_swarm.wire.step_log import LogBudget, StepLog
 
 ROW_BYTES = 8

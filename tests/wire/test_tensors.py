@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from petal_swarm.errors import LocalProtocolError, RemoteProtocolError
-from petal_swarm.wire.messages import DTYPE_BYTES, TensorMeta
+from petal_swarm.wire.messages.parts import DTYPE_BYTES, TensorMeta
 from petal_swarm.wire.tensors import DTYPES, decode_tensor, dtype_name, encode_tensor
 
 from .samples import same_every_time
