@@ -27,6 +27,7 @@ class Announcement:
     `step_time_s` what a step costs whatever its blocks; `queue_s` the work already waiting.
     `next_rtts_s` holds round trips this server measured to peers that may follow it on a route.
     `movable`: it goes where the swarm needs it. `moving_to`: it still serves `span`, and means to leave it.
+    `trains`: its blocks pass gradients, too.
     """
 
     peer_id: str
@@ -50,6 +51,7 @@ class Announcement:
     version: str = ""
     movable: bool = False
     moving_to: Span | None = None
+    trains: bool = False
 
     def to_header(self) -> dict[str, Any]:
         """A msgpack-able map, read back by `from_header`."""
@@ -75,6 +77,7 @@ class Announcement:
             "version": self.version,
             "movable": self.movable,
             "moving_to": [self.moving_to.start, self.moving_to.end] if self.moving_to else None,
+            "trains": self.trains,
         }
 
     @classmethod
@@ -122,6 +125,7 @@ class Announcement:
             version=fields.text(header, "version", "", limit=64),
             movable=fields.flag(header, "movable", False),
             moving_to=None if moving_to is None else span_from_list(moving_to, "moving_to"),
+            trains=fields.flag(header, "trains", False),
         )
 
 

@@ -93,6 +93,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "version": [None, 5, "x" * 65],
     "movable": [None, 0, "yes"],
+    "trains": [None, 0, "yes"],
     "moving_to": [5, "0:4", [], [2, 2], [-1, 2], [0, MAX_BLOCKS + 1], [0.0, 1.0], {}],
 }
 

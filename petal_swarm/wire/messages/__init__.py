@@ -23,9 +23,17 @@ from petal_swarm.wire.messages.opening import OpeningMessage
 from petal_swarm.wire.messages.prefixes import PrefixMessage
 from petal_swarm.wire.messages.repair import RepairMessage
 from petal_swarm.wire.messages.steps import StepMessage
+from petal_swarm.wire.messages.tuning import TuningMessage
 
 Message: TypeAlias = (
-    OpeningMessage | StepMessage | PrefixMessage | RepairMessage | AuditMessage | DirectoryMessage | Error
+    OpeningMessage
+    | StepMessage
+    | PrefixMessage
+    | RepairMessage
+    | AuditMessage
+    | TuningMessage
+    | DirectoryMessage
+    | Error
 )
 
 _TYPES: dict[str, type[Message]] = {kind.type: kind for kind in get_args(Message)}
