@@ -171,6 +171,24 @@ class CacheFullError(RemoteError):
     code = "cache-full"
 
 
+class AdapterMissingError(RemoteError):
+    """The peer does not have the adapter that was named, or not any more: it is to be uploaded again."""
+
+    code = "adapter-missing"
+
+
+class BadAdapterError(RemoteError):
+    """An adapter that does not fit the peer's model, or whose numbers are not what was offered."""
+
+    code = "bad-adapter"
+
+
+class AdapterFullError(RemoteError):
+    """The peer has no room for another adapter, or for more of ours."""
+
+    code = "adapter-full"
+
+
 class BusyError(RemoteError):
     """The peer has reached a limit; try again later or elsewhere."""
 
@@ -219,6 +237,9 @@ _BY_CODE: dict[str, type[RemoteError]] = {
         BadTensorError,
         SessionTooLongError,
         CacheFullError,
+        AdapterMissingError,
+        BadAdapterError,
+        AdapterFullError,
         BusyError,
         IdleError,
         TooSlowError,

@@ -4,3 +4,4 @@ VERSION = 1
 SESSION = f"/petal-swarm/{VERSION}/session"
 PUSH = f"/petal-swarm/{VERSION}/push"
 DIRECTORY = f"/petal-swarm/{VERSION}/directory"
+ADAPTER = f"/petal-swarm/{VERSION}/adapter"

@@ -9,10 +9,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from petal_swarm.span import Slice, Span
-from petal_swarm.wire.announcement import MAX_ADDRESSES, MAX_BLOCKS, STATES, Announcement
+from petal_swarm.wire.announcement import MAX_ADAPTERS, MAX_ADDRESSES, MAX_BLOCKS, STATES, Announcement
 from petal_swarm.wire.fields import MAX_TEXT
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.adapters import (
+    ADAPTER_DIGEST_BYTES,
+    MAX_NUMBERS,
+    MAX_PREFIX_TOKENS,
+    MAX_RANK,
+    MAX_STEM,
+    MAX_TTL_S,
+    AdapterOffer,
+    AdapterPart,
+    AdapterReady,
+    AdapterWanted,
+    Place,
+)
 from petal_swarm.wire.messages.audit import Recall, Recalled
 from petal_swarm.wire.messages.directory import (
     MAX_DIALED_PORTS,
@@ -114,6 +127,25 @@ def step_messages(draw: st.DrawFn) -> Step:
 
 
 neighbours = st.builds(Neighbour, texts(128), address_lists)
+adapter_ids = st.sampled_from(["a", "ff" * 16, "run:7", "~" * 64])
+offers = st.builds(
+    AdapterOffer,
+    model=texts(256),
+    span=spans(),
+    adapter=adapter_ids,
+    numbers=integers(1, MAX_NUMBERS),
+    digest=st.binary(min_size=ADAPTER_DIGEST_BYTES, max_size=ADAPTER_DIGEST_BYTES),
+    places=st.lists(
+        st.builds(
+            Place, integers(0, MAX_BLOCKS), texts(MAX_STEM), integers(1, MAX_RANK), st.floats(-1e6, 1e6)
+        ),
+        max_size=3,
+    ).map(tuple),
+    prefix_tokens=integers(0, MAX_PREFIX_TOKENS),
+    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+    eager=st.booleans(),
+    ttl_s=st.floats(0, MAX_TTL_S),
+)
 opens = st.builds(
     Open,
     session=sessions,
@@ -128,6 +160,7 @@ opens = st.builds(
     answered=last_steps,
     spare=st.booleans(),
     receipts=st.booleans(),
+    adapter=st.none() | adapter_ids,
 )
 push_opens = st.builds(PushOpen, session=sessions, epoch=steps)
 openeds = st.builds(
@@ -192,6 +225,10 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
             b"d" * 16,
         )
     ),
+    AdapterOffer: offers,
+    AdapterWanted: st.just(AdapterWanted()),
+    AdapterPart: st.builds(AdapterPart, st.binary(min_size=1, max_size=9)),
+    AdapterReady: st.just(AdapterReady()),
     Output: outputs,
     Error: errors,
     Ping: st.just(Ping()),
@@ -229,6 +266,7 @@ _claims = st.builds(
     version=texts(64),
     movable=st.booleans(),
     moving_to=st.none() | spans(),
+    adapters=st.lists(st.just(("tone", "0f" * 16)), max_size=MAX_ADAPTERS).map(tuple),
 )
 
 
@@ -291,6 +329,18 @@ EXAMPLES: dict[type[Message], Message] = {
     ),
     FindPrefix: FindPrefix(6, 1, (PageKeys(1, 2, (bytes(range(32)), bytes(32))),)),
     PrefixFound: PrefixFound(6, (1, 0)),
+    AdapterOffer: AdapterOffer(
+        "m" * 8,
+        Span(3, 7),
+        "0f" * 16,
+        96,
+        bytes(range(32)),
+        places=(Place(3, "self_attention.dense", 4, 0.5),),
+        prefix_tokens=5,
+    ),
+    AdapterWanted: AdapterWanted(),
+    AdapterPart: AdapterPart(bytes(range(8))),
+    AdapterReady: AdapterReady(),
     Output: Output(5, 1, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
     Error: Error("busy", "try again later", 5, 2.5),
     Ping: Ping(),
