@@ -146,7 +146,9 @@ class Lane:
         meta, payload = encode_tensor(each.rows.to(self.dtype))
         number = self._next
         self._next += 1
-        message = Forward(number, each.lengths, meta, payload, keep, each.adapter.id if each.adapter else None)
+        message = Forward(
+            number, each.lengths, meta, payload, keep, each.adapter.id if each.adapter else None
+        )
         course = Course(message, each.adapter, self._loop.create_future(), self._loop.time())
         self.courses[number] = course
         self._depart()

@@ -108,9 +108,7 @@ class TrainMember:
         return HopLostError(f"peer {self.peer_id} is gone: {self.error}", peer_id=self.peer_id)
 
 
-async def open_member(
-    transport: Transport, hop: Hop, opening: TrainOpen, timeout_s: float
-) -> TrainMember:
+async def open_member(transport: Transport, hop: Hop, opening: TrainOpen, timeout_s: float) -> TrainMember:
     """Open one hop of a lane; it answers once it is linked to its next one.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Cutting a batch into passes: between its sequences, never inside one, since a pass knows no earlier tokens."""
+"""Cutting a batch into passes: between sequences, never inside one, since a pass knows no earlier tokens."""
 
 from __future__ import annotations
 
@@ -22,9 +22,7 @@ class Microbatch(NamedTuple):
     lengths: tuple[int, ...]
 
 
-def cut_batch(
-    lengths: Sequence[int], *, max_tokens: int, max_sequences: int, hops: int
-) -> list[Microbatch]:
+def cut_batch(lengths: Sequence[int], *, max_tokens: int, max_sequences: int, hops: int) -> list[Microbatch]:
     """Passes of nearly equal size, in order, enough to keep `hops` servers busy at once.
 
     `hops` counts those of all lanes.
