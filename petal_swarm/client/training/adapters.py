@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ class AdapterVersions:
         self._run = secrets.token_hex(RUN_ID_BYTES)
         self._last: TrainedAdapter | None = None
         self._version = 0
+        self._lock = threading.Lock()
 
     def of(self, layout: AdapterLayout, numbers: Tensor) -> TrainedAdapter:
         """The state that these numbers are; they are copied.
@@ -49,8 +51,11 @@ class AdapterVersions:
             ConfigError: the layout does not fit the model, or there are more or fewer numbers than it
                 has, or one of them is not finite.
         """
+        with self._lock:
+            return self._of(layout, numbers.detach())
+
+    def _of(self, layout: AdapterLayout, numbers: Tensor) -> TrainedAdapter:
         last = self._last
-        numbers = numbers.detach()
         if last is not None and last.layout == layout and _equal(last.numbers, numbers):
             return last
         layout.check(self._config)

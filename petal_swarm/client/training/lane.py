@@ -30,6 +30,7 @@ from petal_swarm.errors import (
     StreamClosedError,
     remote_error,
 )
+from petal_swarm.routing.route import Hop
 from petal_swarm.span import Span
 from petal_swarm.wire.messages import Message
 from petal_swarm.wire.messages.error import Error
@@ -63,7 +64,7 @@ _OF_ONE_PASS = (PassGoneError, AdapterMissingError, BusyError, NotFiniteError)
 _BLAMING = (BadMessageError, BadTensorError)
 
 Keeper = Callable[["Lane"], Awaitable[None]]
-Upload = Callable[[TrainMember, TrainedAdapter], Awaitable[None]]
+Upload = Callable[[Hop, TrainedAdapter], Awaitable[None]]
 
 
 class Lane:
@@ -130,7 +131,7 @@ class Lane:
             PetalSwarmError: it failed.
         """
         try:
-            await self._upload(member, adapter)
+            await self._upload(member.hop, adapter)
         except PetalSwarmError as error:
             self.lose(member, error)
             raise
@@ -224,8 +225,8 @@ class Lane:
     @property
     def quiet_s(self) -> float:
         """How long no answer may come before somebody asks why: it follows from the passes so far."""
-        pass_s = max((c.tokens for c in self.courses.values()), default=0)
-        pass_s *= max(self.forward_s, self.backward_s) * (len(self.members) + 1)
+        tokens = max((course.tokens for course in self.courses.values()), default=0)
+        pass_s = tokens * max(self.forward_s, self.backward_s) * (len(self.members) + 1)
         unsent = sum(member.channel.unsent_bytes for member in self.members)
         return min(MAX_QUIET_S, max(MIN_QUIET_S, QUIET_PASSES * pass_s)) + unsent / SLOW_UPLOAD_BYTES_PER_S
 

@@ -94,7 +94,8 @@ class TrainMember:
     async def _ask(self, question: Relink | Probe, key: tuple[str, int], timeout_s: float) -> Answer:
         if self.error is not None:
             raise self._gone()
-        waiting = self._asked[key] = asyncio.get_running_loop().create_future()
+        waiting: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._asked[key] = waiting
         try:
             self.send(question)
             async with asyncio.timeout(timeout_s):
