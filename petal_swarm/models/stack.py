@@ -17,7 +17,7 @@ from petal_swarm.models.families import family_of
 from petal_swarm.models.family import Block
 from petal_swarm.models.packing import KVPool, PackedBatch
 from petal_swarm.models.quantization import Quant
-from petal_swarm.models.rope import RotaryTable
+from petal_swarm.models.rope import RotaryTable, interleave_keys
 from petal_swarm.span import Span
 
 
@@ -80,6 +80,15 @@ class BlockStack:
                 plan = plans[window] = self._plan(batch, window, pool)
             hidden = self._blocks[index](hidden, plan, pool.pairs[index])
             yield hidden
+
+    def arrange_prefix(self, prefix: Tensor) -> Tensor:
+        """A `BlockAdapter`'s `[2, kv_heads, tokens, head_dim]` in the order of `KVPool.pairs`.
+
+        Gradients flow through it.
+        """
+        if self._rotary is None:
+            return prefix
+        return torch.stack([interleave_keys(prefix[0]), prefix[1]])
 
     def _plan(self, batch: PackedBatch, window: int | None, pool: KVPool) -> AttentionPlan:
         plan = AttentionPlan(batch, self._heads, self._masks[window], window, self._alibi, pool.int8)
