@@ -15,7 +15,7 @@ from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.swarm import Swarm
 from petal_swarm.client.training.adapters import AdapterVersions, TrainedAdapter
 from petal_swarm.client.training.courses import Gradient, Pass
-from petal_swarm.client.training.openings import LaneOpenings, Upload
+from petal_swarm.client.training.openings import LaneOpenings
 from petal_swarm.client.training.trainer import Trainer
 from petal_swarm.client.view import ModelRef
 from petal_swarm.errors import ConfigError
@@ -29,14 +29,12 @@ CLOSE_TIMEOUT_S = 10.0
 class RemoteBlocks:
     """The blocks of one model, which may be used by several threads; closed with the client's model."""
 
-    def __init__(
-        self, loop: LoopThread, swarm: Swarm, ref: ModelRef, config: ModelConfig, upload: Upload
-    ) -> None:
+    def __init__(self, loop: LoopThread, swarm: Swarm, ref: ModelRef, config: ModelConfig) -> None:
         self._loop = loop
         self._config = config
         self._client_config = swarm.config
         self._versions = AdapterVersions(config)
-        self._trainer = Trainer(LaneOpenings(swarm.view, swarm.transport, ref, upload))
+        self._trainer = Trainer(LaneOpenings(swarm.view, swarm.transport, ref))
 
     def __call__(
         self,

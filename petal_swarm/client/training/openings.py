@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Collection, Sequence
-from typing import Protocol
 
+from petal_swarm.client.adapters import ensure_adapter
 from petal_swarm.client.dialling import all_or_none, unless_silent
 from petal_swarm.client.members import neighbour
 from petal_swarm.client.openings import PING_TIMEOUT_S
@@ -20,21 +20,14 @@ from petal_swarm.wire.messages.parts import Neighbour
 from petal_swarm.wire.messages.tuning import TrainOpen
 
 
-class Upload(Protocol):
-    """Brings an adapter to a hop, unless it has it."""
-
-    async def __call__(self, hop: Hop, adapter: TrainedAdapter, timeout_s: float) -> None: ...
-
-
 class LaneOpenings:
     """What all openings of one client's lanes have in common."""
 
-    def __init__(self, view: View, transport: Transport, model: ModelRef, upload: Upload) -> None:
+    def __init__(self, view: View, transport: Transport, model: ModelRef) -> None:
         self.view = view
         self.config = view.config
         self._transport = transport
         self._model = model
-        self._upload = upload
 
     async def find_route(self, blocks: Span, *, avoid: frozenset[str]) -> Route:
         """See `View.find_route`; servers that do not train are left out.
@@ -118,9 +111,9 @@ class LaneOpenings:
         Raises:
             PetalSwarmError: it is gone, or does not take it.
         """
-        begin, end = adapter.bounds(hop.span)
-        if end > begin:
-            await self._upload(hop, adapter, self.config.step_timeout_s)
+        await ensure_adapter(
+            self._transport, hop, self._model.key, adapter, self.config.repair_open_timeout_s, eager=True
+        )
 
     async def is_there(self, hop: Hop) -> bool:
         """Whether a server answers a ping."""
