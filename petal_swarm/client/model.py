@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import threading
 import warnings
 import weakref
@@ -12,10 +13,13 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from petal_swarm.client import soft_prompt, tuning
+from petal_swarm.client.adapter import SwarmAdapter
 from petal_swarm.client.cache import SwarmCache
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.packing import Packing, unique_rows
@@ -23,7 +27,7 @@ from petal_swarm.client.session import InferenceSession
 from petal_swarm.client.swarm import Swarm
 from petal_swarm.client.training.function import RemoteBlocks
 from petal_swarm.client.view import ModelRef
-from petal_swarm.errors import ConfigError
+from petal_swarm.errors import AdapterError, ConfigError
 from petal_swarm.models.ends import Ends
 from petal_swarm.routing.route import Route
 from petal_swarm.span import Span
@@ -43,6 +47,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     base_model_prefix = "ends"
     main_input_name = "input_ids"
     _supports_cache_class = True
+    task_type = "CAUSAL_LM"
+    adapter: SwarmAdapter | None
 
     def __init__(
         self, config: PretrainedConfig, ends: Ends, loop: LoopThread, swarm: Swarm, ref: ModelRef
@@ -55,6 +61,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._blocks = RemoteBlocks(loop, swarm, ref, ends.config)
         self._of_thread = _OfThread()
         self._closed = False
+        self._own_head = False
+        self.register_module("adapter", None)
         self.last_route: Route | None = None
         self._at_exit = _close_at_exit(self)
 
@@ -81,7 +89,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """A session that the caller closes; see `inference_session`."""
         if self._closed:
             raise ConfigError("the model is closed")
-        return InferenceSession(self._loop, self._swarm, self._ref, max_length=max_length)
+        prompt = 0 if self.adapter is None else self.adapter.prompt_tokens
+        return InferenceSession(self._loop, self._swarm, self._ref, max_length=max_length + prompt)
 
     # -- generation ----------------------------------------------------------------------------
 
@@ -329,8 +338,13 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
         last_only = last_only and (packing.kept is None or bool(packing.kept[:, -1].all()))
         packed = packing.pack(given)
-        hidden = self.ends.embed(packed) if given.dim() == 2 else packed
-        rows = cache.session.step(hidden, packing.lengths, rows="last" if last_only else "all")
+        hidden = self.ends.embed(packed) if given.dim() == 2 else self.ends.enter(packed)
+        lengths, prompt = packing.lengths, None if self.adapter is None else self.adapter.soft_prompt
+        if prompt is not None and not any(cache.session.lengths):
+            hidden, lengths = soft_prompt.prepend(self.ends.enter(prompt), hidden, lengths)
+        rows = cache.session.step(hidden, lengths, rows="last" if last_only else "all")
+        if lengths != packing.lengths and not last_only:
+            rows = soft_prompt.strip(lengths[0] - packing.lengths[0], rows, lengths)
         cache.width += given.shape[1]
         logits = self.ends.logits(rows)
         return logits[:, None] if last_only else packing.unpack(logits)
@@ -357,6 +371,61 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         )
         if cache.guessed:
             cache.session.step_ahead(tokens[:, None], self.ends.embed(tokens))
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    def add_adapter(self, settings: object) -> SwarmAdapter:
+        """Train `settings`: a `Lora`, `Prefix` or `SoftPrompt`, or PEFT's configuration of one.
+
+        Its parameters are the only trainable ones of the model: `model.parameters()` with `requires_grad`.
+
+        Raises:
+            ConfigError: the model has an adapter already.
+            AdapterError: settings that are not supported, or do not fit the model.
+        """
+        return tuning.add_adapter(self, settings)
+
+    def load_adapter(
+        self, folder: str | os.PathLike[str], *, is_trainable: bool = True, **hub: str | None
+    ) -> SwarmAdapter:
+        """Use, or train on, an adapter in PEFT's format, in place of the one the model has.
+
+        `hub` may be `revision`, `cache_dir` and `token`.
+
+        Raises:
+            UnknownModelError: there is no such folder or repository of the Hugging Face Hub.
+            AdapterError: it is damaged, not supported, or does not fit the model.
+        """
+        return tuning.load_adapter(self, folder, is_trainable=is_trainable, **hub)
+
+    def remove_adapter(self) -> None:
+        """Go back to the model as it was; a head that was trained as a whole stays as it is."""
+        self.adapter = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write what was trained, in PEFT's format; see `tuning.save_pretrained`."""
+        tuning.save_pretrained(self, save_directory, **options)
+
+    def train_whole(self, module: str) -> None:
+        """Train the LM head itself; `module` must be "lm_head".
+
+        Raises:
+            AdapterError: it is something else.
+        """
+        if module != "lm_head":
+            raise AdapterError(f"this model has no {module!r}; is it of a model for another task?")
+        self.ends.train_head()
+        self._own_head = True
+
+    def whole_modules(self) -> dict[str, nn.Parameter]:
+        """The LM head, if it was ever trained."""
+        return {"lm_head.weight": self.ends.head} if self._own_head else {}
+
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Not needed: servers bound what they keep, and compute again what they dropped."""
+        tuning.warn_of_checkpointing()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     # -- life ----------------------------------------------------------------------------------
 
