@@ -295,8 +295,13 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     ) -> torch.Tensor:
         packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
         packed = packing.pack(given)
-        hidden = self.ends.embed(packed) if given.dim() == 2 else packed
-        rows = self._run(hidden, packing.lengths, Span(0, self._ref.num_blocks))
+        hidden = self.ends.embed(packed) if given.dim() == 2 else self.ends.enter(packed)
+        lengths, prompt = packing.lengths, None if self.adapter is None else self.adapter.soft_prompt
+        if prompt is not None:
+            hidden, lengths = soft_prompt.prepend(self.ends.enter(prompt), hidden, lengths)
+        rows = self._run(hidden, lengths, Span(0, self._ref.num_blocks))
+        if prompt is not None:
+            rows = soft_prompt.strip(len(prompt), rows, lengths)
         logits = packing.unpack(self.ends.logits(rows))
         if isinstance(logits_to_keep, int):
             return logits[:, -logits_to_keep:] if logits_to_keep else logits
