@@ -25,10 +25,12 @@ from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.packing import Packing, unique_rows
 from petal_swarm.client.session import InferenceSession
 from petal_swarm.client.swarm import Swarm
+from petal_swarm.client.training.function import RemoteBlocks
 from petal_swarm.client.view import ModelRef
 from petal_swarm.errors import AdapterError, ConfigError
 from petal_swarm.models.ends import Ends
 from petal_swarm.routing.route import Route
+from petal_swarm.span import Span
 
 CLOSE_TIMEOUT_S = 15.0
 #: Drafts reach past the last token that is kept.
@@ -56,6 +58,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._loop = loop
         self._swarm = swarm
         self._ref = ref
+        self._blocks = RemoteBlocks(loop, swarm, ref, ends.config)
         self._of_thread = _OfThread()
         self._closed = False
         self._own_head = False
@@ -211,31 +214,93 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         attention_mask: torch.Tensor | None = None,
         past_key_values: SwarmCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """Logits `[batch, tokens, vocab]` for `input_ids [batch, tokens]`, through the whole swarm.
 
         Positions follow from `attention_mask` (padding may be on either side), so `position_ids` and
         other arguments of Hugging Face models are accepted and not needed. Padded places get zeros.
-        Without `past_key_values` no KV cache outlives the call.
+        Without `past_key_values` no KV cache outlives the call, and the result is differentiable: gradients
+        go to `inputs_embeds` and to the adapter. With `labels` there is a loss, as Hugging Face computes it
+        (over `num_items_in_batch` tokens, if given).
+
+        Raises:
+            ConfigError: arguments that do not fit each other, or a sequence that is too long to be trained.
+            MissingBlocksError: nobody serves some blocks, or nobody trains them.
+            RemoteError, NetworkError: the swarm failed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give input_ids or inputs_embeds")
         given = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
-        if given.requires_grad and torch.is_grad_enabled():
-            raise ConfigError("there are no gradients through the swarm yet: call it under torch.no_grad()")
         if past_key_values is not None:
             logits = self._forward(given, attention_mask, past_key_values, logits_to_keep)
+        elif self._is_trained(given):
+            logits = self._differentiable(given, attention_mask, logits_to_keep)
         else:
             with self.open_session(max_length=given.shape[1]) as session:
                 logits = self._forward(given, attention_mask, SwarmCache(session), logits_to_keep)
                 self.last_route = session.route
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
         if return_dict is False:
-            return (logits,)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            return (logits,) if loss is None else (loss, logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def run_blocks(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        blocks: Span | tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """What comes out of `blocks`, by default all, for `hidden [batch, tokens, hidden_size]`.
+
+        Differentiable: for modules of your own between blocks. Padding may be on either side, and padded
+        places get zeros. An adapter of the model is used.
+
+        Raises:
+            ConfigError: there are no such blocks, or the shapes do not fit.
+            MissingBlocksError: nobody trains some of them.
+            RemoteError, NetworkError: the swarm failed.
+        """
+        if hidden.dim() != 3:
+            raise ConfigError(f"hidden must be [batch, tokens, hidden_size], got {list(hidden.shape)}")
+        span = Span(*blocks) if isinstance(blocks, tuple) else blocks or Span(0, self._ref.num_blocks)
+        packing = Packing.of(hidden.shape[0], hidden.shape[1], attention_mask)
+        return packing.unpack(self._run(packing.pack(hidden), packing.lengths, span))
+
+    def _is_trained(self, given: torch.Tensor) -> bool:
+        """Whether gradients are wanted, or only the training path has what the model needs."""
+        return self.adapter is not None or (torch.is_grad_enabled() and given.requires_grad)
+
+    def _run(self, rows: torch.Tensor, lengths: tuple[int, ...], blocks: Span) -> torch.Tensor:
+        if self._closed:
+            raise ConfigError("the model is closed")
+        if self.adapter is None:
+            return self._blocks(rows, lengths, blocks)
+        return self._blocks(rows, lengths, blocks, layout=self.adapter.layout, numbers=self.adapter.numbers())
+
+    def _differentiable(
+        self, given: torch.Tensor, attention_mask: torch.Tensor | None, logits_to_keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
+        packed = packing.pack(given)
+        hidden = self.ends.embed(packed) if given.dim() == 2 else packed
+        rows = self._run(hidden, packing.lengths, Span(0, self._ref.num_blocks))
+        logits = packing.unpack(self.ends.logits(rows))
+        if isinstance(logits_to_keep, int):
+            return logits[:, -logits_to_keep:] if logits_to_keep else logits
+        return logits[:, logits_to_keep]
 
     def _forward(
         self,
@@ -379,6 +444,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._closed = True
         atexit.unregister(self._at_exit)
         try:
+            self._blocks.close()
             self._loop.run(self._swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
         finally:
             self._loop.close()
