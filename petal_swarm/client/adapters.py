@@ -83,6 +83,21 @@ class NamedAdapter:
     id: str
 
 
+def name_at(adapter: Adapter | NamedAdapter, blocks: Span) -> str | None:
+    """What a hop of these blocks is told to use: nothing, where the adapter has no numbers for it."""
+    if isinstance(adapter, NamedAdapter):
+        return adapter.id
+    start, stop = adapter.layout.bounds(adapter.config, blocks)
+    return adapter.id if start < stop else None
+
+
+def upload_s(adapter: Adapter | NamedAdapter | None) -> float:
+    """The longest that all hops of a route together may take to get the adapter, in seconds."""
+    if adapter is None or isinstance(adapter, NamedAdapter):
+        return 0.0
+    return adapter.numbers.nbytes / SLOWEST_BYTES_PER_S
+
+
 async def ensure_adapter(
     transport: Transport, hop: Hop, model: str, adapter: Adapter, timeout_s: float, *, eager: bool = False
 ) -> None:
