@@ -211,6 +211,18 @@ class TooSlowError(RemoteError):
     code = "timeout"
 
 
+class PassGoneError(RemoteError):
+    """What a pass of training needs here was dropped: it has to be sent again."""
+
+    code = "pass-gone"
+
+
+class NotFiniteError(RemoteError):
+    """A block computed NaN or infinity, forward or backward, from finite numbers; the message names it."""
+
+    code = "not-finite"
+
+
 class HopLostError(RemoteError):
     """A server lost its next hop."""
 
@@ -247,6 +259,8 @@ _BY_CODE: dict[str, type[RemoteError]] = {
         BusyError,
         IdleError,
         TooSlowError,
+        PassGoneError,
+        NotFiniteError,
         HopLostError,
         PrivateSwarmError,
         NotAllowedError,

@@ -6,7 +6,8 @@ import asyncio
 from collections.abc import Callable, Collection, Sequence
 
 from petal_swarm.client.adapters import Adapter, NamedAdapter, ensure_adapter, name_at, upload_s
-from petal_swarm.client.members import Member, OpenFailedError, neighbour, open_hop, open_hops
+from petal_swarm.client.dialling import OpenFailedError
+from petal_swarm.client.members import Member, neighbour, open_hop, open_hops
 from petal_swarm.client.view import ModelRef, View
 from petal_swarm.errors import PetalSwarmError
 from petal_swarm.net.transport import Transport

@@ -31,6 +31,7 @@ class Announcement:
     `next_rtts_s` holds round trips this server measured to peers that may follow it on a route.
     `adapters` are those that it offers to everybody: name and id of each.
     `movable`: it goes where the swarm needs it. `moving_to`: it still serves `span`, and means to leave it.
+    `trains`: its blocks pass gradients, too.
     """
 
     peer_id: str
@@ -54,6 +55,7 @@ class Announcement:
     version: str = ""
     movable: bool = False
     moving_to: Span | None = None
+    trains: bool = False
     adapters: tuple[tuple[str, str], ...] = ()
 
     def to_header(self) -> dict[str, Any]:
@@ -80,6 +82,7 @@ class Announcement:
             "version": self.version,
             "movable": self.movable,
             "moving_to": [self.moving_to.start, self.moving_to.end] if self.moving_to else None,
+            "trains": self.trains,
             "adapters": [list(adapter) for adapter in self.adapters],
         }
 
@@ -128,6 +131,7 @@ class Announcement:
             version=fields.text(header, "version", "", limit=64),
             movable=fields.flag(header, "movable", False),
             moving_to=None if moving_to is None else span_from_list(moving_to, "moving_to"),
+            trains=fields.flag(header, "trains", False),
             adapters=fields.items(header, "adapters", _adapter, limit=MAX_ADAPTERS),
         )
 

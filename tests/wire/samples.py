@@ -58,6 +58,26 @@ from petal_swarm.wire.messages.prefixes import (
 )
 from petal_swarm.wire.messages.repair import Leaving, Lost, Probe, Progress, Reroute, Rerouted
 from petal_swarm.wire.messages.steps import ROWS, Output, Step
+from petal_swarm.wire.messages.tuning import (
+    ARRIVED,
+    GONE,
+    MAX_ADAPTER_ID,
+    MAX_PASSES,
+    Backward,
+    Backwarded,
+    Failed,
+    Finish,
+    Forward,
+    Forwarded,
+    Gradients,
+    PassStates,
+    Relink,
+    TrainOpen,
+    TrainOpened,
+)
+from petal_swarm.wire.messages.tuning import (
+    MAX_NUMBERS as MAX_GRADIENTS,
+)
 
 same_every_time = settings(deadline=None, derandomize=True)
 
@@ -188,6 +208,71 @@ questions = st.builds(FindPrefix, step=steps, epoch=steps, keys=page_key_lists)
 answers = st.builds(
     PrefixFound, step=steps, pages=st.lists(integers(0, MAX_PAGES), min_size=1, max_size=3).map(tuple)
 )
+train_opens = st.builds(
+    TrainOpen,
+    run=sessions,
+    epoch=steps,
+    model=texts(256),
+    span=spans(),
+    upstream=st.none() | texts(128),
+    next=st.none() | neighbours,
+)
+train_openeds = st.builds(
+    TrainOpened,
+    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+    max_pass_tokens=integers(1, 1 << 40),
+    max_passes=integers(1, MAX_PASSES),
+)
+pass_lists = st.lists(steps, max_size=4).map(tuple) | st.just(tuple(range(MAX_PASSES)))
+
+
+@st.composite
+def forwards(draw: st.DrawFn) -> Forward:
+    lengths = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=4)))
+    return Forward(
+        draw(steps),
+        lengths,
+        *draw(tensors(sum(lengths))),
+        keep=draw(st.booleans()),
+        adapter=draw(st.none() | texts(MAX_ADAPTER_ID)),
+        trace=draw(traces),
+    )
+
+
+@st.composite
+def gradients(draw: st.DrawFn) -> Gradients:
+    count = draw(st.integers(1, 5))
+    first = draw(integers(0, MAX_GRADIENTS - count))
+    meta = TensorMeta("float32", (1, count))
+    payload = draw(st.binary(min_size=meta.nbytes, max_size=meta.nbytes))
+    return Gradients(draw(steps), first, draw(integers(first + count, MAX_GRADIENTS)), meta, payload)
+
+
+forwardeds = st.builds(lambda number, rows, trace: Forwarded(number, *rows, trace), steps, tensors(), traces)
+backwards = st.builds(
+    lambda number, rows, inputs, trace: Backward(number, *rows, inputs, trace),
+    steps,
+    tensors(),
+    st.booleans(),
+    traces,
+)
+backwardeds = st.builds(
+    lambda number, rows, trace: Backwarded(number, *rows, trace), steps, tensors(), traces
+)
+relinks = st.builds(
+    Relink, epoch=steps, upstream=st.none() | texts(128), next=st.none() | neighbours, passes=pass_lists
+)
+failures = st.builds(
+    Failed,
+    number=steps,
+    code=texts(64),
+    message=texts(MAX_TEXT),
+    backward=st.booleans(),
+    retry_after_s=st.none() | st.floats(0, MAX_RETRY_AFTER_S),
+)
+pass_states = st.builds(
+    PassStates, steps, st.lists(st.tuples(steps, integers(ARRIVED, GONE)), max_size=4).map(tuple)
+)
 errors = st.builds(
     Error,
     code=texts(64),
@@ -230,6 +315,17 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
     AdapterPart: st.builds(AdapterPart, st.binary(min_size=1, max_size=9)),
     AdapterReady: st.just(AdapterReady()),
     Output: outputs,
+    TrainOpen: train_opens,
+    TrainOpened: train_openeds,
+    Forward: forwards(),
+    Forwarded: forwardeds,
+    Backward: backwards,
+    Backwarded: backwardeds,
+    Gradients: gradients(),
+    Finish: st.builds(Finish, pass_lists.filter(bool)),
+    Relink: relinks,
+    Failed: failures,
+    PassStates: pass_states,
     Error: errors,
     Ping: st.just(Ping()),
     Pong: st.just(Pong()),
@@ -266,6 +362,7 @@ _claims = st.builds(
     version=texts(64),
     movable=st.booleans(),
     moving_to=st.none() | spans(),
+    trains=st.booleans(),
     adapters=st.lists(st.just(("tone", "0f" * 16)), max_size=MAX_ADAPTERS).map(tuple),
 )
 
@@ -342,6 +439,26 @@ EXAMPLES: dict[type[Message], Message] = {
     AdapterPart: AdapterPart(bytes(range(8))),
     AdapterReady: AdapterReady(),
     Output: Output(5, 1, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
+    TrainOpen: TrainOpen(
+        run=bytes(range(16)),
+        epoch=2,
+        model="m" * 8,
+        span=Span(3, 7),
+        upstream="peer-1",
+        next=Neighbour("peer-3", ("/ip4/127.0.0.1/tcp/4",)),
+    ),
+    TrainOpened: TrainOpened("float16", 512, 64),
+    Forward: Forward(
+        5, (2, 1), TensorMeta("float16", (3, 2)), bytes(range(12)), keep=True, adapter="a:1", trace=(0.25,)
+    ),
+    Forwarded: Forwarded(5, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
+    Backward: Backward(5, TensorMeta("float32", (1, 2)), bytes(8), False, (0.5,)),
+    Backwarded: Backwarded(5, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
+    Gradients: Gradients(5, 4, 9, TensorMeta("float32", (1, 2)), bytes(8)),
+    Finish: Finish((5, 6)),
+    Relink: Relink(3, upstream="peer-1", next=Neighbour("peer-3", ()), passes=(5, 6)),
+    Failed: Failed(5, "pass-gone", "dropped", True, 2.5),
+    PassStates: PassStates(7, ((5, 1), (6, 4))),
     Error: Error("busy", "try again later", 5, 2.5),
     Ping: Ping(),
     Pong: Pong(),

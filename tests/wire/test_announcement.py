@@ -99,6 +99,7 @@ BAD: dict[str, list[Any]] = {
     ],
     "version": [None, 5, "x" * 65],
     "movable": [None, 0, "yes"],
+    "trains": [None, 0, "yes"],
     "adapters": [
         None,
         5,

@@ -24,6 +24,7 @@ from petal_swarm.wire.messages.opening import OpeningMessage
 from petal_swarm.wire.messages.prefixes import PrefixMessage
 from petal_swarm.wire.messages.repair import RepairMessage
 from petal_swarm.wire.messages.steps import StepMessage
+from petal_swarm.wire.messages.tuning import TuningMessage
 
 Message: TypeAlias = (
     OpeningMessage
@@ -31,6 +32,7 @@ Message: TypeAlias = (
     | PrefixMessage
     | RepairMessage
     | AuditMessage
+    | TuningMessage
     | AdapterMessage
     | DirectoryMessage
     | Error

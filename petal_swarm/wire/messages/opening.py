@@ -70,7 +70,7 @@ class Open:
     def from_frame(cls, frame: Frame) -> Open:
         header = frame.header
         return cls(
-            version=_version(header),
+            version=read_version(header),
             session=fields.raw(header, "session", SESSION_ID_BYTES, SESSION_ID_BYTES),
             epoch=fields.integer(header, "epoch", 0, MAX_STEP),
             model=fields.text(header, "model", limit=256),
@@ -104,7 +104,7 @@ class PushOpen:
     @classmethod
     def from_frame(cls, frame: Frame) -> PushOpen:
         return cls(
-            version=_version(frame.header),
+            version=read_version(frame.header),
             session=fields.raw(frame.header, "session", SESSION_ID_BYTES, SESSION_ID_BYTES),
             epoch=fields.integer(frame.header, "epoch", 0, MAX_STEP),
         )
@@ -145,7 +145,7 @@ class Opened:
 OpeningMessage: TypeAlias = Open | PushOpen | Opened
 
 
-def _version(header: Mapping[str, Any]) -> int:
+def read_version(header: Mapping[str, Any]) -> int:
     """Read before any other field, since those may differ in other versions."""
     version = fields.integer(header, "version", 0, 1 << 31)
     if version != VERSION:
