@@ -18,7 +18,7 @@ from petal_swarm.client.ring import Ring
 from petal_swarm.client.view import ModelRef, View
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import RemoteDirectory
-from petal_swarm.errors import MissingBlocksError, NetworkError, PeerUnreachableError
+from petal_swarm.errors import ConfigError, MissingBlocksError, NetworkError, PeerUnreachableError
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.private import PrivateTransport
 from petal_swarm.net.swarm_key import SwarmKey, load_swarm_key
@@ -92,6 +92,31 @@ class Swarm:
             await transport.close()
             raise
         return cls(config, transport, directory)
+
+    async def find_adapter(self, model: ModelRef, name: str) -> NamedAdapter:
+        """An adapter that servers of the model offer to everybody, by its name or its id.
+
+        Raises:
+            ConfigError: after `wait_for_blocks_s` none does, or several are called so.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.wait_for_blocks_s
+        while True:
+            known = await self.view.announcements(model.key)
+            offered = {adapter for announcement in known for adapter in announcement.adapters}
+            found = {adapter for called, adapter in offered if name in (called, adapter)}
+            if len(found) == 1:
+                return NamedAdapter(found.pop())
+            if found:
+                raise ConfigError(
+                    f"several adapters are called {name!r}; give one's id: {', '.join(sorted(found))}"
+                )
+            if loop.time() >= deadline:
+                others = ", ".join(sorted({called for called, _ in offered})) or "none at all"
+                raise ConfigError(
+                    f"{name!r} is no folder, and no server offers such an adapter, only: {others}"
+                )
+            await asyncio.sleep(RETRY_S)
 
     async def open_ring(
         self, model: ModelRef, *, max_length: int, adapter: Adapter | NamedAdapter | None = None

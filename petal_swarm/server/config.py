@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from petal_swarm.engine.adapters import AdapterLimits
 from petal_swarm.errors import ConfigError
 from petal_swarm.net.addresses import is_loopback, is_peer_id
 from petal_swarm.span import Span
@@ -113,11 +112,6 @@ class ServerConfig:
     def session_limits(self) -> SessionLimits:
         """Bounds on what peers may ask, with what was said of them here."""
         return SessionLimits(max_bytes_per_s_of_peer=self.max_mbit_per_peer * 1e6 / 8)
-
-    def adapter_limits(self) -> AdapterLimits:
-        """Room for adapters of clients; one of them alone gets half."""
-        room = self.adapter_mib << 20
-        return AdapterLimits(max_bytes=room, max_bytes_of_peer=room // 2)
 
     @property
     def rebalances(self) -> bool:

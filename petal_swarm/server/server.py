@@ -15,7 +15,7 @@ from petal_swarm.directory.announcer import Announcer
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import Pinger
 from petal_swarm.directory.service import DirectoryService
-from petal_swarm.engine.adapters import AdapterStore
+from petal_swarm.engine.adapters import AdapterLimits, AdapterStore
 from petal_swarm.engine.compute import Compute, ComputeThread
 from petal_swarm.engine.engine import Engine
 from petal_swarm.errors import BusyError, ConfigError, PetalSwarmError
@@ -29,7 +29,7 @@ from petal_swarm.server.entrance import Entrance
 from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.host import SessionHost
 from petal_swarm.server.loader import Loader, Progress
-from petal_swarm.server.offered import read_offered
+from petal_swarm.server.offered import OfferedAdapter, read_offered
 from petal_swarm.server.rebalancer import Rebalancer, Timing
 from petal_swarm.span import Span
 from petal_swarm.version import __version__
@@ -285,13 +285,6 @@ class Server:
 
         offered = await asyncio.to_thread(read_offered, self.config.adapters, self.checkpoint)
         engine = await asyncio.to_thread(self._loader.load, self.span, unless_leaving)
-        adapters = AdapterHost(
-            AdapterStore(self.checkpoint.config, self.span, self.config.adapter_limits(), self._loop.time),
-            model_key=self.checkpoint.model_key,
-            limits=self.config.session_limits(),
-            gate=self._gate,
-            offered=offered,
-        )
         compute = self._make_compute(engine)
         compute.start()
         self._compute = compute
@@ -301,7 +294,18 @@ class Server:
             model_key=self.checkpoint.model_key,
             limits=self.config.session_limits(),
             gate=self._gate,
-            adapters=adapters,
+            adapters=self._adapter_host(offered),
+        )
+
+    def _adapter_host(self, offered: Sequence[OfferedAdapter]) -> AdapterHost:
+        room = self.config.adapter_mib << 20
+        room_for = AdapterLimits(max_bytes=room, max_bytes_of_peer=room // 2)
+        return AdapterHost(
+            AdapterStore(self.checkpoint.config, self.span, room_for, self._loop.time),
+            model_key=self.checkpoint.model_key,
+            limits=self.config.session_limits(),
+            gate=self._gate,
+            offered=offered,
         )
 
     async def _unload(self) -> None:
