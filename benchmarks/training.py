@@ -1,11 +1,11 @@
-"""Forward and backward through two servers against local autograd, and passes in flight against one at a time.
+"""Training through two servers against local autograd, and passes in flight against one at a time.
 
     python -m benchmarks.training [--shape tiny bloom-560m-blocks] [--rounds 5] [--lora]
 
 Two servers of one thread each on loopback, against transformers in this process with two threads: 8 sequences
 of 128 tokens, float32, from hidden states to hidden states and the gradient back to them. With `--lora` also
-the gradients of LoRA, rank 8, on the attention's projections, against PEFT; its numbers change each time, as an
-optimizer does it. Embeddings, LM head and loss are the client's, and left out. Rounds are interleaved.
+the gradients of LoRA, rank 8, on the attention's projections, against PEFT; its numbers change each time, as
+an optimizer does it. Embeddings, LM head and loss are the client's, and left out. Rounds are interleaved.
 """
 
 from __future__ import annotations
