@@ -112,8 +112,9 @@ class MaskTable:
         return self._table.dtype
 
     @property
-    def device(self) -> torch.device:
-        return self._table.device
+    def table(self) -> Tensor:
+        """What all masks are views of; grows."""
+        return self._table
 
     @property
     def heads(self) -> int:

@@ -107,6 +107,11 @@ class TrainingPlan:
         outs = [self._run(*run, part, pair) for run, part in zip(self._runs, parts, strict=True)]
         return torch.cat(outs)
 
+    def mask_addresses(self) -> set[int]:
+        """Where masks lie that blocks and passes share."""
+        masks = (self._masks.table, *self._kept.values())
+        return {mask.untyped_storage().data_ptr() for mask in masks}
+
     def _run(self, length: int, count: int, qkv: Tensor, pair: Tensor) -> Tensor:
         heads = self._heads
         split = qkv.view(count, length, -1, heads.size).transpose(1, 2)
@@ -158,7 +163,7 @@ class TrainingPlan:
         mask = self._kept.get((queries, keys))
         if mask is None:
             small = self._masks.heads * queries * keys <= _MASK_NUMBERS
-            if not small and devices.on_host(self._masks.device):
+            if not small and devices.on_host(self._masks.table.device):
                 return None
             mask = self._masks.written_out(self._heads, queries, keys)
             if small:
