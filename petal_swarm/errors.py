@@ -229,6 +229,18 @@ class HopLostError(RemoteError):
     code = "hop-lost"
 
 
+class PassGoneError(RemoteError):
+    """The peer no longer keeps what the backward of this training pass needs: do the forward again."""
+
+    code = "pass-gone"
+
+
+class NotFiniteError(RemoteError):
+    """Numbers became infinite or undefined in a block, which the message names."""
+
+    code = "not-finite"
+
+
 class PrivateSwarmError(RemoteError):
     """The peer is in a private swarm, and we have not shown that we have its key."""
 
@@ -262,6 +274,8 @@ _BY_CODE: dict[str, type[RemoteError]] = {
         PassGoneError,
         NotFiniteError,
         HopLostError,
+        PassGoneError,
+        NotFiniteError,
         PrivateSwarmError,
         NotAllowedError,
     )
