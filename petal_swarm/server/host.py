@@ -29,11 +29,10 @@ from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.hosted import HostedSession
 from petal_swarm.server.quotas import Quotas
-from petal_swarm.server.results import Overhead
+from petal_swarm.server.results import Overhead, answering_errors
 from petal_swarm.server.streams import (
     MAX_OPENING_PAYLOAD_BYTES,
     Arrivals,
-    answering_errors,
     dial_next,
     while_there,
 )

@@ -1,17 +1,15 @@
-"""What the hosts of sessions and of training share: streams opened, awaited, refused."""
+"""What the hosts of sessions and of training share: streams that are opened and awaited."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from petal_swarm.errors import HopLostError, NetworkError, PetalSwarmError, StreamClosedError
+from petal_swarm.errors import HopLostError, PetalSwarmError, StreamClosedError
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
-from petal_swarm.server.results import error_message
 from petal_swarm.wire.connection import Role, Table
 from petal_swarm.wire.messages.opening import PushOpen
 from petal_swarm.wire.messages.parts import Neighbour
@@ -83,22 +81,6 @@ async def dial_next(
         if not isinstance(error, PetalSwarmError):
             raise
         raise HopLostError(f"the next hop {following.peer_id} refused: {error}") from error
-
-
-@contextlib.asynccontextmanager
-async def answering_errors(channel: Channel) -> AsyncIterator[None]:
-    """Tell the peer of an error where that is still possible; nothing of it reaches other sessions."""
-    try:
-        yield
-    except (PetalSwarmError, TimeoutError) as error:
-        level = logging.DEBUG if isinstance(error, NetworkError) else logging.INFO
-        logger.log(level, "stream from %s ended: %s", channel.peer_id, error)
-        with contextlib.suppress(PetalSwarmError):
-            channel.send(error_message(error))
-    except Exception:
-        logger.exception("stream from %s failed", channel.peer_id)
-        with contextlib.suppress(PetalSwarmError):
-            channel.send(error_message(RuntimeError()))
 
 
 async def while_there(channel: Channel, work: Coroutine[Any, Any, T]) -> T:

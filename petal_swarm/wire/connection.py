@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 from petal_swarm.errors import CutOffError, LocalProtocolError, RemoteProtocolError
 from petal_swarm.wire.frames import Buffer, FrameDecoder
 from petal_swarm.wire.messages import Message, decode, encode
+from petal_swarm.wire.messages.adapters import AdapterOffer, AdapterPart, AdapterReady, AdapterWanted
 from petal_swarm.wire.messages.audit import Recall, Recalled
 from petal_swarm.wire.messages.directory import DialBack, DialedBack, Listing, ListRequest, Ping, Pong
 from petal_swarm.wire.messages.error import Error
@@ -127,6 +128,19 @@ DIRECTORY_TABLE: Final[Table] = {
     (State.OPENING, Role.LISTENER, DialedBack): State.IDLE,
     (State.IDLE, Role.LISTENER, Error): State.ENDED,
     (State.OPENING, Role.LISTENER, Error): State.ENDED,
+}
+
+#: A stream may carry several adapters, one after the other.
+ADAPTER_TABLE: Final[Table] = {
+    (State.IDLE, Role.DIALER, AdapterOffer): State.OPENING,
+    (State.OPENING, Role.DIALER, AdapterPart): State.OPENING,
+    (State.OPENING, Role.LISTENER, AdapterWanted): State.OPEN,
+    (State.OPENING, Role.LISTENER, AdapterReady): State.IDLE,
+    (State.OPEN, Role.DIALER, AdapterPart): State.OPEN,
+    (State.OPEN, Role.LISTENER, AdapterReady): State.IDLE,
+    (State.IDLE, Role.LISTENER, Error): State.ENDED,
+    (State.OPENING, Role.LISTENER, Error): State.ENDED,
+    (State.OPEN, Role.LISTENER, Error): State.ENDED,
 }
 
 

@@ -9,10 +9,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from petal_swarm.span import Slice, Span
-from petal_swarm.wire.announcement import MAX_ADDRESSES, MAX_BLOCKS, STATES, Announcement
+from petal_swarm.wire.announcement import MAX_ADAPTERS, MAX_ADDRESSES, MAX_BLOCKS, STATES, Announcement
 from petal_swarm.wire.fields import MAX_TEXT
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.adapters import (
+    ADAPTER_DIGEST_BYTES,
+    MAX_NUMBERS,
+    MAX_PREFIX_TOKENS,
+    MAX_RANK,
+    MAX_STEM,
+    MAX_TTL_S,
+    AdapterOffer,
+    AdapterPart,
+    AdapterReady,
+    AdapterWanted,
+    Place,
+)
 from petal_swarm.wire.messages.audit import Recall, Recalled
 from petal_swarm.wire.messages.directory import (
     MAX_DIALED_PORTS,
@@ -49,7 +62,6 @@ from petal_swarm.wire.messages.tuning import (
     ARRIVED,
     GONE,
     MAX_ADAPTER_ID,
-    MAX_NUMBERS,
     MAX_PASSES,
     Backward,
     Backwarded,
@@ -62,6 +74,9 @@ from petal_swarm.wire.messages.tuning import (
     Relink,
     TrainOpen,
     TrainOpened,
+)
+from petal_swarm.wire.messages.tuning import (
+    MAX_NUMBERS as MAX_GRADIENTS,
 )
 
 same_every_time = settings(deadline=None, derandomize=True)
@@ -132,6 +147,25 @@ def step_messages(draw: st.DrawFn) -> Step:
 
 
 neighbours = st.builds(Neighbour, texts(128), address_lists)
+adapter_ids = st.sampled_from(["a", "ff" * 16, "run:7", "~" * 64])
+offers = st.builds(
+    AdapterOffer,
+    model=texts(256),
+    span=spans(),
+    adapter=adapter_ids,
+    numbers=integers(1, MAX_NUMBERS),
+    digest=st.binary(min_size=ADAPTER_DIGEST_BYTES, max_size=ADAPTER_DIGEST_BYTES),
+    places=st.lists(
+        st.builds(
+            Place, integers(0, MAX_BLOCKS), texts(MAX_STEM), integers(1, MAX_RANK), st.floats(-1e6, 1e6)
+        ),
+        max_size=3,
+    ).map(tuple),
+    prefix_tokens=integers(0, MAX_PREFIX_TOKENS),
+    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+    eager=st.booleans(),
+    ttl_s=st.floats(0, MAX_TTL_S),
+)
 opens = st.builds(
     Open,
     session=sessions,
@@ -146,6 +180,7 @@ opens = st.builds(
     answered=last_steps,
     spare=st.booleans(),
     receipts=st.booleans(),
+    adapter=st.none() | adapter_ids,
 )
 push_opens = st.builds(PushOpen, session=sessions, epoch=steps)
 openeds = st.builds(
@@ -207,10 +242,10 @@ def forwards(draw: st.DrawFn) -> Forward:
 @st.composite
 def gradients(draw: st.DrawFn) -> Gradients:
     count = draw(st.integers(1, 5))
-    first = draw(integers(0, MAX_NUMBERS - count))
+    first = draw(integers(0, MAX_GRADIENTS - count))
     meta = TensorMeta("float32", (1, count))
     payload = draw(st.binary(min_size=meta.nbytes, max_size=meta.nbytes))
-    return Gradients(draw(steps), first, draw(integers(first + count, MAX_NUMBERS)), meta, payload)
+    return Gradients(draw(steps), first, draw(integers(first + count, MAX_GRADIENTS)), meta, payload)
 
 
 forwardeds = st.builds(lambda number, rows, trace: Forwarded(number, *rows, trace), steps, tensors(), traces)
@@ -275,6 +310,10 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
             b"d" * 16,
         )
     ),
+    AdapterOffer: offers,
+    AdapterWanted: st.just(AdapterWanted()),
+    AdapterPart: st.builds(AdapterPart, st.binary(min_size=1, max_size=9)),
+    AdapterReady: st.just(AdapterReady()),
     Output: outputs,
     TrainOpen: train_opens,
     TrainOpened: train_openeds,
@@ -324,6 +363,7 @@ _claims = st.builds(
     movable=st.booleans(),
     moving_to=st.none() | spans(),
     trains=st.booleans(),
+    adapters=st.lists(st.just(("tone", "0f" * 16)), max_size=MAX_ADAPTERS).map(tuple),
 )
 
 
@@ -386,6 +426,18 @@ EXAMPLES: dict[type[Message], Message] = {
     ),
     FindPrefix: FindPrefix(6, 1, (PageKeys(1, 2, (bytes(range(32)), bytes(32))),)),
     PrefixFound: PrefixFound(6, (1, 0)),
+    AdapterOffer: AdapterOffer(
+        "m" * 8,
+        Span(3, 7),
+        "0f" * 16,
+        96,
+        bytes(range(32)),
+        places=(Place(3, "self_attention.dense", 4, 0.5),),
+        prefix_tokens=5,
+    ),
+    AdapterWanted: AdapterWanted(),
+    AdapterPart: AdapterPart(bytes(range(8))),
+    AdapterReady: AdapterReady(),
     Output: Output(5, 1, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
     TrainOpen: TrainOpen(
         run=bytes(range(16)),

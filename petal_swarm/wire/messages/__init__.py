@@ -16,6 +16,7 @@ from typing import TypeAlias, get_args
 from petal_swarm.errors import RemoteProtocolError
 from petal_swarm.wire import fields
 from petal_swarm.wire.frames import Buffer, Frame, encode_frame
+from petal_swarm.wire.messages.adapters import AdapterMessage
 from petal_swarm.wire.messages.audit import AuditMessage
 from petal_swarm.wire.messages.directory import DirectoryMessage
 from petal_swarm.wire.messages.error import Error
@@ -32,6 +33,7 @@ Message: TypeAlias = (
     | RepairMessage
     | AuditMessage
     | TuningMessage
+    | AdapterMessage
     | DirectoryMessage
     | Error
 )
