@@ -148,6 +148,11 @@ class Upstream:
         elif self._wanted_bytes:
             self._reserve()
 
+    @property
+    def is_throttled(self) -> bool:
+        """Whether the sender has to wait now."""
+        return self._throttled is not None
+
     def is_too_slow(self, now: float) -> bool:
         """Whether the source has begun a step, and does not send its rest."""
         source = self.source
