@@ -187,16 +187,16 @@ class BadAdapterError(RemoteError):
     code = "bad-adapter"
 
 
-class AdapterFullError(RemoteError):
-    """The peer has no room for another adapter, or for more of ours."""
-
-    code = "adapter-full"
-
-
 class BusyError(RemoteError):
     """The peer has reached a limit; try again later or elsewhere."""
 
     code = "busy"
+
+
+class AdapterFullError(BusyError):
+    """The peer has no room for another adapter, or for more of ours."""
+
+    code = "adapter-full"
 
 
 class IdleError(RemoteError):
