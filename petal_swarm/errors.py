@@ -212,24 +212,6 @@ class TooSlowError(RemoteError):
 
 
 class PassGoneError(RemoteError):
-    """What a pass of training needs here was dropped: it has to be sent again."""
-
-    code = "pass-gone"
-
-
-class NotFiniteError(RemoteError):
-    """A block computed NaN or infinity, forward or backward, from finite numbers; the message names it."""
-
-    code = "not-finite"
-
-
-class HopLostError(RemoteError):
-    """A server lost its next hop."""
-
-    code = "hop-lost"
-
-
-class PassGoneError(RemoteError):
     """The peer no longer keeps what the backward of this training pass needs: do the forward again."""
 
     code = "pass-gone"
@@ -239,6 +221,12 @@ class NotFiniteError(RemoteError):
     """Numbers became infinite or undefined in a block, which the message names."""
 
     code = "not-finite"
+
+
+class HopLostError(RemoteError):
+    """A server lost its next hop."""
+
+    code = "hop-lost"
 
 
 class PrivateSwarmError(RemoteError):
@@ -274,8 +262,6 @@ _BY_CODE: dict[str, type[RemoteError]] = {
         PassGoneError,
         NotFiniteError,
         HopLostError,
-        PassGoneError,
-        NotFiniteError,
         PrivateSwarmError,
         NotAllowedError,
     )
