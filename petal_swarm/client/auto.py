@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -46,14 +47,15 @@ class AutoSwarmModelForCausalLM:
             transport: `p2pd`, `libp2p`, or `auto` for what works here.
             dtype, device: of embeddings and LM head.
             progress: show a progress bar while reading.
-            adapter: a folder in PEFT's format, or a Hugging Face id of one; see `load_adapter`.
+            adapter: a folder, or a repository of the Hugging Face Hub, in PEFT's format; or the name of an
+                adapter that servers offer. It is used as it is; `load_adapter` is for training on.
             settings: further fields of `ClientConfig`, such as `swarm_key`, the file of a private swarm's
                 key; and `revision`, `cache_dir`, `token` for the Hub.
 
         Raises:
             UnknownModelError, UnsupportedArchitectureError, CheckpointError: the model cannot be read.
+            AdapterError: the adapter cannot be used with this model.
             PeerUnreachableError: no initial peer answers.
-            AdapterError: the adapter cannot be read, or does not fit the model.
             ConfigError: an argument cannot be used.
         """
         return load_model(
@@ -91,6 +93,7 @@ class AutoSwarmModelForSequenceClassification:
         default of the checkpoint's configuration. A head of another size, or where there is none, begins with
         random weights.
         """
+        hub = _of_adapters(settings)
         client, checkpoint = load_model(
             model,
             initial_peers=initial_peers,
@@ -105,7 +108,7 @@ class AutoSwarmModelForSequenceClassification:
             classifier = SwarmModelForSequenceClassification(client, num_labels)
             classifier.take_head(checkpoint)
             if adapter is not None:
-                classifier.load_adapter(adapter)
+                classifier.load_adapter(adapter, is_trainable=False, **hub)
         except BaseException:
             client.close()
             raise
@@ -144,9 +147,24 @@ def load_model(
         client.generation_config = checkpoint.generation_config()
         client.eval()
         if adapter is not None:
-            client.load_adapter(adapter)
+            _use_adapter(client, adapter, _of_adapters(hub))
     except BaseException:
         loop.run(swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
         loop.close()
         raise
     return client, checkpoint
+
+
+def _of_adapters(settings: dict[str, Any]) -> dict[str, str | None]:
+    """A revision is the model's."""
+    return {name: settings[name] for name in ("cache_dir", "token") if name in settings}
+
+
+def _use_adapter(
+    client: SwarmModelForCausalLM, adapter: str | os.PathLike[str], hub: dict[str, str | None]
+) -> None:
+    """Names of adapters that servers offer have no slash in them, ids of the Hub have one."""
+    if "/" in os.fspath(adapter) or Path(adapter).is_dir():
+        client.load_adapter(adapter, is_trainable=False, **hub)
+    else:
+        client.use_offered_adapter(os.fspath(adapter))

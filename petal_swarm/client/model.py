@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from petal_swarm.client import soft_prompt, tuning
 from petal_swarm.client.adapter import SwarmAdapter
+from petal_swarm.client.adapters import Adapter, NamedAdapter, Snapshots
 from petal_swarm.client.cache import SwarmCache
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.packing import Packing, unique_rows
@@ -63,6 +64,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._blocks = RemoteBlocks(loop, swarm, ref, ends.config)
         self._of_thread = _OfThread()
         self._closed = False
+        self._snapshots = Snapshots(ends.config)
+        self._offered: NamedAdapter | None = None
         self._own_head = False
         self.register_module("adapter", None)
         self.last_route: Route | None = None
@@ -91,8 +94,14 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """A session that the caller closes; see `inference_session`."""
         if self._closed:
             raise ConfigError("the model is closed")
-        prompt = 0 if self.adapter is None else self.adapter.prompt_tokens
-        return InferenceSession(self._loop, self._swarm, self._ref, max_length=max_length + prompt)
+        used: Adapter | NamedAdapter | None = self._offered
+        prompt = 0
+        if self.adapter is not None:
+            used = self._snapshots.of(self.adapter.layout, self.adapter.numbers())
+            prompt = self.adapter.prompt_tokens
+        return InferenceSession(
+            self._loop, self._swarm, self._ref, max_length=max_length + prompt, adapter=used
+        )
 
     # -- generation ----------------------------------------------------------------------------
 
@@ -307,17 +316,17 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         return soft_prompt.prepend(self.ends.enter(prompt.to(hidden)), hidden, packing.lengths)
 
     def _is_trained(self, given: torch.Tensor) -> bool:
-        """Whether gradients are wanted, or only the training path has what the model needs."""
-        adapter, wanted = self.adapter, given.requires_grad
-        if adapter is not None:
-            if adapter.prompt_tokens == 0:
-                return True
-            wanted = wanted or any(parameter.requires_grad for parameter in adapter.parameters())
-        return wanted and torch.is_grad_enabled()
+        """Whether gradients are wanted, for the inputs or for the adapter."""
+        parameters = () if self.adapter is None else self.adapter.parameters()
+        return torch.is_grad_enabled() and any(each.requires_grad for each in (given, *parameters))
 
     def _run(self, rows: torch.Tensor, lengths: tuple[int, ...], blocks: Span) -> torch.Tensor:
         if self._closed:
             raise ConfigError("the model is closed")
+        if self._offered is not None and self.adapter is None:
+            raise ConfigError(
+                "gradients need an adapter of your own: load_adapter(FOLDER) or remove_adapter()"
+            )
         if self.adapter is None:
             return self._blocks(rows, lengths, blocks)
         return self._blocks(rows, lengths, blocks, layout=self.adapter.layout, numbers=self.adapter.numbers())
@@ -439,6 +448,18 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     def use_adapter(self, adapter: SwarmAdapter | None) -> None:
         """Compute with these parameters."""
         self.adapter = adapter
+        self._offered = None
+
+    def use_offered_adapter(self, name: str) -> None:
+        """Use an adapter that servers offer to everybody, by its name or its id; only such servers are used.
+
+        Raises:
+            ConfigError: the model has an adapter of its own, or no server offers this one.
+        """
+        if self.adapter is not None:
+            raise ConfigError("the model has an adapter already: call remove_adapter() first")
+        limit_s = self._swarm.config.wait_for_blocks_s + CLOSE_TIMEOUT_S
+        self._offered = self._loop.run(self._swarm.find_adapter(self._ref, name), timeout_s=limit_s)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write what was trained, in PEFT's format; see `tuning.save_pretrained`."""
