@@ -112,7 +112,8 @@ class AutoSwarmModelForSequenceClassification:
         except BaseException:
             client.close()
             raise
-        return classifier.eval()
+        classifier.eval()
+        return classifier
 
 
 def load_model(
@@ -128,7 +129,9 @@ def load_model(
     adapter: str | os.PathLike[str] | None = None,
 ) -> tuple[SwarmModelForCausalLM, Checkpoint]:
     """As `AutoSwarmModelForCausalLM.from_pretrained`, perhaps without an LM head; and the checkpoint."""
-    hub = {name: settings.pop(name) for name in ("revision", "cache_dir", "token") if name in settings}
+    hub: dict[str, Any] = {
+        name: settings.pop(name) for name in ("revision", "cache_dir", "token") if name in settings
+    }
     peers = (initial_peers,) if isinstance(initial_peers, str) else tuple(initial_peers)
     config = ClientConfig(initial_peers=peers, transport=transport, **settings)
     load_swarm_key(config.swarm_key)  # a bad one is told before minutes of reading
