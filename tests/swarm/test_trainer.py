@@ -1,5 +1,4 @@
-"""Hugging Face's Trainer and accelerate with the model object; where it is trained, the blocks are a
-stand-in."""
+"""Hugging Face's Trainer and accelerate with the model object, through a swarm."""
 
 from __future__ import annotations
 
@@ -17,7 +16,6 @@ from petal_swarm.client.classification import SwarmModelForSequenceClassificatio
 from petal_swarm.client.model import SwarmModelForCausalLM
 from petal_swarm.models.adapter_settings import Lora
 from tests.checkpoints import reference, save_llama
-from tests.client.local_blocks import LocalBlocks
 from tests.swarm.local import LocalSwarm
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:.*pin_memory")
@@ -26,14 +24,13 @@ PAD = 1
 
 @pytest.fixture(scope="module")
 def swarm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalSwarm]:
-    with LocalSwarm(save_llama(tmp_path_factory.mktemp("model"), blocks=2), ["0:2"]) as swarm:
+    with LocalSwarm(save_llama(tmp_path_factory.mktemp("model"), blocks=2), ["0:1", "1:2"]) as swarm:
         yield swarm
 
 
 def fresh(swarm: LocalSwarm) -> SwarmModelForCausalLM:
     """With the same adapter every time."""
     model = swarm.model()
-    model._blocks = LocalBlocks(reference(Path(swarm.checkpoint.source)), model.ends.config)
     torch.manual_seed(7)
     model.add_adapter(Lora(rank=4, targets="all-linear"))
     return model

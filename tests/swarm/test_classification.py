@@ -1,4 +1,4 @@
-"""A classifier through a swarm, against transformers and PEFT; where it is trained, blocks are a stand-in."""
+"""A classifier through a swarm, against transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ from petal_swarm.models.adapter_settings import Lora, Prefix
 from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.ends import load_ends
 from petal_swarm.models.peft_format import read_adapter
-from tests.checkpoints import reference, save_bloom, save_llama
-from tests.client.local_blocks import LocalBlocks
+from tests.checkpoints import save_bloom, save_llama
 from tests.swarm.local import LocalSwarm
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Position ids")
@@ -59,7 +58,6 @@ def swarm(checkpoint: Path) -> Iterator[LocalSwarm]:
 @pytest.fixture
 def model(swarm: LocalSwarm, checkpoint: Path, theirs: Path) -> SwarmModelForSequenceClassification:
     lm = swarm.model()
-    lm._blocks = LocalBlocks(reference(checkpoint), lm.ends.config)
     model = SwarmModelForSequenceClassification(lm, LABELS)
     model.take_head(open_checkpoint(str(theirs)))
     model.config.pad_token_id = PAD
