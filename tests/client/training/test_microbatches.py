@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +25,7 @@ def test_every_sequence_is_in_one_pass_that_fits(
     assert [length for each in passes for length in each.lengths] == lengths
     assert passes[0].start == 0
     assert passes[-1].stop == sum(lengths)
-    for each, following in zip(passes, passes[1:], strict=False):
+    for each, following in pairwise(passes):
         assert each.stop == following.start
     for each in passes:
         assert each.stop - each.start == sum(each.lengths) <= max_tokens
