@@ -245,6 +245,8 @@ def test_an_adapter_that_is_given_up_before_the_session_opens(adapted: Adapted) 
         host.adapters.store.find = forgetful  # type: ignore[method-assign]
         assert tokens(with_adapter(swarm, adapted.folders["lora"])) == adapted.expected["lora"]
         assert lost
+        swarm.run(asyncio.sleep(1))
+        assert len(host.adapters.store)
         host.adapters.store._clock = lambda: 1e9
         swarm.run(asyncio.sleep(2))
         assert not len(host.adapters.store), "what is not used any more is given up"
