@@ -135,6 +135,18 @@ def test_an_optimizer_trains_what_was_added(
     with torch.no_grad():
         ours, theirs = model(**batch()), loaded(**batch())
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    ids = batch()["input_ids"][:1]
+    tokens = [
+        each.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        for each in (model, loaded)
+    ]
+    assert torch.equal(tokens[0], tokens[1])
 
 
 def test_evaluation_has_the_same_loss(model: SwarmModelForCausalLM, checkpoint: Path, tmp_path: Path) -> None:
