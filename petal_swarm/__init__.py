@@ -13,14 +13,32 @@ from petal_swarm.version import __version__
 
 if TYPE_CHECKING:
     from petal_swarm.client.auto import AutoSwarmModelForCausalLM as AutoSwarmModelForCausalLM
+    from petal_swarm.client.auto import (
+        AutoSwarmModelForSequenceClassification as AutoSwarmModelForSequenceClassification,
+    )
+    from petal_swarm.models.adapter_settings import Lora as Lora
+    from petal_swarm.models.adapter_settings import Prefix as Prefix
+    from petal_swarm.models.adapter_settings import SoftPrompt as SoftPrompt
     from petal_swarm.span import Span as Span
 
 _LAZY = {
     "AutoSwarmModelForCausalLM": "petal_swarm.client.auto",
+    "AutoSwarmModelForSequenceClassification": "petal_swarm.client.auto",
+    "Lora": "petal_swarm.models.adapter_settings",
+    "Prefix": "petal_swarm.models.adapter_settings",
+    "SoftPrompt": "petal_swarm.models.adapter_settings",
     "Span": "petal_swarm.span",
 }
 
-__all__ = ["AutoSwarmModelForCausalLM", "Span", "__version__"]
+__all__ = [
+    "AutoSwarmModelForCausalLM",
+    "AutoSwarmModelForSequenceClassification",
+    "Lora",
+    "Prefix",
+    "SoftPrompt",
+    "Span",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -35,6 +35,10 @@ class CheckpointError(ModelError):
     """The checkpoint is damaged or lacks a tensor."""
 
 
+class AdapterError(ModelError):
+    """An adapter that is damaged, does not fit the model, or is of a kind that is not supported."""
+
+
 class ProtocolError(PetalSwarmError):
     """The rules of `docs/protocol.md` were broken."""
 
@@ -171,10 +175,28 @@ class CacheFullError(RemoteError):
     code = "cache-full"
 
 
+class AdapterMissingError(RemoteError):
+    """The peer does not have the adapter that was named, or not any more: it is to be uploaded again."""
+
+    code = "adapter-missing"
+
+
+class BadAdapterError(RemoteError):
+    """An adapter that does not fit the peer's model, or whose numbers are not what was offered."""
+
+    code = "bad-adapter"
+
+
 class BusyError(RemoteError):
     """The peer has reached a limit; try again later or elsewhere."""
 
     code = "busy"
+
+
+class AdapterFullError(BusyError):
+    """The peer has no room for another adapter, or for more of ours."""
+
+    code = "adapter-full"
 
 
 class IdleError(RemoteError):
@@ -187,6 +209,18 @@ class TooSlowError(RemoteError):
     """The peer waited for us for too long."""
 
     code = "timeout"
+
+
+class PassGoneError(RemoteError):
+    """The peer no longer keeps what the backward of this training pass needs: do the forward again."""
+
+    code = "pass-gone"
+
+
+class NotFiniteError(RemoteError):
+    """Numbers became infinite or undefined in a block, which the message names."""
+
+    code = "not-finite"
 
 
 class HopLostError(RemoteError):
@@ -219,9 +253,14 @@ _BY_CODE: dict[str, type[RemoteError]] = {
         BadTensorError,
         SessionTooLongError,
         CacheFullError,
+        AdapterMissingError,
+        BadAdapterError,
+        AdapterFullError,
         BusyError,
         IdleError,
         TooSlowError,
+        PassGoneError,
+        NotFiniteError,
         HopLostError,
         PrivateSwarmError,
         NotAllowedError,

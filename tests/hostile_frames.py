@@ -20,8 +20,10 @@ from petal_swarm.wire.messages.directory import ListRequest, Ping
 from petal_swarm.wire.messages.opening import Open, PushOpen
 from petal_swarm.wire.messages.parts import Neighbour, TensorMeta
 from petal_swarm.wire.messages.prefixes import FindPrefix, PageKeys
+from petal_swarm.wire.messages.repair import Probe
 from petal_swarm.wire.messages.steps import Step
-from petal_swarm.wire.protocols import DIRECTORY, PUSH, SESSION
+from petal_swarm.wire.messages.tuning import Backward, Finish, Forward, Relink, TrainOpen
+from petal_swarm.wire.protocols import DIRECTORY, PUSH, SESSION, TRAIN, TRAIN_PUSH
 
 MAX_LENGTH = 64
 #: How a stream may end; a held one is neither written nor read any more, and not ended.
@@ -43,7 +45,8 @@ class Target:
 class Attack:
     """Frames for one stream. After the first one an answer is waited for, briefly, as an honest peer would.
 
-    `companion` is to be sent first, on a session stream of its own, and kept open meanwhile.
+    `companion` is to be sent first, on a stream of its own for the protocol that a push belongs to, and that
+    kept open meanwhile.
     """
 
     protocol: str
@@ -65,13 +68,24 @@ class Hostile:
     def attack(self, target: Target, following: Target | None = None) -> Attack:
         """One stream's worth. `following` is a server that could be the next hop of a session there."""
         rng = self._rng
-        kind = rng.choices(("session", "push", "directory", "ring"), (4, 3, 2, 1 if following else 0))[0]
+        ring = 1 if following else 0
+        kinds = ("session", "push", "directory", "ring", "train", "train-push", "chain")
+        kind = rng.choices(kinds, (4, 3, 2, ring, 2, 2, ring))[0]
         companion = None
         if kind == "push":
             opening = self._open(target, upstream=self._own_id)
             companion = _bytes(opening)
             frames = [_bytes(message) for message in self._pushes(target, opening.session)]
             protocol = PUSH
+        elif kind == "train-push":
+            train = self._train_open(target, upstream=self._own_id)
+            companion = _bytes(train)
+            frames = [_bytes(PushOpen(train.run, 0)), *map(_bytes, self._rows(target, back=False))]
+            protocol = TRAIN_PUSH
+        elif kind in ("train", "chain"):
+            train = self._train_open(target, following=following if kind == "chain" else None)
+            frames = [_bytes(train), *map(_bytes, self._rows(target, back=kind == "train"))]
+            protocol = TRAIN
         elif kind == "directory":
             frames = [
                 _bytes(rng.choice((Ping(), ListRequest(target.model)))) for _ in range(rng.randint(1, 6))
@@ -106,6 +120,40 @@ class Hostile:
             share_prefixes=self._rng.random() < 0.5,
         )
 
+    def _train_open(
+        self, target: Target, *, upstream: str | None = None, following: Target | None = None
+    ) -> TrainOpen:
+        return TrainOpen(
+            run=self._rng.randbytes(16),
+            epoch=0,
+            model=target.model,
+            span=target.span,
+            upstream=upstream,
+            next=Neighbour(following.peer_id, following.addresses) if following else None,
+        )
+
+    def _rows(self, target: Target, *, back: bool) -> list[Message]:
+        """Some passes, their gradients, and what is said about them."""
+        rng = self._rng
+        messages: list[Message] = []
+        for number in range(rng.randint(1, 3)):
+            lengths = tuple(rng.randint(1, 12) for _ in range(rng.randint(1, 3)))
+            meta, payload = self._matrix(target, sum(lengths))
+            adapter = "nobody's" if rng.random() < 0.1 else None
+            messages.append(Forward(number, lengths, meta, payload, rng.random() < 0.8, adapter))
+            if back and rng.random() < 0.8:
+                messages.append(Backward(number, meta, payload, rng.random() < 0.5))
+                messages.append(rng.choice((Probe(number), Finish((number,)), Finish((number + 1,)))))
+        if back and rng.random() < 0.1:
+            messages.append(Relink(1, next=Neighbour(target.peer_id), passes=(0,)))
+        return messages
+
+    def _matrix(self, target: Target, rows: int) -> tuple[TensorMeta, bytes]:
+        meta = TensorMeta("float32", (rows, target.hidden_size))
+        values = [self._rng.gauss(0, 1) for _ in range(8)]
+        payload = struct.pack("<8f", *values) * (meta.nbytes // 32)
+        return meta, payload + bytes(meta.nbytes - len(payload))
+
     def _steps(self, target: Target) -> list[Message]:
         """A prompt, some decode steps, a roll-back, a fork."""
         rng = self._rng
@@ -131,10 +179,7 @@ class Hostile:
 
     def _step(self, target: Target, number: int, slices: tuple[Slice, ...], **fields: Any) -> Step:
         rows = sum(piece.length for piece in slices)
-        meta = TensorMeta("float32", (rows, target.hidden_size))
-        values = [self._rng.gauss(0, 1) for _ in range(8)]
-        payload = struct.pack("<8f", *values) * (meta.nbytes // 32)
-        return Step(number, 0, slices, meta, payload + bytes(meta.nbytes - len(payload)), **fields)
+        return Step(number, 0, slices, *self._matrix(target, rows), **fields)
 
     def _spoil(self, attack: Attack) -> None:
         """Damage one frame or a few, the first as often as all others together; sometimes none."""
@@ -254,7 +299,7 @@ def swap(rng: random.Random, frames: list[bytes], which: int) -> None:
 def say_it_elsewhere(rng: random.Random, frames: list[bytes], which: int) -> None:
     """A message of another protocol, or of the other side."""
     kind = rng.choice(
-        ("open", "push-open", "opened", "output", "error", "ping", "pong", "list", "listing", "?")
+        ("open", "push-open", "opened", "output", "error", "ping", "pong", "list", "listing", "failed", "?")
     )
     frames.insert(which, _join({"type": kind, "step": 0, "epoch": 0, "version": 1}, b""))
 

@@ -11,7 +11,7 @@ from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, Transport
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
 from petal_swarm.wire.messages.directory import Ping, Pong
-from petal_swarm.wire.protocols import DIRECTORY, SESSION
+from petal_swarm.wire.protocols import DIRECTORY, SESSION, TRAIN, TRAIN_PUSH
 from tests.hostile_frames import Attack, Target
 
 ANSWER_S = 1.0
@@ -33,7 +33,7 @@ class HostilePeer:
     async def carry_out(self, target: Target, attack: Attack) -> None:
         """Send what there is, whatever comes back."""
         try:
-            async with self._companion(target, attack.companion):
+            async with self._companion(target, attack):
                 stream = await self._dial(target, attack.protocol)
                 await self._talk(stream, attack)
         except PetalSwarmError:
@@ -69,13 +69,13 @@ class HostilePeer:
         return stream
 
     @contextlib.asynccontextmanager
-    async def _companion(self, target: Target, opening: bytes | None) -> AsyncIterator[None]:
-        """The session stream that a push needs."""
-        if opening is None:
+    async def _companion(self, target: Target, attack: Attack) -> AsyncIterator[None]:
+        """The stream of a session, or of a run, that a push needs."""
+        if attack.companion is None:
             yield
             return
-        stream = await self._dial(target, SESSION)
-        stream.write(opening)
+        stream = await self._dial(target, TRAIN if attack.protocol == TRAIN_PUSH else SESSION)
+        stream.write(attack.companion)
         self.frames_sent += 1
         try:
             await _hear(stream, ANSWER_S)

@@ -131,6 +131,7 @@ def client_arguments(arguments: argparse.Namespace, address: str) -> argparse.Na
         initial_peers=[address],
         transport="auto",
         wait_s=20.0,
+        adapter=None,
         threads=arguments.threads,
         log_level=arguments.log_level,
     )

@@ -4,31 +4,42 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from petal_swarm.client import tuning
+from petal_swarm.client.adapter import SwarmAdapter
+from petal_swarm.client.adapters import Adapter, NamedAdapter, Snapshots
 from petal_swarm.client.cache import SwarmCache
+from petal_swarm.client.front import Front, strip_prompt
 from petal_swarm.client.loop import LoopThread
-from petal_swarm.client.packing import Packing, unique_rows
+from petal_swarm.client.packing import Packing
 from petal_swarm.client.session import InferenceSession
+from petal_swarm.client.stepping import kept_columns, step_logits
 from petal_swarm.client.swarm import Swarm
+from petal_swarm.client.training.function import RemoteBlocks
 from petal_swarm.client.view import ModelRef
-from petal_swarm.errors import ConfigError
+from petal_swarm.errors import AdapterError, ConfigError
 from petal_swarm.models.ends import Ends
 from petal_swarm.routing.route import Route
+from petal_swarm.span import Span
 
 CLOSE_TIMEOUT_S = 15.0
 #: Drafts reach past the last token that is kept.
 DRAFT_ROOM = 64
+#: What Hugging Face's losses leave out.
+IGNORED_LABEL = -100
 
 
 class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -41,6 +52,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     base_model_prefix = "ends"
     main_input_name = "input_ids"
     _supports_cache_class = True
+    task_type = "CAUSAL_LM"
+    adapter: SwarmAdapter | None
 
     def __init__(
         self, config: PretrainedConfig, ends: Ends, loop: LoopThread, swarm: Swarm, ref: ModelRef
@@ -50,8 +63,14 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._loop = loop
         self._swarm = swarm
         self._ref = ref
+        self._blocks = RemoteBlocks(loop, swarm, ref, ends.config)
         self._of_thread = _OfThread()
         self._closed = False
+        self._snapshots = Snapshots(ends.config)
+        self._offered: NamedAdapter | None = None
+        self._front = Front(ends)
+        self._own_head = False
+        self.register_module("adapter", None)
         self.last_route: Route | None = None
         self._at_exit = _close_at_exit(self)
 
@@ -78,7 +97,14 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """A session that the caller closes; see `inference_session`."""
         if self._closed:
             raise ConfigError("the model is closed")
-        return InferenceSession(self._loop, self._swarm, self._ref, max_length=max_length)
+        used: Adapter | NamedAdapter | None = self._offered
+        prompt = 0
+        if self.adapter is not None:
+            used = self._snapshots.of(self.adapter.layout, self.adapter.numbers())
+            prompt = self.adapter.prompt_tokens
+        return InferenceSession(
+            self._loop, self._swarm, self._ref, max_length=max_length + prompt, adapter=used
+        )
 
     # -- generation ----------------------------------------------------------------------------
 
@@ -202,96 +228,201 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         attention_mask: torch.Tensor | None = None,
         past_key_values: SwarmCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """Logits `[batch, tokens, vocab]` for `input_ids [batch, tokens]`, through the whole swarm.
 
         Positions follow from `attention_mask` (padding may be on either side), so `position_ids` and
         other arguments of Hugging Face models are accepted and not needed. Padded places get zeros.
-        Without `past_key_values` no KV cache outlives the call.
+        Without `past_key_values` no KV cache outlives the call, and the result is differentiable: gradients
+        go to `inputs_embeds` and to the adapter. With `labels` there is a loss, as Hugging Face computes it
+        (over `num_items_in_batch` tokens, if given).
+
+        Raises:
+            ConfigError: arguments that do not fit each other, or a sequence that is too long to be trained.
+            MissingBlocksError: nobody serves some blocks, or nobody trains them.
+            RemoteError, NetworkError: the swarm failed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give input_ids or inputs_embeds")
+        if labels is not None and past_key_values is not None:
+            raise ConfigError("there is no loss with past_key_values: give all tokens at once")
         given = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
-        if given.requires_grad and torch.is_grad_enabled():
-            raise ConfigError("there are no gradients through the swarm yet: call it under torch.no_grad()")
+        loss = None
         if past_key_values is not None:
-            logits = self._forward(given, attention_mask, past_key_values, logits_to_keep)
+            logits = step_logits(self._front, given, attention_mask, past_key_values, logits_to_keep)
+        elif labels is not None or self._is_trained(given):
+            logits, loss = self._with_loss(given, attention_mask, labels, num_items_in_batch)
+            logits = kept_columns(logits, logits_to_keep)
         else:
             with self.open_session(max_length=given.shape[1]) as session:
-                logits = self._forward(given, attention_mask, SwarmCache(session), logits_to_keep)
+                cache = SwarmCache(session)
+                logits = step_logits(self._front, given, attention_mask, cache, logits_to_keep)
                 self.last_route = session.route
         if return_dict is False:
-            return (logits,)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            return (logits,) if loss is None else (loss, logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
-    def _forward(
+    def run_blocks(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        blocks: Span | tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """What comes out of `blocks`, by default all, for `hidden [batch, tokens, hidden_size]`.
+
+        Differentiable: for modules of your own between blocks. Padding may be on either side, and padded
+        places get zeros. An adapter of the model is used.
+
+        Raises:
+            ConfigError: there are no such blocks, or the shapes do not fit.
+            MissingBlocksError: nobody trains some of them.
+            RemoteError, NetworkError: the swarm failed.
+        """
+        if hidden.dim() != 3:
+            raise ConfigError(f"hidden must be [batch, tokens, hidden_size], got {list(hidden.shape)}")
+        span = Span(*blocks) if isinstance(blocks, tuple) else blocks or Span(0, self._ref.num_blocks)
+        packing = Packing.of(hidden.shape[0], hidden.shape[1], attention_mask)
+        return packing.unpack(self._run(packing.pack(hidden), packing.lengths, span))
+
+    def final_rows(self, given: torch.Tensor, packing: Packing, *, before: int = 0) -> torch.Tensor:
+        """What comes out of the last block, `[tokens, hidden_size]`, for tokens or embeddings `given`.
+
+        Each sequence begins with the last `before` rows of the soft prompt. A head starts from `ends.leave`
+        of the rows. Differentiable, as `forward` is.
+
+        Raises:
+            ConfigError, MissingBlocksError, RemoteError, NetworkError: as `forward`.
+        """
+        hidden, lengths = self._front.rows(given, packing)
+        if self._is_trained(given):
+            rows = self._run(hidden, lengths, Span(0, self._ref.num_blocks))
+        else:
+            with self.open_session(max_length=packing.width) as session:
+                rows = session.step(hidden, lengths, rows="all")
+                self.last_route = session.route
+        return strip_prompt(rows, lengths, [length + before for length in packing.lengths])
+
+    def _is_trained(self, given: torch.Tensor) -> bool:
+        """Whether gradients are wanted, for the inputs or for the adapter."""
+        parameters = () if self.adapter is None else self.adapter.parameters()
+        return torch.is_grad_enabled() and any(each.requires_grad for each in (given, *parameters))
+
+    def _run(self, rows: torch.Tensor, lengths: tuple[int, ...], blocks: Span) -> torch.Tensor:
+        if self._closed:
+            raise ConfigError("the model is closed")
+        if self._offered is not None and self.adapter is None:
+            raise ConfigError(
+                "gradients need an adapter of your own: load_adapter(FOLDER) or remove_adapter()"
+            )
+        if self.adapter is None:
+            return self._blocks(rows, lengths, blocks)
+        return self._blocks(rows, lengths, blocks, layout=self.adapter.layout, numbers=self.adapter.numbers())
+
+    def _with_loss(
         self,
         given: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        cache: SwarmCache,
-        logits_to_keep: int | torch.Tensor,
-    ) -> torch.Tensor:
-        width = given.shape[1]
-        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
-        if last_only and cache.looks_ahead and given.dim() == 2:
-            logits = self._next_logits(given, attention_mask, cache)
-            self._send_ahead(logits, cache)
-            return logits
-        repeated = None
-        if last_only and cache.width == 0 and given.dim() == 2:
-            repeated = unique_rows(given, attention_mask)
-        if repeated is not None:
-            given = given[repeated[0]]
-            attention_mask = attention_mask[repeated[0]] if attention_mask is not None else None
-        logits = self._step(given, attention_mask, cache, last_only=last_only)
-        if not isinstance(logits_to_keep, int):
-            logits = logits[:, logits_to_keep]
-        elif 0 < logits_to_keep < width:
-            logits = logits[:, -logits_to_keep:]
-        if repeated is not None:
-            cache.session.fork(repeated[1])
-            logits = logits[repeated[1]]
-        return logits
-
-    def _step(
-        self, given: torch.Tensor, attention_mask: torch.Tensor | None, cache: SwarmCache, *, last_only: bool
-    ) -> torch.Tensor:
-        """Logits of all columns of `given`; of the last alone if that is enough and no padding."""
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of all columns, and the loss if there are labels: a soft prompt predicts the first token."""
         packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
-        last_only = last_only and (packing.kept is None or bool(packing.kept[:, -1].all()))
-        packed = packing.pack(given)
-        hidden = self.ends.embed(packed) if given.dim() == 2 else packed
-        rows = cache.session.step(hidden, packing.lengths, rows="last" if last_only else "all")
-        cache.width += given.shape[1]
-        logits = self.ends.logits(rows)
-        return logits[:, None] if last_only else packing.unpack(logits)
-
-    def _next_logits(
-        self, given: torch.Tensor, attention_mask: torch.Tensor | None, cache: SwarmCache
-    ) -> torch.Tensor:
-        """One column of greedy decoding: of the step sent ahead, if that guessed right."""
-        rows = cache.session.take_ahead(given) if given.shape[1] == 1 else None
-        if rows is not None:
-            cache.width += 1
-            return self.ends.logits(rows)[:, None]
-        if cache.guessed:
-            # A logits processor or the padding of a finished sequence is at work, and will be again.
-            cache.looks_ahead = False
-        return self._step(given, attention_mask, cache, last_only=True)[:, -1:]
-
-    def _send_ahead(self, logits: torch.Tensor, cache: SwarmCache) -> None:
-        tokens = logits[:, -1].argmax(-1)
-        cache.guessed = (
-            cache.looks_ahead
-            and cache.width < cache.max_width
-            and cache.final_tokens.isdisjoint(tokens.tolist())
+        before = 1 if labels is not None and self.adapter is not None and self.adapter.prompt_tokens else 0
+        rows = self.final_rows(given, packing, before=before)
+        logits = packing.widened(before).unpack(self.ends.logits(rows))
+        if labels is None:
+            return logits, None
+        loss = self.loss_function(
+            logits=logits,
+            labels=nn.functional.pad(labels, (before, 0), value=IGNORED_LABEL),
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
         )
-        if cache.guessed:
-            cache.session.step_ahead(tokens[:, None], self.ends.embed(tokens))
+        return logits[:, before:], loss
+
+    # -- adapters ------------------------------------------------------------------------------
+
+    def add_adapter(self, settings: object) -> SwarmAdapter:
+        """Train `settings`: a `Lora`, `Prefix` or `SoftPrompt`, or PEFT's configuration of one.
+
+        Its parameters are the only trainable ones of the model: `model.parameters()` with `requires_grad`.
+
+        Raises:
+            ConfigError: the model has an adapter already.
+            AdapterError: settings that are not supported, or do not fit the model.
+        """
+        return tuning.add_adapter(self, settings)
+
+    def load_adapter(
+        self, folder: str | os.PathLike[str], *, is_trainable: bool = True, **hub: str | None
+    ) -> SwarmAdapter:
+        """Use, or train on, an adapter in PEFT's format, in place of the one the model has.
+
+        `hub` may be `revision`, `cache_dir` and `token`.
+
+        Raises:
+            UnknownModelError: there is no such folder or repository of the Hugging Face Hub.
+            AdapterError: it is damaged, not supported, or does not fit the model.
+        """
+        return tuning.load_adapter(self, folder, is_trainable=is_trainable, **hub)
+
+    def remove_adapter(self) -> None:
+        """Go back to the model as it was; a head that was trained as a whole stays as it is."""
+        self.use_adapter(None)
+
+    def use_adapter(self, adapter: SwarmAdapter | None) -> None:
+        """Compute with these parameters."""
+        self.adapter = adapter
+        self._front = Front(self.ends, None if adapter is None else adapter.soft_prompt)
+        self._offered = None
+
+    def use_offered_adapter(self, name: str) -> None:
+        """Use an adapter that servers offer to everybody, by its name or its id; only such servers are used.
+
+        Raises:
+            ConfigError: the model has an adapter of its own, or no server offers this one.
+        """
+        if self.adapter is not None:
+            raise ConfigError("the model has an adapter already: call remove_adapter() first")
+        limit_s = self._swarm.config.wait_for_blocks_s + CLOSE_TIMEOUT_S
+        self._offered = self._loop.run(self._swarm.find_adapter(self._ref, name), timeout_s=limit_s)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write what was trained, in PEFT's format; see `tuning.save_pretrained`."""
+        tuning.save_pretrained(self, save_directory, **options)
+
+    def train_whole(self, module: str) -> None:
+        """Train the LM head itself; `module` must be "lm_head".
+
+        Raises:
+            AdapterError: it is something else.
+        """
+        if module != "lm_head":
+            raise AdapterError(f"this model has no {module!r}; is it of a model for another task?")
+        self.ends.train_head()
+        self._own_head = True
+
+    def whole_modules(self) -> dict[str, nn.Parameter]:
+        """The LM head, if it was ever trained."""
+        return {"lm_head.weight": self.ends.lm_head()} if self._own_head else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **options: Any) -> Any:
+        """As torch's; if not `strict`, what is frozen is not reported as missing."""
+        result = super().load_state_dict(state_dict, strict, **options)
+        result.missing_keys[:] = tuning.not_frozen(self, result.missing_keys)
+        return result
+
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Not needed: servers bound what they keep, and compute again what they dropped."""
+        tuning.warn_of_checkpointing()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
     # -- life ----------------------------------------------------------------------------------
 
@@ -310,6 +441,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._closed = True
         atexit.unregister(self._at_exit)
         try:
+            self._blocks.close()
             self._loop.run(self._swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
         finally:
             self._loop.close()

@@ -16,10 +16,11 @@ from queue import Empty, SimpleQueue
 from typing import Protocol, TypeAlias, TypeVar
 
 from petal_swarm.engine.engine import Engine
-from petal_swarm.engine.executor import CACHE_WAIT_S, Executor, internal_error
+from petal_swarm.engine.executor import CACHE_WAIT_S, Executor
 from petal_swarm.engine.scheduler import Job
 from petal_swarm.engine.steps import StepRequest, StepResult
-from petal_swarm.errors import CacheFullError
+from petal_swarm.engine.works import Pieces, Work, internal_error
+from petal_swarm.errors import CacheFullError, RemoteError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -46,6 +47,10 @@ class Compute(Protocol):
     def run_now(self, request: StepRequest) -> StepResult | None: ...
 
     def call(self, function: Callable[[], T]) -> Future[T]: ...
+
+    def run_work(self, pieces: Pieces[T], peer: str) -> Future[T]: ...
+
+    def piece_rows(self) -> int: ...
 
     def close_session(self, key: Hashable) -> None: ...
 
@@ -77,6 +82,16 @@ class InlineCompute:
         future: Future[T] = Future()
         _run_into(future, function)
         return future
+
+    def run_work(self, pieces: Pieces[T], peer: str) -> Future[T]:
+        future: Future[T] = Future()
+        work = Work(pieces, future, peer)
+        while work.advance():
+            pass
+        return future
+
+    def piece_rows(self) -> int:
+        return self.engine.max_batch_tokens
 
     def close_session(self, key: Hashable) -> None:
         self.engine.close_session(key)
@@ -148,6 +163,21 @@ class ComputeThread:
         self._inbox.put(lambda: _run_into(future, function))
         return future
 
+    def run_work(self, pieces: Pieces[T], peer: str) -> Future[T]:
+        """Do `pieces` in the compute thread, one at a time between batches, peers by turns.
+
+        The future has what they return, or the error that they raise; one that is no `PetalSwarmError` is
+        logged, and reported as a `RemoteError`. Cancelling it ends the work before its next piece.
+        """
+        future: Future[T] = Future()
+        work = Work(pieces, future, peer)
+        self._inbox.put(lambda: self._executor.add_work(work))
+        return future
+
+    def piece_rows(self) -> int:
+        """Of how many rows a piece of work may compute a block at present, so that decoding goes on."""
+        return self._executor.piece_rows()
+
     def close_session(self, key: Hashable) -> None:
         """Drop the waiting steps of a session and free its cache, soon."""
         self.call(lambda: self._executor.close_session(key))
@@ -178,6 +208,7 @@ class ComputeThread:
                 except Exception:
                     # Whatever it is, the other sessions' steps must go on.
                     logger.exception("a step's result could not be handed over")
+        self._executor.drop_works(RemoteError("the server is stopping"))
 
     def _interrupted(self) -> bool:
         return not self._inbox.empty()

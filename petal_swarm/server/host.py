@@ -7,19 +7,17 @@ import contextlib
 import functools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import TypeVar
 
+from petal_swarm.engine.adapters import HeldAdapter
 from petal_swarm.engine.compute import Compute
 from petal_swarm.engine.prefixes import PrefixScope
 from petal_swarm.errors import (
     BadMessageError,
     BusyError,
-    HopLostError,
     IdleError,
-    NetworkError,
     PetalSwarmError,
-    StreamClosedError,
     UnknownSessionError,
     WrongModelError,
     WrongSpanError,
@@ -27,12 +25,19 @@ from petal_swarm.errors import (
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, Transport
 from petal_swarm.server import slow_peers
+from petal_swarm.server.adapters import AdapterHost
 from petal_swarm.server.admission import Request
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.hosted import HostedSession
 from petal_swarm.server.quotas import Quotas
-from petal_swarm.server.results import Overhead, error_message
+from petal_swarm.server.results import Overhead, answering_errors
+from petal_swarm.server.streams import (
+    MAX_OPENING_PAYLOAD_BYTES,
+    Arrivals,
+    dial_next,
+    while_there,
+)
 from petal_swarm.server.waiting_room import LOOK_S, WaitingRoom
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
 from petal_swarm.wire.frames import MAX_PAYLOAD_BYTES
@@ -46,8 +51,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LEAVING = "this server is leaving the swarm"
-#: Nothing that opens a stream has a payload; what comes with it is read and forgotten.
-MAX_OPENING_PAYLOAD_BYTES = 64 << 10
 
 
 class SessionHost:
@@ -61,13 +64,15 @@ class SessionHost:
         model_key: str,
         limits: SessionLimits,
         gate: StreamGate,
+        adapters: AdapterHost,
     ) -> None:
+        self.adapters = adapters
         self._compute = compute
         self._transport = transport
         self._model_key = model_key
         self._limits = limits
         self._sessions: dict[bytes, HostedSession] = {}
-        self._arrivals: dict[tuple[bytes, int], asyncio.Event] = {}
+        self._arrivals = Arrivals()
         self._changed = asyncio.Event()
         self._room = WaitingRoom(compute, limits, self._make_room)
         self._quotas = Quotas(limits, asyncio.get_running_loop().time)
@@ -116,7 +121,7 @@ class SessionHost:
         """One client's session, from its `open` to the end of the stream."""
         channel = Channel(stream, SESSION_TABLE, Role.LISTENER)
         channel.incoming.max_payload_bytes = MAX_OPENING_PAYLOAD_BYTES
-        async with _answering_errors(channel):
+        async with answering_errors(channel):
             with self._gate.being_opened(channel.peer_id):
                 opening = await channel.expect(Open, timeout_s=self._limits.open_timeout_s)
             async with self._open(opening, channel) as session:
@@ -129,7 +134,7 @@ class SessionHost:
         """The steps that a previous hop pushes into one session."""
         channel = Channel(stream, PUSH_TABLE, Role.LISTENER)
         channel.incoming.max_payload_bytes = MAX_OPENING_PAYLOAD_BYTES
-        async with _answering_errors(channel):
+        async with answering_errors(channel):
             with self._gate.being_opened(channel.peer_id):
                 opening = await channel.expect(PushOpen, timeout_s=self._limits.open_timeout_s)
                 channel.pause()  # or what it sends already would pile up meanwhile
@@ -160,8 +165,11 @@ class SessionHost:
         if self._looks_for_steps is None:
             self._looks_for_steps = self._loop.call_later(LOOK_S, self._look_for_steps)
         try:
-            await _while_there(channel, self._prepare(session, request))
-            yield session
+            stack = self._compute.engine.stack
+            using = self.adapters.in_use(channel.peer_id, opening.adapter, opening.span, stack)
+            async with using as adapter:
+                await while_there(channel, self._prepare(session, request, adapter))
+                yield session
         finally:
             await session.close()
             session.admitted.set()
@@ -170,28 +178,36 @@ class SessionHost:
             self._room.leave(request)
             self._wake_when_freed()
 
-    async def _prepare(self, session: HostedSession, request: Request) -> None:
+    async def _prepare(self, session: HostedSession, request: Request, adapter: HeldAdapter | None) -> None:
         """Wait for room, open the session in the engine and connect it to its next hop."""
         opening = session.opening
         wait_s = min(opening.wait_s, self._limits.max_wait_s)
         await self._room.enter(request, wait_s=wait_s)
         engine = self._compute.engine
-        scope = self._prefix_scope(opening) if opening.share_prefixes else None
+        scope = self._prefix_scope(opening, adapter) if opening.share_prefixes else None
         opened = self._compute.call(
-            lambda: engine.open_session(opening.session, max_length=opening.max_length, scope=scope)
+            lambda: engine.open_session(
+                opening.session,
+                max_length=opening.max_length,
+                scope=scope,
+                adapter=None if adapter is None else adapter.served,
+            )
         )
         async with asyncio.timeout(self._limits.open_timeout_s):
             await asyncio.wrap_future(opened)
         session.admitted.set()
         await session.connect_next()
 
-    def _prefix_scope(self, opening: Open) -> PrefixScope:
+    def _prefix_scope(self, opening: Open, adapter: HeldAdapter | None) -> PrefixScope:
         """With whom a session shares prefixes: the first hop trusts what it computed, others one peer each.
+        With an adapter, only with those that have the same one.
 
         The salt makes keys those of this process: after a restart its weights may be quantized otherwise, and
         hops behind it must not take what they hold for the same.
         """
         named = f"{opening.span} {opening.upstream or ''}".encode()
+        if adapter is not None:
+            named += b" " + adapter.digest
         return PrefixScope(self._salt + named, hashes=opening.upstream is None)
 
     def _wake_when_freed(self) -> None:
@@ -287,23 +303,16 @@ class SessionHost:
     async def _dial_next(self, opening: Open, following: Neighbour, epoch: int) -> tuple[Channel, Opened]:
         """A push stream to the next hop, which answers when it has room too: at most `wait_s` later."""
         wait_s = min(opening.wait_s, self._limits.max_wait_s)
-        try:
-            stream = await self._transport.open_stream(
-                following.peer_id, PUSH, addresses=following.addresses, timeout_s=self._limits.dial_timeout_s
-            )
-        except PetalSwarmError as error:
-            # Without the reason: a client could have this server scan a network for it.
-            logger.info("no way to %s: %s", following.peer_id, error)
-            raise HopLostError(f"no way to the next hop {following.peer_id}") from error
-        channel = Channel(stream, PUSH_TABLE, Role.DIALER)
-        try:
-            channel.send(PushOpen(opening.session, epoch))
-            return channel, await channel.expect(Opened, timeout_s=self._limits.open_timeout_s + wait_s)
-        except BaseException as error:
-            channel.abort()
-            if not isinstance(error, PetalSwarmError):
-                raise
-            raise HopLostError(f"the next hop {following.peer_id} refused: {error}") from error
+        return await dial_next(
+            self._transport,
+            following,
+            PushOpen(opening.session, epoch),
+            Opened,
+            protocol=PUSH,
+            table=PUSH_TABLE,
+            dial_timeout_s=self._limits.dial_timeout_s,
+            answer_timeout_s=self._limits.open_timeout_s + wait_s,
+        )
 
     async def _find(self, opening: PushOpen, peer_id: str) -> HostedSession:
         """The session of a push stream, which may arrive before the client's `open` or `reroute`, and before
@@ -320,14 +329,7 @@ class SessionHost:
             return session
 
         if expecting() is None:
-            awaited = (opening.session, opening.epoch)
-            arrival = self._arrivals.setdefault(awaited, asyncio.Event())
-            try:
-                async with asyncio.timeout(self._limits.open_timeout_s):
-                    await arrival.wait()
-            except TimeoutError:
-                if self._arrivals.get(awaited) is arrival:
-                    del self._arrivals[awaited]
+            await self._arrivals.wait(opening.session, opening.epoch, self._limits.open_timeout_s)
         session = expecting()
         if session is not None:
             await session.admitted.wait()
@@ -338,9 +340,7 @@ class SessionHost:
         return session
 
     def _announce_arrival(self, session: HostedSession) -> None:
-        arrival = self._arrivals.pop((session.opening.session, session.upstream.epoch), None)
-        if arrival is not None:
-            arrival.set()
+        self._arrivals.announce(session.opening.session, session.upstream.epoch)
 
 
 def _max_step_bytes(compute: Compute) -> int:
@@ -350,40 +350,3 @@ def _max_step_bytes(compute: Compute) -> int:
     engine = compute.engine
     step_bytes = engine.max_batch_tokens * engine.stack.config.hidden_size * max(DTYPE_BYTES.values())
     return min(max(2 * step_bytes, 1 << 20), MAX_PAYLOAD_BYTES)
-
-
-@contextlib.asynccontextmanager
-async def _answering_errors(channel: Channel) -> AsyncIterator[None]:
-    """Tell the peer of an error where that is still possible; nothing of it reaches other sessions."""
-    try:
-        yield
-    except (PetalSwarmError, TimeoutError) as error:
-        level = logging.DEBUG if isinstance(error, NetworkError) else logging.INFO
-        logger.log(level, "stream from %s ended: %s", channel.peer_id, error)
-        with contextlib.suppress(PetalSwarmError):
-            channel.send(error_message(error))
-    except Exception:
-        logger.exception("stream from %s failed", channel.peer_id)
-        with contextlib.suppress(PetalSwarmError):
-            channel.send(error_message(RuntimeError()))
-
-
-async def _while_there(channel: Channel, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the peer ends its stream before: nobody waits for it.
-
-    Raises:
-        StreamClosedError: the peer has ended the stream.
-        RemoteProtocolError: it sent something instead of waiting.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(channel.receive())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if leaving.done():
-            leaving.result()
-            raise StreamClosedError(f"peer {channel.peer_id} left while its session was being opened")
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)

@@ -66,4 +66,9 @@ def test_damaged_frames_break_nothing(bloom: Path, caplog: pytest.LogCaptureFixt
             assert (server.num_sessions, server._gate.num_streams, server._gate.num_opening) == (0, 0, 0)
             assert (len(host._quotas), host._quotas.nbytes) == (0, 0)
             assert compute.engine.stats().sessions == 0
+            training = server._training
+            assert training is not None
+            trainer = training._trainer
+            assert (training.num_runs, len(training._arrivals), trainer.retained.nbytes) == (0, 0, 0)
+            assert (len(trainer.quotas), trainer.quotas.nbytes, trainer.passes.stats().passes) == (0, 0, 0)
         assert len(asyncio.all_tasks(swarm.loop)) <= tasks
