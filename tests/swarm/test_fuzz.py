@@ -66,4 +66,7 @@ def test_damaged_frames_break_nothing(bloom: Path, caplog: pytest.LogCaptureFixt
             assert (server.num_sessions, server._gate.num_streams, server._gate.num_opening) == (0, 0, 0)
             assert (len(host._quotas), host._quotas.nbytes) == (0, 0)
             assert compute.engine.stats().sessions == 0
+            store = host.adapters.store
+            assert len(store) > 0, "those that were not damaged were taken"
+            assert store.nbytes == sum(held.nbytes for held in store._held.values())
         assert len(asyncio.all_tasks(swarm.loop)) <= tasks
