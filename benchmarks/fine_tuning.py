@@ -38,7 +38,9 @@ def batches(ids: torch.Tensor, batch_size: int, tokens: int) -> Iterator[torch.T
     return (windows[start : start + batch_size] for start in order)
 
 
-def train(model: Any, ids: torch.Tensor, arguments: argparse.Namespace, name: str) -> tuple[list[float], float]:
+def train(
+    model: Any, ids: torch.Tensor, arguments: argparse.Namespace, name: str
+) -> tuple[list[float], float]:
     """The loss of each step, and seconds a step."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
