@@ -35,6 +35,10 @@ class CheckpointError(ModelError):
     """The checkpoint is damaged or lacks a tensor."""
 
 
+class AdapterError(ModelError):
+    """An adapter that is damaged, does not fit the model, or is of a kind that is not supported."""
+
+
 class ProtocolError(PetalSwarmError):
     """The rules of `docs/protocol.md` were broken."""
 
