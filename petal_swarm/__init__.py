@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any
 from petal_swarm.version import __version__
 
 if TYPE_CHECKING:
+    from petal_swarm.cli.local_swarm import serve_locally as serve_locally
     from petal_swarm.client.auto import AutoSwarmModelForCausalLM as AutoSwarmModelForCausalLM
     from petal_swarm.span import Span as Span
 
 _LAZY = {
     "AutoSwarmModelForCausalLM": "petal_swarm.client.auto",
     "Span": "petal_swarm.span",
+    "serve_locally": "petal_swarm.cli.local_swarm",
 }
 
-__all__ = ["AutoSwarmModelForCausalLM", "Span", "__version__"]
+__all__ = ["AutoSwarmModelForCausalLM", "Span", "__version__", "serve_locally"]
 
 
 def __getattr__(name: str) -> Any:
