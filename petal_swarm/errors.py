@@ -175,6 +175,24 @@ class CacheFullError(RemoteError):
     code = "cache-full"
 
 
+class AdapterMissingError(RemoteError):
+    """The peer does not have the adapter that was named, or not any more: it is to be uploaded again."""
+
+    code = "adapter-missing"
+
+
+class BadAdapterError(RemoteError):
+    """An adapter that does not fit the peer's model, or whose numbers are not what was offered."""
+
+    code = "bad-adapter"
+
+
+class AdapterFullError(RemoteError):
+    """The peer has no room for another adapter, or for more of ours."""
+
+    code = "adapter-full"
+
+
 class BusyError(RemoteError):
     """The peer has reached a limit; try again later or elsewhere."""
 
@@ -191,6 +209,18 @@ class TooSlowError(RemoteError):
     """The peer waited for us for too long."""
 
     code = "timeout"
+
+
+class PassGoneError(RemoteError):
+    """What a pass of training needs here was dropped: it has to be sent again."""
+
+    code = "pass-gone"
+
+
+class NotFiniteError(RemoteError):
+    """A block computed NaN or infinity, forward or backward, from finite numbers; the message names it."""
+
+    code = "not-finite"
 
 
 class HopLostError(RemoteError):
@@ -223,9 +253,14 @@ _BY_CODE: dict[str, type[RemoteError]] = {
         BadTensorError,
         SessionTooLongError,
         CacheFullError,
+        AdapterMissingError,
+        BadAdapterError,
+        AdapterFullError,
         BusyError,
         IdleError,
         TooSlowError,
+        PassGoneError,
+        NotFiniteError,
         HopLostError,
         PrivateSwarmError,
         NotAllowedError,

@@ -33,6 +33,8 @@ class ClientConfig:
     With an `audit_rate`, that share of the steps of each hop is computed again by another server, beside the
     session, and a server that fails two audits is not used any more. Such sessions share no prefixes.
 
+    Training goes through at most `training_lanes` routes at once that have no server in common.
+
     Raises:
         ConfigError: no initial peers, an unknown transport, or a number out of range.
     """
@@ -53,6 +55,7 @@ class ClientConfig:
     retry_busy_s: float = 5.0
     max_log_bytes: int = 1 << 30
     audit_rate: float = 0.0
+    training_lanes: int = 4
     swarm_key: str | Path | None = None
     identity: str | Path | None = None
 
@@ -66,6 +69,8 @@ class ClientConfig:
             raise ConfigError(f"transport must be one of {', '.join(TRANSPORTS)}, got {self.transport!r}")
         if self.prefill_chunk_tokens is not None and self.prefill_chunk_tokens < 1:
             raise ConfigError(f"prefill_chunk_tokens must be at least 1, got {self.prefill_chunk_tokens}")
+        if self.training_lanes < 1:
+            raise ConfigError(f"training_lanes must be at least 1, got {self.training_lanes}")
         if not 0 <= self.audit_rate <= 1:
             raise ConfigError(f"audit_rate must be 0 to 1, got {self.audit_rate}")
         if not 0 <= self.wait_for_room_s <= MAX_WAIT_S:

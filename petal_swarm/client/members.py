@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
+from petal_swarm.client.dialling import Ping, all_or_none, open_channel, unless_silent
 from petal_swarm.errors import (
-    BusyError,
-    CacheFullError,
     DeadlineError,
     HopLostError,
-    NetworkError,
     PetalSwarmError,
     ProtocolError,
     RemoteProtocolError,
@@ -21,8 +18,7 @@ from petal_swarm.errors import (
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.route import Hop
-from petal_swarm.span import Span
-from petal_swarm.wire.connection import SESSION_TABLE, Role
+from petal_swarm.wire.connection import SESSION_TABLE
 from petal_swarm.wire.messages import Message
 from petal_swarm.wire.messages.audit import Recall, Recalled
 from petal_swarm.wire.messages.opening import Open, Opened
@@ -30,28 +26,7 @@ from petal_swarm.wire.messages.parts import Neighbour
 from petal_swarm.wire.messages.repair import Progress, Reroute
 from petal_swarm.wire.protocols import SESSION
 
-HOP_LOST_GRACE_S = 0.2
 MAX_RECALLED = 256
-
-
-class OpenFailedError(PetalSwarmError):
-    """A hop of `span` could not be opened: `peer_id` is to be avoided."""
-
-    def __init__(self, peer_id: str, span: Span, error: PetalSwarmError) -> None:
-        super().__init__(str(error))
-        self.peer_id = peer_id
-        self.span = span
-        self.error = error
-
-    @property
-    def is_unreachable(self) -> bool:
-        """Whether the network is to blame, or somebody who has just gone."""
-        return isinstance(self.error, (NetworkError, HopLostError))
-
-    @property
-    def is_full(self) -> bool:
-        """Whether waiting may help."""
-        return isinstance(self.error, (CacheFullError, BusyError))
 
 
 class LinkFailedError(PetalSwarmError):
@@ -194,10 +169,6 @@ def neighbour(hop: Hop) -> Neighbour:
     return Neighbour(hop.peer_id, hop.addresses)
 
 
-#: Whether a server answers at all, whatever it is busy with; it may take a second or two to say no.
-Ping: TypeAlias = Callable[[Hop], Awaitable[bool]]
-
-
 async def open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: float, ping: Ping) -> Member:
     """Open one hop; a hop without room may let the session wait for `opening.wait_s` on top of `timeout_s`.
 
@@ -205,38 +176,21 @@ async def open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: flo
         OpenFailedError: it, or the hop that it shall send to, is unreachable or refuses; or it does not even
             answer a ping, which is known sooner.
     """
-    attempt = asyncio.create_task(_open_hop(transport, hop, opening, timeout_s))
-    pinging = asyncio.ensure_future(ping(hop))
-    try:
-        await asyncio.wait({attempt, pinging}, return_when=asyncio.FIRST_COMPLETED)
-        if not attempt.done() and not pinging.result():
-            silent = HopLostError(f"peer {hop.peer_id} is silent", peer_id=hop.peer_id)
-            raise OpenFailedError(hop.peer_id, hop.span, silent)
-        return await attempt
-    finally:
-        pinging.cancel()
-        attempt.cancel()
-        await asyncio.gather(attempt, pinging, return_exceptions=True)
+    return await unless_silent(hop, _open_hop(transport, hop, opening, timeout_s), ping)
 
 
 async def _open_hop(transport: Transport, hop: Hop, opening: Open, timeout_s: float) -> Member:
-    channel: Channel | None = None
-    try:
-        stream = await transport.open_stream(
-            hop.peer_id, SESSION, addresses=hop.addresses, timeout_s=timeout_s
-        )
-        channel = Channel(stream, SESSION_TABLE, Role.DIALER)
-        channel.send(opening)
-        opened = await channel.expect(Opened, timeout_s=timeout_s + opening.wait_s)
-        return Member(hop, channel, opened, opening.epoch)
-    except BaseException as error:
-        if channel is not None:
-            channel.abort()
-        if not isinstance(error, PetalSwarmError):
-            raise
-        # A hop that reports the loss of its next one is not the one to avoid.
-        lost = opening.next if isinstance(error, HopLostError) else None
-        raise OpenFailedError(lost.peer_id if lost else hop.peer_id, hop.span, error) from error
+    channel, opened = await open_channel(
+        transport,
+        hop,
+        SESSION,
+        SESSION_TABLE,
+        opening,
+        Opened,
+        timeout_s=timeout_s,
+        wait_s=opening.wait_s,
+    )
+    return Member(hop, channel, opened, opening.epoch)
 
 
 async def open_hops(
@@ -247,25 +201,6 @@ async def open_hops(
     Raises:
         OpenFailedError: a hop failed; none stays open.
     """
-    attempts = [
-        asyncio.create_task(open_hop(transport, hop, opening(index), timeout_s, ping))
-        for index, hop in enumerate(hops)
-    ]
-    try:
-        return list(await asyncio.gather(*attempts))
-    except BaseException as error:
-        if isinstance(error, OpenFailedError) and isinstance(error.error, HopLostError):
-            await asyncio.wait(attempts, timeout=HOP_LOST_GRACE_S)  # it may be telling why itself
-        for attempt in attempts:
-            attempt.cancel()
-        for outcome in await asyncio.gather(*attempts, return_exceptions=True):
-            if isinstance(outcome, Member):
-                outcome.channel.abort()
-            elif isinstance(outcome, OpenFailedError) and isinstance(error, OpenFailedError):
-                error = _more_telling(error, outcome)
-        raise error from None
-
-
-def _more_telling(first: OpenFailedError, second: OpenFailedError) -> OpenFailedError:
-    """Of two failures of one opening, the one that is not merely the other's consequence."""
-    return second if isinstance(first.error, HopLostError) else first
+    return await all_or_none(
+        open_hop(transport, hop, opening(index), timeout_s, ping) for index, hop in enumerate(hops)
+    )

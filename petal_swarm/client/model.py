@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import threading
 import warnings
 import weakref
@@ -12,19 +13,24 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from petal_swarm.client import soft_prompt, tuning
+from petal_swarm.client.adapter import SwarmAdapter
 from petal_swarm.client.cache import SwarmCache
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.packing import Packing, unique_rows
 from petal_swarm.client.session import InferenceSession
 from petal_swarm.client.swarm import Swarm
+from petal_swarm.client.training.function import RemoteBlocks
 from petal_swarm.client.view import ModelRef
-from petal_swarm.errors import ConfigError
+from petal_swarm.errors import AdapterError, ConfigError
 from petal_swarm.models.ends import Ends
 from petal_swarm.routing.route import Route
+from petal_swarm.span import Span
 
 CLOSE_TIMEOUT_S = 15.0
 #: Drafts reach past the last token that is kept.
@@ -41,6 +47,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     base_model_prefix = "ends"
     main_input_name = "input_ids"
     _supports_cache_class = True
+    task_type = "CAUSAL_LM"
+    adapter: SwarmAdapter | None
 
     def __init__(
         self, config: PretrainedConfig, ends: Ends, loop: LoopThread, swarm: Swarm, ref: ModelRef
@@ -50,8 +58,11 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._loop = loop
         self._swarm = swarm
         self._ref = ref
+        self._blocks = RemoteBlocks(loop, swarm, ref, ends.config)
         self._of_thread = _OfThread()
         self._closed = False
+        self._own_head = False
+        self.register_module("adapter", None)
         self.last_route: Route | None = None
         self._at_exit = _close_at_exit(self)
 
@@ -78,7 +89,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """A session that the caller closes; see `inference_session`."""
         if self._closed:
             raise ConfigError("the model is closed")
-        return InferenceSession(self._loop, self._swarm, self._ref, max_length=max_length)
+        prompt = 0 if self.adapter is None else self.adapter.prompt_tokens
+        return InferenceSession(self._loop, self._swarm, self._ref, max_length=max_length + prompt)
 
     # -- generation ----------------------------------------------------------------------------
 
@@ -202,31 +214,98 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         attention_mask: torch.Tensor | None = None,
         past_key_values: SwarmCache | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         return_dict: bool | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
         **unused: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """Logits `[batch, tokens, vocab]` for `input_ids [batch, tokens]`, through the whole swarm.
 
         Positions follow from `attention_mask` (padding may be on either side), so `position_ids` and
         other arguments of Hugging Face models are accepted and not needed. Padded places get zeros.
-        Without `past_key_values` no KV cache outlives the call.
+        Without `past_key_values` no KV cache outlives the call, and the result is differentiable: gradients
+        go to `inputs_embeds` and to the adapter. With `labels` there is a loss, as Hugging Face computes it
+        (over `num_items_in_batch` tokens, if given).
+
+        Raises:
+            ConfigError: arguments that do not fit each other, or a sequence that is too long to be trained.
+            MissingBlocksError: nobody serves some blocks, or nobody trains them.
+            RemoteError, NetworkError: the swarm failed.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give input_ids or inputs_embeds")
         given = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
-        if given.requires_grad and torch.is_grad_enabled():
-            raise ConfigError("there are no gradients through the swarm yet: call it under torch.no_grad()")
         if past_key_values is not None:
             logits = self._forward(given, attention_mask, past_key_values, logits_to_keep)
+        elif self._is_trained(given):
+            logits = self._differentiable(given, attention_mask, logits_to_keep)
         else:
             with self.open_session(max_length=given.shape[1]) as session:
                 logits = self._forward(given, attention_mask, SwarmCache(session), logits_to_keep)
                 self.last_route = session.route
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
         if return_dict is False:
-            return (logits,)
-        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+            return (logits,) if loss is None else (loss, logits)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def run_blocks(
+        self,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        blocks: Span | tuple[int, int] | None = None,
+    ) -> torch.Tensor:
+        """What comes out of `blocks`, by default all, for `hidden [batch, tokens, hidden_size]`.
+
+        Differentiable: for modules of your own between blocks. Padding may be on either side, and padded
+        places get zeros. An adapter of the model is used.
+
+        Raises:
+            ConfigError: there are no such blocks, or the shapes do not fit.
+            MissingBlocksError: nobody trains some of them.
+            RemoteError, NetworkError: the swarm failed.
+        """
+        if hidden.dim() != 3:
+            raise ConfigError(f"hidden must be [batch, tokens, hidden_size], got {list(hidden.shape)}")
+        span = Span(*blocks) if isinstance(blocks, tuple) else blocks or Span(0, self._ref.num_blocks)
+        packing = Packing.of(hidden.shape[0], hidden.shape[1], attention_mask)
+        return packing.unpack(self._run(packing.pack(hidden), packing.lengths, span))
+
+    def _is_trained(self, given: torch.Tensor) -> bool:
+        """Whether gradients are wanted, or only the training path has what the model needs."""
+        return self.adapter is not None or (torch.is_grad_enabled() and given.requires_grad)
+
+    def _run(self, rows: torch.Tensor, lengths: tuple[int, ...], blocks: Span) -> torch.Tensor:
+        if self._closed:
+            raise ConfigError("the model is closed")
+        if self.adapter is None:
+            return self._blocks(rows, lengths, blocks)
+        return self._blocks(rows, lengths, blocks, layout=self.adapter.layout, numbers=self.adapter.numbers())
+
+    def _differentiable(
+        self, given: torch.Tensor, attention_mask: torch.Tensor | None, logits_to_keep: int | torch.Tensor
+    ) -> torch.Tensor:
+        packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
+        packed = packing.pack(given)
+        hidden = self.ends.embed(packed) if given.dim() == 2 else self.ends.enter(packed)
+        lengths, prompt = packing.lengths, None if self.adapter is None else self.adapter.soft_prompt
+        if prompt is not None:
+            hidden, lengths = soft_prompt.prepend(self.ends.enter(prompt), hidden, lengths)
+        rows = self._run(hidden, lengths, Span(0, self._ref.num_blocks))
+        if prompt is not None:
+            rows = soft_prompt.strip(len(prompt), rows, lengths)
+        logits = packing.unpack(self.ends.logits(rows))
+        if isinstance(logits_to_keep, int):
+            return logits[:, -logits_to_keep:] if logits_to_keep else logits
+        return logits[:, logits_to_keep]
 
     def _forward(
         self,
@@ -264,8 +343,13 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
         last_only = last_only and (packing.kept is None or bool(packing.kept[:, -1].all()))
         packed = packing.pack(given)
-        hidden = self.ends.embed(packed) if given.dim() == 2 else packed
-        rows = cache.session.step(hidden, packing.lengths, rows="last" if last_only else "all")
+        hidden = self.ends.embed(packed) if given.dim() == 2 else self.ends.enter(packed)
+        lengths, prompt = packing.lengths, None if self.adapter is None else self.adapter.soft_prompt
+        if prompt is not None and not any(cache.session.lengths):
+            hidden, lengths = soft_prompt.prepend(self.ends.enter(prompt), hidden, lengths)
+        rows = cache.session.step(hidden, lengths, rows="last" if last_only else "all")
+        if lengths != packing.lengths and not last_only:
+            rows = soft_prompt.strip(lengths[0] - packing.lengths[0], rows, lengths)
         cache.width += given.shape[1]
         logits = self.ends.logits(rows)
         return logits[:, None] if last_only else packing.unpack(logits)
@@ -293,6 +377,61 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         if cache.guessed:
             cache.session.step_ahead(tokens[:, None], self.ends.embed(tokens))
 
+    # -- adapters ------------------------------------------------------------------------------
+
+    def add_adapter(self, settings: object) -> SwarmAdapter:
+        """Train `settings`: a `Lora`, `Prefix` or `SoftPrompt`, or PEFT's configuration of one.
+
+        Its parameters are the only trainable ones of the model: `model.parameters()` with `requires_grad`.
+
+        Raises:
+            ConfigError: the model has an adapter already.
+            AdapterError: settings that are not supported, or do not fit the model.
+        """
+        return tuning.add_adapter(self, settings)
+
+    def load_adapter(
+        self, folder: str | os.PathLike[str], *, is_trainable: bool = True, **hub: str | None
+    ) -> SwarmAdapter:
+        """Use, or train on, an adapter in PEFT's format, in place of the one the model has.
+
+        `hub` may be `revision`, `cache_dir` and `token`.
+
+        Raises:
+            UnknownModelError: there is no such folder or repository of the Hugging Face Hub.
+            AdapterError: it is damaged, not supported, or does not fit the model.
+        """
+        return tuning.load_adapter(self, folder, is_trainable=is_trainable, **hub)
+
+    def remove_adapter(self) -> None:
+        """Go back to the model as it was; a head that was trained as a whole stays as it is."""
+        self.adapter = None
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
+        """Write what was trained, in PEFT's format; see `tuning.save_pretrained`."""
+        tuning.save_pretrained(self, save_directory, **options)
+
+    def train_whole(self, module: str) -> None:
+        """Train the LM head itself; `module` must be "lm_head".
+
+        Raises:
+            AdapterError: it is something else.
+        """
+        if module != "lm_head":
+            raise AdapterError(f"this model has no {module!r}; is it of a model for another task?")
+        self.ends.train_head()
+        self._own_head = True
+
+    def whole_modules(self) -> dict[str, nn.Parameter]:
+        """The LM head, if it was ever trained."""
+        return {"lm_head.weight": self.ends.head} if self._own_head else {}
+
+    def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
+        """Not needed: servers bound what they keep, and compute again what they dropped."""
+        tuning.warn_of_checkpointing()
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
+
     # -- life ----------------------------------------------------------------------------------
 
     @property
@@ -310,6 +449,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._closed = True
         atexit.unregister(self._at_exit)
         try:
+            self._blocks.close()
             self._loop.run(self._swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
         finally:
             self._loop.close()

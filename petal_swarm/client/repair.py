@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Awaitable, Sequence
 from itertools import groupby, pairwise
 
-from petal_swarm.client.members import LinkFailedError, Member, OpenFailedError
+from petal_swarm.client.dialling import OpenFailedError
+from petal_swarm.client.members import LinkFailedError, Member
 from petal_swarm.client.openings import Openings, named, neighbour_of, route_of
 from petal_swarm.client.relief import Relief
 from petal_swarm.client.ring import Ring

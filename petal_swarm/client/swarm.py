@@ -9,7 +9,7 @@ import secrets
 from petal_swarm.client.audit_ledger import AuditLedger
 from petal_swarm.client.auditor import Auditor
 from petal_swarm.client.config import ClientConfig
-from petal_swarm.client.members import OpenFailedError
+from petal_swarm.client.dialling import OpenFailedError
 from petal_swarm.client.openings import Openings
 from petal_swarm.client.repair import Repairer
 from petal_swarm.client.ring import Ring

@@ -74,10 +74,19 @@ class View:
             return False
         return True
 
-    async def find_route(self, model: ModelRef, *, kv_tokens: int, avoid: frozenset[str]) -> Route:
+    async def find_route(
+        self,
+        model: ModelRef,
+        *,
+        kv_tokens: int,
+        avoid: frozenset[str],
+        span: Span | None = None,
+        trains: bool = False,
+    ) -> Route:
         """The fastest route; waits up to `wait_for_blocks_s` for blocks that nobody serves yet.
 
-        Peers that failed lately are used only where nobody else is left, those in `avoid` never.
+        Peers that failed lately are used only where nobody else is left, those in `avoid` never. The route
+        is through the whole model, or `span`. If it `trains`, it is of servers that take part in training.
 
         Raises:
             MissingBlocksError: still nobody does.
@@ -85,15 +94,15 @@ class View:
         deadline = _now() + self.config.wait_for_blocks_s
         waiting = False
         while True:
-            known = await self.announcements(model.key)
+            known = _able(await self.announcements(model.key), trains)
             usable = self._without(known, avoid | self.avoidance.banned)
             rtts = await self.measure(usable)
             try:
                 try:
                     fresh = self._without(usable, self.avoidance.peers())
-                    return self._fastest(model, fresh, rtts, kv_tokens=kv_tokens)
+                    return self._fastest(model, fresh, rtts, kv_tokens=kv_tokens, span=span)
                 except MissingBlocksError:
-                    return self._fastest(model, usable, rtts, kv_tokens=kv_tokens)
+                    return self._fastest(model, usable, rtts, kv_tokens=kv_tokens, span=span)
             except MissingBlocksError as error:
                 if avoid or _now() >= deadline:
                     raise MissingBlocksError(
@@ -116,6 +125,7 @@ class View:
         fresh: bool,
         before: str | None = None,
         after: str | None = None,
+        trains: bool = False,
     ) -> Route:
         """Who could compute the blocks of `span` in place of others, between the hops `before` and `after`.
 
@@ -128,7 +138,7 @@ class View:
         heard, heard_s = self._heard.get(model.key, ([], 0.0))
         if fresh or not heard or _now() - heard_s > RECENT_S:
             heard = await self.announcements(model.key)
-        able = [a for a in heard if a.max_batch_tokens >= min_batch_tokens]
+        able = [a for a in _able(heard, trains) if a.max_batch_tokens >= min_batch_tokens]
         kinds = {(hop.dtype, hop.quant) for hop in like}
         alike = [a for a in able if (a.dtype, a.quant) in kinds]
         rtts = self._pinger.known(a.peer_id for a in able)
@@ -180,6 +190,10 @@ class View:
 
     def _without(self, known: list[Announcement], avoided: frozenset[str]) -> list[Announcement]:
         return [announcement for announcement in known if announcement.peer_id not in avoided]
+
+
+def _able(known: list[Announcement], trains: bool) -> list[Announcement]:
+    return [announcement for announcement in known if announcement.trains] if trains else known
 
 
 def _now() -> float:

@@ -16,12 +16,14 @@ from typing import NamedTuple
 
 import torch
 
+from petal_swarm.engine.adapted import AdaptedSessions
 from petal_swarm.engine.kv_cache import KVCache
 from petal_swarm.engine.pace import smooth
 from petal_swarm.engine.prefixes import PrefixScope
 from petal_swarm.engine.steps import PlacedStep, StepRequest, StepResult, check_finite, count_rows
 from petal_swarm.errors import BadTensorError, PetalSwarmError, RemoteError
 from petal_swarm.models.devices import release_cached, to_device, wait_for
+from petal_swarm.models.packed_adapters import ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Span
@@ -75,6 +77,9 @@ class Engine:
         self._pool = KVPool.allocate(
             stack.config, stack.span, self._cache.tokens, stack.dtype, stack.device, kv_dtype
         )
+        self._adapted = AdaptedSessions(self._cache, self._pool)
+        self._adapters = self._adapted.adapters
+        self._prefixes = self._adapted.prefixes
         #: Running mean of what one block takes in a decode step, in seconds; 0 before the first.
         self.block_time_s = 0.0
         #: Running mean of how fast prefill passes the whole span; 0 before the first.
@@ -84,18 +89,33 @@ class Engine:
     def kv_tokens_free(self) -> int:
         return self._cache.tokens_free
 
-    def open_session(self, key: Hashable, *, max_length: int, scope: PrefixScope | None = None) -> None:
-        """See `KVCache.open`."""
+    def open_session(
+        self,
+        key: Hashable,
+        *,
+        max_length: int,
+        scope: PrefixScope | None = None,
+        adapter: ServedAdapter | None = None,
+    ) -> None:
+        """See `KVCache.open`. Its tokens go through the blocks with `adapter`, behind the prefix of that."""
         self._cache.open(key, max_length, scope)
+        if adapter is not None:
+            try:
+                self._adapted.open(key, adapter)
+            except BaseException:
+                self._cache.close(key)
+                raise
 
     def close_session(self, key: Hashable) -> None:
         """End a session and free its cache; unknown keys are ignored."""
         self._cache.close(key)
+        self._adapted.close(key)
 
     def retire_session(self, key: Hashable) -> Hashable:
         """End a session of which rows are still in a batch: close it by the returned key after that."""
         retired = object()
         self._cache.rename(key, retired)
+        self._adapted.rename(key, retired)
         return retired
 
     def find_prefixes(self, request: StepRequest, *, spare_last: bool) -> list[PageKeys]:
@@ -154,7 +174,7 @@ class Engine:
         return EngineStats(
             kv_tokens=self._cache.tokens,
             kv_tokens_free=self._cache.tokens_free,
-            sessions=self._cache.num_sessions,
+            sessions=self._cache.num_sessions - self._adapted.num_prefixes,
             block_time_s=self.block_time_s,
             prefill_tokens_per_s=self.prefill_tokens_per_s,
         )
@@ -209,7 +229,7 @@ class Engine:
         for placement in placements:
             for source, target, count in placement.copies:
                 self._pool.copy_rows(source, target, count)
-        return PlacedStep(request, rows, placements)
+        return PlacedStep(request, rows, placements, self._prefixes.get(request.session))
 
     def could_place(self, request: StepRequest) -> bool:
         """Whether a step for which there is no room now might have it when other sessions end."""
@@ -224,6 +244,8 @@ class Engine:
         """
         started = time.perf_counter()
         blocks = chunks[0].step.request.blocks
+        if self._adapters:
+            chunks = self._adapted.sorted(chunks)
         hidden, packed = self._pack(chunks)
         fits = True
         try:
@@ -249,6 +271,8 @@ class Engine:
             release_cached(self.stack.device)
             own = [piece._replace(row=piece.row - row) for piece in _leading(pieces, rows)]
             part = PackedBatch.build(own, self.stack.device)
+            if packed.lora:
+                part.lora = self._adapted.segments([Chunk(step, rows)])
             try:
                 step.give(self.stack.forward(hidden[row : row + rows], part, self._pool, step.request.blocks))
             except torch.OutOfMemoryError:
@@ -269,6 +293,8 @@ class Engine:
     def begin(self, chunks: Sequence[Chunk]) -> Batch:
         """As `compute`, block by block. Until it is done nobody may write to the rows of its sessions."""
         blocks = chunks[0].step.request.blocks
+        if self._adapters:
+            chunks = self._adapted.sorted(chunks)
         hidden, packed = self._pack(chunks)
         forward = self.stack.forward_by_block(hidden, packed, self._pool, blocks)
         return Batch(self, chunks, hidden, packed, forward)
@@ -300,7 +326,10 @@ class Engine:
             hidden = hidden.to(self.stack.dtype)
         if not self._on_host:
             hidden = to_device(hidden, self.stack.device)
-        return hidden, PackedBatch.build(pieces, self.stack.device)
+        packed = PackedBatch.build(pieces, self.stack.device)
+        if self._adapters:
+            packed.lora = self._adapted.segments(chunks)
+        return hidden, packed
 
 
 class Batch:

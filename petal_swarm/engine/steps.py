@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from petal_swarm.engine.adapted import PrefixRows
 from petal_swarm.engine.kv_cache import Placement
 from petal_swarm.errors import BadTensorError, PetalSwarmError
 from petal_swarm.models.packing import PackedSlice
@@ -96,18 +97,26 @@ class PlacedStep:
         "_offset",
         "_outputs",
         "_placements",
+        "_prefix",
         "_taken",
         "error",
         "request",
         "rows",
     )
 
-    def __init__(self, request: StepRequest, rows: int, placements: Sequence[Placement]) -> None:
+    def __init__(
+        self,
+        request: StepRequest,
+        rows: int,
+        placements: Sequence[Placement],
+        prefix: PrefixRows | None = None,
+    ) -> None:
         self.request = request
         self.rows = rows
         #: Why some of its rows could not be computed.
         self.error: PetalSwarmError | None = None
         self._placements = placements
+        self._prefix = prefix
         self._taken = 0
         self._index = 0
         self._offset = 0
@@ -142,6 +151,9 @@ class PlacedStep:
                 self._index += 1
                 self._offset = 0
                 self._ends.append(row + length - 1 - first)
+            if self._prefix is not None:
+                position += self._prefix.tokens
+                extents = self._prefix.extents + extents
             pieces.append(PackedSlice(row, length, position, extents))
             row += length
             rows -= length

@@ -15,6 +15,7 @@ from torch import Tensor
 from petal_swarm.errors import ConfigError
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.families import family_of
+from petal_swarm.models.lora import LoraMatrices
 from petal_swarm.span import Span
 
 
@@ -25,15 +26,6 @@ class LoraPlace:
     block: int
     stem: str
     rank: int
-    scale: float
-
-
-@dataclass(frozen=True)
-class LoraMatrices:
-    """`a [rank, in]` and `b [out, rank]`; the rows of `b` are in the checkpoint's order."""
-
-    a: Tensor
-    b: Tensor
     scale: float
 
 

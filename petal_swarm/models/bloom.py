@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from petal_swarm.models.attention import AttentionPlan
 from petal_swarm.models.config import Fields, ModelConfig
 from petal_swarm.models.family import EndNames, Family, Shape
 from petal_swarm.models.linear import Projection
+from petal_swarm.models.lora import Part, Project
 from petal_swarm.models.norms import LayerNorm
 from petal_swarm.models.quantization import Weight, make_linear, map_parts, vector
 
@@ -22,7 +24,16 @@ from petal_swarm.models.quantization import Weight, make_linear, map_parts, vect
 class BloomBlock:
     """One layer; the rows of `qkv` are ordered by kind (checkpoints: by head)."""
 
-    __slots__ = ("_down", "_input_norm", "_mlp_norm", "_out", "_qkv", "_residual_after_norm", "_up")
+    __slots__ = (
+        "_down",
+        "_input_norm",
+        "_mlp_norm",
+        "_out",
+        "_parts",
+        "_qkv",
+        "_residual_after_norm",
+        "_up",
+    )
 
     def __init__(self, config: ModelConfig, tensors: dict[str, Weight]) -> None:
         def linear(stem: str) -> Projection:
@@ -41,6 +52,7 @@ class BloomBlock:
         self._up = linear("mlp.dense_h_to_4h")
         self._down = linear("mlp.dense_4h_to_h")
         self._residual_after_norm = config.residual_after_norm
+        self._parts = _parts(config)
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, pair: Tensor) -> Tensor:
         normed = self._input_norm(hidden)
@@ -50,10 +62,28 @@ class BloomBlock:
         up = F.gelu(self._up(normed), approximate="tanh")
         return self._down.plus(up, normed if self._residual_after_norm else hidden)
 
+    def adapted(self, project: Project) -> BloomBlock:
+        """A copy with other projections; norms are shared."""
+        made = copy(self)
+        for slot, parts in self._parts.items():
+            setattr(made, slot, project(parts, getattr(self, slot)))
+        return made
+
     @property
     def nbytes(self) -> int:
         parts = (self._input_norm, self._qkv, self._out, self._mlp_norm, self._up, self._down)
         return sum(part.nbytes for part in parts)
+
+
+def _parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    by_kind = partial(_split_by_kind, config)
+    return {
+        "_qkv": (Part("self_attention.query_key_value", 3 * hidden, by_kind),),
+        "_out": (Part("self_attention.dense", hidden),),
+        "_up": (Part("mlp.dense_h_to_4h", inner),),
+        "_down": (Part("mlp.dense_4h_to_h", hidden),),
+    }
 
 
 def _split_by_kind(config: ModelConfig, rows: Tensor) -> Tensor:

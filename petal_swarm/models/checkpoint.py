@@ -220,7 +220,9 @@ class Checkpoint:
         from transformers import AutoConfig
 
         fields = dict(self._hf)
-        return AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        config.name_or_path = self.source
+        return config
 
     def generation_config(self) -> Any:
         """A `transformers.GenerationConfig`; imports transformers."""

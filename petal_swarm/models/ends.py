@@ -41,14 +41,27 @@ class Ends(nn.Module):
 
     def embed(self, token_ids: Tensor) -> Tensor:
         """What goes into block 0: int64 `[...]` -> `[..., hidden_size]`."""
-        hidden = F.embedding(token_ids, self.embedding)
+        return self.enter(F.embedding(token_ids, self.embedding))
+
+    def enter(self, embeddings: Tensor) -> Tensor:
+        """What goes into block 0 for `embeddings [..., hidden_size]` that may be no token's."""
         if self.embedding_norm_weight is None:
-            return hidden
-        return self._norm(hidden, self.embedding_norm_weight, self.embedding_norm_bias)
+            return embeddings
+        return self._norm(embeddings, self.embedding_norm_weight, self.embedding_norm_bias)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: `[..., hidden_size]` -> `[..., vocab_size]`."""
-        return F.linear(self._norm(hidden, self.norm_weight, self.norm_bias), self.head)
+        return F.linear(self.leave(hidden), self.head)
+
+    def leave(self, hidden: Tensor) -> Tensor:
+        """What a head gets of the last block's `hidden [..., hidden_size]`: the final norm of it."""
+        return self._norm(hidden, self.norm_weight, self.norm_bias)
+
+    def train_head(self) -> None:
+        """Make the LM head trainable: a parameter of its own, also where it was the embedding."""
+        if self.head is self.embedding:
+            self.head = nn.Parameter(self.embedding.detach().clone(), requires_grad=False)
+        self.head.requires_grad_(True)
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._rms:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from petal_swarm.models.attention import AttentionPlan
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.lora import Project
 from petal_swarm.models.quantization import Quant, Weight
 
 Shape = tuple[int, ...]
@@ -22,6 +23,10 @@ class Block(Protocol):
     """
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, pair: Tensor) -> Tensor: ...
+
+    def adapted(self, project: Project) -> Block:
+        """A copy whose projections are what `project` makes of them; the weights are shared."""
+        ...
 
     @property
     def nbytes(self) -> int: ...

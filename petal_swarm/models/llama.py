@@ -5,6 +5,7 @@ What they differ in is in the configuration: biases, norms of queries and keys, 
 
 from __future__ import annotations
 
+from copy import copy
 from functools import partial
 
 import torch
@@ -16,6 +17,7 @@ from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.family import EndNames, Family, Shape, no_slopes
 from petal_swarm.models.linear import Projection
 from petal_swarm.models.llama_config import gguf_to_hf, parse
+from petal_swarm.models.lora import Part, Project
 from petal_swarm.models.norms import RMSNorm
 from petal_swarm.models.quantization import Weight, make_linear, map_parts, stack_rows, vector
 from petal_swarm.models.rope import interleave_heads, rotate_
@@ -31,6 +33,7 @@ class LlamaBlock:
         "_input_norm",
         "_mlp_norm",
         "_out",
+        "_parts",
         "_qk_norm",
         "_qkv",
         "_rotated",
@@ -49,6 +52,7 @@ class LlamaBlock:
         self._mlp_norm = norm("post_attention_layernorm")
         self._gate_up = _fused(tensors, "mlp.gate_proj", "mlp.up_proj")
         self._down = _fused(tensors, "mlp.down_proj")
+        self._parts = _parts(config)
 
     def __call__(self, hidden: Tensor, plan: AttentionPlan, pair: Tensor) -> Tensor:
         qkv = self._qkv(self._input_norm(hidden))
@@ -62,6 +66,13 @@ class LlamaBlock:
         gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=1)
         return self._down.plus(F.silu(gate).mul_(up), hidden)
 
+    def adapted(self, project: Project) -> LlamaBlock:
+        """A copy with other projections; norms are shared."""
+        made = copy(self)
+        for slot, parts in self._parts.items():
+            setattr(made, slot, project(parts, getattr(self, slot)))
+        return made
+
     @property
     def nbytes(self) -> int:
         parts = (self._input_norm, self._qkv, self._out, self._mlp_norm, self._gate_up, self._down)
@@ -72,6 +83,22 @@ def _fused(tensors: dict[str, Weight], *stems: str) -> Projection:
     weight = stack_rows([tensors.pop(f"{stem}.weight") for stem in stems])
     biases = [vector(tensors, f"{stem}.bias") for stem in stems if f"{stem}.bias" in tensors]
     return make_linear(weight, torch.cat(biases) if biases else None)
+
+
+def _parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = config.num_kv_heads * config.head_dim
+    interleave = partial(interleave_heads, head_dim=config.head_dim)
+    return {
+        "_qkv": (
+            Part("self_attn.q_proj", config.num_heads * config.head_dim, interleave),
+            Part("self_attn.k_proj", keys, interleave),
+            Part("self_attn.v_proj", keys),
+        ),
+        "_out": (Part("self_attn.o_proj", hidden),),
+        "_gate_up": (Part("mlp.gate_proj", inner), Part("mlp.up_proj", inner)),
+        "_down": (Part("mlp.down_proj", hidden),),
+    }
 
 
 def _fused_qkv(config: ModelConfig, tensors: dict[str, Weight]) -> Projection:

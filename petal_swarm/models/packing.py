@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,9 @@ from petal_swarm.models import devices
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.int8_kv import Int8Pool
 from petal_swarm.span import Span
+
+if TYPE_CHECKING:
+    from petal_swarm.models.packed_adapters import Segment
 
 
 class PackedSlice(NamedTuple):
@@ -34,7 +37,8 @@ class PackedSlice(NamedTuple):
 class PackedBatch:
     """The slices of one step; made by `build`.
 
-    `run` is the first pool row when the rows of all new tokens are consecutive, else None.
+    `run` is the first pool row when the rows of all new tokens are consecutive, else None. `lora` names the
+    rows that have an adapter with LoRA.
     """
 
     slices: tuple[PackedSlice, ...]
@@ -42,6 +46,7 @@ class PackedBatch:
     run: int | None
     device: torch.device | str
     _ranges: tuple[tuple[int, int], ...]
+    lora: tuple[Segment, ...] = ()
 
     @classmethod
     def build(cls, slices: Sequence[PackedSlice], device: torch.device | str = "cpu") -> PackedBatch:
@@ -132,6 +137,15 @@ class KVPool:
         width, kept = (config.head_dim, dtype) if int8 is None else (int8.width, torch.int8)
         shape = (2, config.num_kv_heads, pool_tokens, width)
         return cls([torch.empty(shape, dtype=kept, device=device) for _ in span.blocks()], int8)
+
+    def write(self, place: int, extents: Sequence[tuple[int, int]], rows: Tensor) -> None:
+        """Puts `rows [2, kv_heads, n, head_dim]` of the block at `place` into the ranges `extents`."""
+        if self.int8 is not None:
+            rows = self.int8.pack(rows)
+        first = 0
+        for start, stop in extents:
+            self.pairs[place][:, :, start:stop] = rows[:, :, first : first + stop - start]
+            first += stop - start
 
     def copy_rows(self, source: int, target: int, count: int) -> None:
         """Copies rows of every block: `count` of them, from `source` on to `target` on; no overlap."""

@@ -152,6 +152,12 @@ def rotate_(heads: Tensor, rotation: Tensor) -> None:
         heads.copy_(torch.view_as_real(torch.view_as_complex(pairs) * rotation).flatten(2))
 
 
+def interleave_keys(keys: Tensor) -> Tensor:
+    """Reorders the last dimension of `keys [..., head_dim]` from half-split to interleaved."""
+    halves = keys.view(*keys.shape[:-1], 2, keys.shape[-1] // 2)
+    return halves.transpose(-1, -2).reshape(keys.shape)
+
+
 def interleave_heads(rows: Tensor, head_dim: int) -> Tensor:
     """Reorders the rows of a projection (or a bias) from half-split heads to interleaved heads."""
     halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from petal_swarm.errors import ConfigError
+from petal_swarm.models.adapters import AdapterLayout
 from petal_swarm.models.attention import AttentionPlan, Heads, MaskTable
 from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.block_source import BlockSource
@@ -15,9 +17,10 @@ from petal_swarm.models.checkpoint import Checkpoint, Progress
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.families import family_of
 from petal_swarm.models.family import Block
+from petal_swarm.models.packed_adapters import AdaptedBlocks, ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
 from petal_swarm.models.quantization import Quant
-from petal_swarm.models.rope import RotaryTable
+from petal_swarm.models.rope import RotaryTable, interleave_keys
 from petal_swarm.span import Span
 
 
@@ -72,14 +75,50 @@ class BlockStack:
         In between others may run, as long as they leave the batch's rows of the pool alone.
         """
         assert self.span.covers(blocks), f"blocks {blocks} are not all in {self.span}"
+        adapted = self._adapted if batch.lora else None
+        own = self._blocks if adapted is None else adapted.blocks
         plans: dict[int | None, AttentionPlan] = {}
         for index in range(blocks.start - self.span.start, blocks.end - self.span.start):
             window = self._windows[index]
             plan = plans.get(window)
             if plan is None:
                 plan = plans[window] = self._plan(batch, window, pool)
-            hidden = self._blocks[index](hidden, plan, pool.pairs[index])
+            if adapted is not None:
+                adapted.segments = batch.lora  # each time: another batch may have run in between
+            hidden = own[index](hidden, plan, pool.pairs[index])
             yield hidden
+
+    def serve_adapter(self, layout: AdapterLayout, numbers: Tensor, blocks: Span) -> ServedAdapter:
+        """Makes an adapter ready for sessions: `numbers` is the flat vector of `blocks`, some of the span's.
+
+        Takes memory of about the same size; LoRA is computed in the dtype of the numbers. Any thread may
+        call it.
+
+        Raises:
+            ConfigError: the vector has another length than the layout says.
+        """
+        assert self.span.covers(blocks), f"blocks {blocks} are not all in {self.span}"
+        own = layout.split(self.config, numbers.to(self.device), blocks)
+        placed = {block - self.span.start: adapter for block, adapter in own.items()}
+        prefix = {
+            place: self.arrange_prefix(adapter.prefix).to(self.dtype)
+            for place, adapter in placed.items()
+            if adapter.prefix is not None
+        }
+        return ServedAdapter(self._adapted.deltas(placed), layout.prefix_tokens, prefix)
+
+    @cached_property
+    def _adapted(self) -> AdaptedBlocks:
+        return AdaptedBlocks(self._blocks)
+
+    def arrange_prefix(self, prefix: Tensor) -> Tensor:
+        """A `BlockAdapter`'s `[2, kv_heads, tokens, head_dim]` in the order of `KVPool.pairs`.
+
+        Gradients flow through it.
+        """
+        if self._rotary is None:
+            return prefix
+        return torch.stack([interleave_keys(prefix[0]), prefix[1]])
 
     def _plan(self, batch: PackedBatch, window: int | None, pool: KVPool) -> AttentionPlan:
         plan = AttentionPlan(batch, self._heads, self._masks[window], window, self._alibi, pool.int8)

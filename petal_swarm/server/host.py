@@ -17,7 +17,6 @@ from petal_swarm.errors import (
     BusyError,
     HopLostError,
     IdleError,
-    NetworkError,
     PetalSwarmError,
     StreamClosedError,
     UnknownSessionError,
@@ -32,7 +31,7 @@ from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.hosted import HostedSession
 from petal_swarm.server.quotas import Quotas
-from petal_swarm.server.results import Overhead, error_message
+from petal_swarm.server.results import Overhead, answering_errors
 from petal_swarm.server.waiting_room import LOOK_S, WaitingRoom
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
 from petal_swarm.wire.frames import MAX_PAYLOAD_BYTES
@@ -116,7 +115,7 @@ class SessionHost:
         """One client's session, from its `open` to the end of the stream."""
         channel = Channel(stream, SESSION_TABLE, Role.LISTENER)
         channel.incoming.max_payload_bytes = MAX_OPENING_PAYLOAD_BYTES
-        async with _answering_errors(channel):
+        async with answering_errors(channel):
             with self._gate.being_opened(channel.peer_id):
                 opening = await channel.expect(Open, timeout_s=self._limits.open_timeout_s)
             async with self._open(opening, channel) as session:
@@ -129,7 +128,7 @@ class SessionHost:
         """The steps that a previous hop pushes into one session."""
         channel = Channel(stream, PUSH_TABLE, Role.LISTENER)
         channel.incoming.max_payload_bytes = MAX_OPENING_PAYLOAD_BYTES
-        async with _answering_errors(channel):
+        async with answering_errors(channel):
             with self._gate.being_opened(channel.peer_id):
                 opening = await channel.expect(PushOpen, timeout_s=self._limits.open_timeout_s)
                 channel.pause()  # or what it sends already would pile up meanwhile
@@ -350,22 +349,6 @@ def _max_step_bytes(compute: Compute) -> int:
     engine = compute.engine
     step_bytes = engine.max_batch_tokens * engine.stack.config.hidden_size * max(DTYPE_BYTES.values())
     return min(max(2 * step_bytes, 1 << 20), MAX_PAYLOAD_BYTES)
-
-
-@contextlib.asynccontextmanager
-async def _answering_errors(channel: Channel) -> AsyncIterator[None]:
-    """Tell the peer of an error where that is still possible; nothing of it reaches other sessions."""
-    try:
-        yield
-    except (PetalSwarmError, TimeoutError) as error:
-        level = logging.DEBUG if isinstance(error, NetworkError) else logging.INFO
-        logger.log(level, "stream from %s ended: %s", channel.peer_id, error)
-        with contextlib.suppress(PetalSwarmError):
-            channel.send(error_message(error))
-    except Exception:
-        logger.exception("stream from %s failed", channel.peer_id)
-        with contextlib.suppress(PetalSwarmError):
-            channel.send(error_message(RuntimeError()))
 
 
 async def _while_there(channel: Channel, work: Coroutine[Any, Any, T]) -> T:

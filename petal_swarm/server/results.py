@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import AsyncIterator
 
 from petal_swarm.engine.steps import StepResult
 from petal_swarm.errors import (
     BadMessageError,
     HopLostError,
     NetworkError,
+    PetalSwarmError,
     ProtocolError,
     RemoteError,
     TooSlowError,
     UnknownVersionError,
     VersionMismatchError,
 )
+from petal_swarm.net.channel import Channel
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages.error import Error
 from petal_swarm.wire.messages.parts import TensorMeta
@@ -52,6 +56,22 @@ def error_message(error: BaseException, step: int | None = None) -> Error:
     if isinstance(error, NetworkError):
         return Error(HopLostError.code, str(error), step)
     return Error(RemoteError.code, "internal error", step)
+
+
+@contextlib.asynccontextmanager
+async def answering_errors(channel: Channel) -> AsyncIterator[None]:
+    """Tell the peer of an error where that is still possible; nothing of it reaches other sessions."""
+    try:
+        yield
+    except (PetalSwarmError, TimeoutError) as error:
+        level = logging.DEBUG if isinstance(error, NetworkError) else logging.INFO
+        logger.log(level, "stream from %s ended: %s", channel.peer_id, error)
+        with contextlib.suppress(PetalSwarmError):
+            channel.send(error_message(error))
+    except Exception:
+        logger.exception("stream from %s failed", channel.peer_id)
+        with contextlib.suppress(PetalSwarmError):
+            channel.send(error_message(RuntimeError()))
 
 
 def encode_result(step: Step, result: StepResult) -> tuple[StepResult, tuple[TensorMeta, Buffer] | None]:

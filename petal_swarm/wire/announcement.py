@@ -14,6 +14,9 @@ MAX_ADDRESSES = 16
 MAX_NEIGHBOURS = 64
 MAX_BLOCKS = 100_000
 MAX_PEER_ID = 128
+MAX_ADAPTERS = 16
+MAX_ADAPTER_NAME = 64
+ADAPTER_ID_DIGITS = 32
 #: Announced bandwidths are divided by.
 MIN_BANDWIDTH_BYTES_PER_S = 1.0
 STATES = ("joining", "serving", "left")
@@ -26,7 +29,9 @@ class Announcement:
     Times are seconds. `block_time_s` is what one decode step of one token costs for each block;
     `step_time_s` what a step costs whatever its blocks; `queue_s` the work already waiting.
     `next_rtts_s` holds round trips this server measured to peers that may follow it on a route.
+    `adapters` are those that it offers to everybody: name and id of each.
     `movable`: it goes where the swarm needs it. `moving_to`: it still serves `span`, and means to leave it.
+    `trains`: its blocks pass gradients, too.
     """
 
     peer_id: str
@@ -50,6 +55,8 @@ class Announcement:
     version: str = ""
     movable: bool = False
     moving_to: Span | None = None
+    trains: bool = False
+    adapters: tuple[tuple[str, str], ...] = ()
 
     def to_header(self) -> dict[str, Any]:
         """A msgpack-able map, read back by `from_header`."""
@@ -75,6 +82,8 @@ class Announcement:
             "version": self.version,
             "movable": self.movable,
             "moving_to": [self.moving_to.start, self.moving_to.end] if self.moving_to else None,
+            "trains": self.trains,
+            "adapters": [list(adapter) for adapter in self.adapters],
         }
 
     @classmethod
@@ -122,6 +131,8 @@ class Announcement:
             version=fields.text(header, "version", "", limit=64),
             movable=fields.flag(header, "movable", False),
             moving_to=None if moving_to is None else span_from_list(moving_to, "moving_to"),
+            trains=fields.flag(header, "trains", False),
+            adapters=fields.items(header, "adapters", _adapter, limit=MAX_ADAPTERS),
         )
 
 
@@ -146,6 +157,20 @@ def _own_address(value: Any, peer_id: str) -> str:
     if not address.isascii() or not address.isprintable() or " " in address:
         raise RemoteProtocolError(f"field 'addresses': {fields.shown(address)} has odd characters")
     return address
+
+
+def _adapter(value: Any) -> tuple[str, str]:
+    """Name and id of an adapter: the name is shown, and typed, so nothing odd is in it."""
+    if type(value) is not list or len(value) != 2:
+        raise RemoteProtocolError(f"field 'adapters': expected [name, id], got {fields.shown(value)}")
+    entry = {"name": value[0], "id": value[1]}
+    name = fields.text(entry, "name", limit=MAX_ADAPTER_NAME)
+    digits = fields.text(entry, "id", limit=ADAPTER_ID_DIGITS)
+    if not name or not name.isprintable() or " " in name:
+        raise RemoteProtocolError(f"field 'adapters': {fields.shown(name)} cannot name an adapter")
+    if len(digits) != ADAPTER_ID_DIGITS or not set(digits) <= set("0123456789abcdef"):
+        raise RemoteProtocolError(f"field 'adapters': {fields.shown(digits)} is no id")
+    return name, digits
 
 
 def _bandwidth(header: fields.Header) -> float:

@@ -15,6 +15,7 @@ from typing import Final, TypeAlias
 from petal_swarm.errors import CutOffError, LocalProtocolError, RemoteProtocolError
 from petal_swarm.wire.frames import Buffer, FrameDecoder
 from petal_swarm.wire.messages import Message, decode, encode
+from petal_swarm.wire.messages.adapters import AdapterOffer, AdapterPart, AdapterReady, AdapterWanted
 from petal_swarm.wire.messages.audit import Recall, Recalled
 from petal_swarm.wire.messages.directory import DialBack, DialedBack, Listing, ListRequest, Ping, Pong
 from petal_swarm.wire.messages.error import Error
@@ -22,6 +23,19 @@ from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
 from petal_swarm.wire.messages.prefixes import FindPrefix, PrefixFound
 from petal_swarm.wire.messages.repair import Leaving, Lost, Probe, Progress, Reroute, Rerouted
 from petal_swarm.wire.messages.steps import Output, Step
+from petal_swarm.wire.messages.tuning import (
+    Backward,
+    Backwarded,
+    Failed,
+    Finish,
+    Forward,
+    Forwarded,
+    Gradients,
+    PassStates,
+    Relink,
+    TrainOpen,
+    TrainOpened,
+)
 
 
 class Role(Enum):
@@ -73,6 +87,38 @@ PUSH_TABLE: Final[Table] = {
     (State.OPEN, Role.LISTENER, Error): State.ENDED,
 }
 
+TRAIN_TABLE: Final[Table] = {
+    (State.IDLE, Role.DIALER, TrainOpen): State.OPENING,
+    (State.IDLE, Role.LISTENER, Error): State.ENDED,
+    (State.OPENING, Role.LISTENER, TrainOpened): State.OPEN,
+    (State.OPENING, Role.LISTENER, Error): State.ENDED,
+    (State.OPEN, Role.DIALER, Forward): State.OPEN,
+    (State.OPEN, Role.DIALER, Backward): State.OPEN,
+    (State.OPEN, Role.DIALER, Finish): State.OPEN,
+    (State.OPEN, Role.DIALER, Relink): State.OPEN,
+    (State.OPEN, Role.DIALER, Probe): State.OPEN,
+    (State.OPEN, Role.LISTENER, Forwarded): State.OPEN,
+    (State.OPEN, Role.LISTENER, Gradients): State.OPEN,
+    (State.OPEN, Role.LISTENER, Backwarded): State.OPEN,
+    (State.OPEN, Role.LISTENER, Failed): State.OPEN,
+    (State.OPEN, Role.LISTENER, Rerouted): State.OPEN,
+    (State.OPEN, Role.LISTENER, Lost): State.OPEN,
+    (State.OPEN, Role.LISTENER, Leaving): State.OPEN,
+    (State.OPEN, Role.LISTENER, PassStates): State.OPEN,
+    (State.OPEN, Role.LISTENER, Error): State.ENDED,
+}
+
+#: Gradients go against the direction in which the stream was opened.
+TRAIN_PUSH_TABLE: Final[Table] = {
+    (State.IDLE, Role.DIALER, PushOpen): State.OPENING,
+    (State.IDLE, Role.LISTENER, Error): State.ENDED,
+    (State.OPENING, Role.LISTENER, TrainOpened): State.OPEN,
+    (State.OPENING, Role.LISTENER, Error): State.ENDED,
+    (State.OPEN, Role.DIALER, Forward): State.OPEN,
+    (State.OPEN, Role.LISTENER, Backward): State.OPEN,
+    (State.OPEN, Role.LISTENER, Error): State.ENDED,
+}
+
 DIRECTORY_TABLE: Final[Table] = {
     (State.IDLE, Role.DIALER, Ping): State.OPENING,
     (State.OPENING, Role.LISTENER, Pong): State.IDLE,
@@ -82,6 +128,19 @@ DIRECTORY_TABLE: Final[Table] = {
     (State.OPENING, Role.LISTENER, DialedBack): State.IDLE,
     (State.IDLE, Role.LISTENER, Error): State.ENDED,
     (State.OPENING, Role.LISTENER, Error): State.ENDED,
+}
+
+#: A stream may carry several adapters, one after the other.
+ADAPTER_TABLE: Final[Table] = {
+    (State.IDLE, Role.DIALER, AdapterOffer): State.OPENING,
+    (State.OPENING, Role.DIALER, AdapterPart): State.OPENING,
+    (State.OPENING, Role.LISTENER, AdapterWanted): State.OPEN,
+    (State.OPENING, Role.LISTENER, AdapterReady): State.IDLE,
+    (State.OPEN, Role.DIALER, AdapterPart): State.OPEN,
+    (State.OPEN, Role.LISTENER, AdapterReady): State.IDLE,
+    (State.IDLE, Role.LISTENER, Error): State.ENDED,
+    (State.OPENING, Role.LISTENER, Error): State.ENDED,
+    (State.OPEN, Role.LISTENER, Error): State.ENDED,
 }
 
 

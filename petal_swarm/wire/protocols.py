@@ -3,4 +3,7 @@
 VERSION = 1
 SESSION = f"/petal-swarm/{VERSION}/session"
 PUSH = f"/petal-swarm/{VERSION}/push"
+TRAIN = f"/petal-swarm/{VERSION}/train"
+TRAIN_PUSH = f"/petal-swarm/{VERSION}/train-push"
 DIRECTORY = f"/petal-swarm/{VERSION}/directory"
+ADAPTER = f"/petal-swarm/{VERSION}/adapter"

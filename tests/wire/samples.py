@@ -9,10 +9,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from petal_swarm.span import Slice, Span
-from petal_swarm.wire.announcement import MAX_ADDRESSES, MAX_BLOCKS, STATES, Announcement
+from petal_swarm.wire.announcement import MAX_ADAPTERS, MAX_ADDRESSES, MAX_BLOCKS, STATES, Announcement
 from petal_swarm.wire.fields import MAX_TEXT
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import Message
+from petal_swarm.wire.messages.adapters import (
+    ADAPTER_DIGEST_BYTES,
+    MAX_NUMBERS,
+    MAX_PREFIX_TOKENS,
+    MAX_RANK,
+    MAX_STEM,
+    MAX_TTL_S,
+    AdapterOffer,
+    AdapterPart,
+    AdapterReady,
+    AdapterWanted,
+    Place,
+)
 from petal_swarm.wire.messages.audit import Recall, Recalled
 from petal_swarm.wire.messages.directory import (
     MAX_DIALED_PORTS,
@@ -45,6 +58,26 @@ from petal_swarm.wire.messages.prefixes import (
 )
 from petal_swarm.wire.messages.repair import Leaving, Lost, Probe, Progress, Reroute, Rerouted
 from petal_swarm.wire.messages.steps import ROWS, Output, Step
+from petal_swarm.wire.messages.tuning import (
+    ARRIVED,
+    GONE,
+    MAX_ADAPTER_ID,
+    MAX_PASSES,
+    Backward,
+    Backwarded,
+    Failed,
+    Finish,
+    Forward,
+    Forwarded,
+    Gradients,
+    PassStates,
+    Relink,
+    TrainOpen,
+    TrainOpened,
+)
+from petal_swarm.wire.messages.tuning import (
+    MAX_NUMBERS as MAX_GRADIENTS,
+)
 
 same_every_time = settings(deadline=None, derandomize=True)
 
@@ -114,6 +147,25 @@ def step_messages(draw: st.DrawFn) -> Step:
 
 
 neighbours = st.builds(Neighbour, texts(128), address_lists)
+adapter_ids = st.sampled_from(["a", "ff" * 16, "run:7", "~" * 64])
+offers = st.builds(
+    AdapterOffer,
+    model=texts(256),
+    span=spans(),
+    adapter=adapter_ids,
+    numbers=integers(1, MAX_NUMBERS),
+    digest=st.binary(min_size=ADAPTER_DIGEST_BYTES, max_size=ADAPTER_DIGEST_BYTES),
+    places=st.lists(
+        st.builds(
+            Place, integers(0, MAX_BLOCKS), texts(MAX_STEM), integers(1, MAX_RANK), st.floats(-1e6, 1e6)
+        ),
+        max_size=3,
+    ).map(tuple),
+    prefix_tokens=integers(0, MAX_PREFIX_TOKENS),
+    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+    eager=st.booleans(),
+    ttl_s=st.floats(0, MAX_TTL_S),
+)
 opens = st.builds(
     Open,
     session=sessions,
@@ -128,6 +180,7 @@ opens = st.builds(
     answered=last_steps,
     spare=st.booleans(),
     receipts=st.booleans(),
+    adapter=st.none() | adapter_ids,
 )
 push_opens = st.builds(PushOpen, session=sessions, epoch=steps)
 openeds = st.builds(
@@ -154,6 +207,71 @@ outputs = st.builds(
 questions = st.builds(FindPrefix, step=steps, epoch=steps, keys=page_key_lists)
 answers = st.builds(
     PrefixFound, step=steps, pages=st.lists(integers(0, MAX_PAGES), min_size=1, max_size=3).map(tuple)
+)
+train_opens = st.builds(
+    TrainOpen,
+    run=sessions,
+    epoch=steps,
+    model=texts(256),
+    span=spans(),
+    upstream=st.none() | texts(128),
+    next=st.none() | neighbours,
+)
+train_openeds = st.builds(
+    TrainOpened,
+    dtype=st.sampled_from(sorted(DTYPE_BYTES)),
+    max_pass_tokens=integers(1, 1 << 40),
+    max_passes=integers(1, MAX_PASSES),
+)
+pass_lists = st.lists(steps, max_size=4).map(tuple) | st.just(tuple(range(MAX_PASSES)))
+
+
+@st.composite
+def forwards(draw: st.DrawFn) -> Forward:
+    lengths = tuple(draw(st.lists(st.integers(1, 3), min_size=1, max_size=4)))
+    return Forward(
+        draw(steps),
+        lengths,
+        *draw(tensors(sum(lengths))),
+        keep=draw(st.booleans()),
+        adapter=draw(st.none() | texts(MAX_ADAPTER_ID)),
+        trace=draw(traces),
+    )
+
+
+@st.composite
+def gradients(draw: st.DrawFn) -> Gradients:
+    count = draw(st.integers(1, 5))
+    first = draw(integers(0, MAX_GRADIENTS - count))
+    meta = TensorMeta("float32", (1, count))
+    payload = draw(st.binary(min_size=meta.nbytes, max_size=meta.nbytes))
+    return Gradients(draw(steps), first, draw(integers(first + count, MAX_GRADIENTS)), meta, payload)
+
+
+forwardeds = st.builds(lambda number, rows, trace: Forwarded(number, *rows, trace), steps, tensors(), traces)
+backwards = st.builds(
+    lambda number, rows, inputs, trace: Backward(number, *rows, inputs, trace),
+    steps,
+    tensors(),
+    st.booleans(),
+    traces,
+)
+backwardeds = st.builds(
+    lambda number, rows, trace: Backwarded(number, *rows, trace), steps, tensors(), traces
+)
+relinks = st.builds(
+    Relink, epoch=steps, upstream=st.none() | texts(128), next=st.none() | neighbours, passes=pass_lists
+)
+failures = st.builds(
+    Failed,
+    number=steps,
+    code=texts(64),
+    message=texts(MAX_TEXT),
+    backward=st.booleans(),
+    retry_after_s=st.none() | st.floats(0, MAX_RETRY_AFTER_S),
+)
+pass_states = st.builds(
+    PassStates, steps, st.lists(st.tuples(steps, integers(ARRIVED, GONE)), max_size=4).map(tuple)
 )
 errors = st.builds(
     Error,
@@ -192,7 +310,22 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
             b"d" * 16,
         )
     ),
+    AdapterOffer: offers,
+    AdapterWanted: st.just(AdapterWanted()),
+    AdapterPart: st.builds(AdapterPart, st.binary(min_size=1, max_size=9)),
+    AdapterReady: st.just(AdapterReady()),
     Output: outputs,
+    TrainOpen: train_opens,
+    TrainOpened: train_openeds,
+    Forward: forwards(),
+    Forwarded: forwardeds,
+    Backward: backwards,
+    Backwarded: backwardeds,
+    Gradients: gradients(),
+    Finish: st.builds(Finish, pass_lists.filter(bool)),
+    Relink: relinks,
+    Failed: failures,
+    PassStates: pass_states,
     Error: errors,
     Ping: st.just(Ping()),
     Pong: st.just(Pong()),
@@ -229,6 +362,8 @@ _claims = st.builds(
     version=texts(64),
     movable=st.booleans(),
     moving_to=st.none() | spans(),
+    trains=st.booleans(),
+    adapters=st.lists(st.just(("tone", "0f" * 16)), max_size=MAX_ADAPTERS).map(tuple),
 )
 
 
@@ -291,7 +426,39 @@ EXAMPLES: dict[type[Message], Message] = {
     ),
     FindPrefix: FindPrefix(6, 1, (PageKeys(1, 2, (bytes(range(32)), bytes(32))),)),
     PrefixFound: PrefixFound(6, (1, 0)),
+    AdapterOffer: AdapterOffer(
+        "m" * 8,
+        Span(3, 7),
+        "0f" * 16,
+        96,
+        bytes(range(32)),
+        places=(Place(3, "self_attention.dense", 4, 0.5),),
+        prefix_tokens=5,
+    ),
+    AdapterWanted: AdapterWanted(),
+    AdapterPart: AdapterPart(bytes(range(8))),
+    AdapterReady: AdapterReady(),
     Output: Output(5, 1, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
+    TrainOpen: TrainOpen(
+        run=bytes(range(16)),
+        epoch=2,
+        model="m" * 8,
+        span=Span(3, 7),
+        upstream="peer-1",
+        next=Neighbour("peer-3", ("/ip4/127.0.0.1/tcp/4",)),
+    ),
+    TrainOpened: TrainOpened("float16", 512, 64),
+    Forward: Forward(
+        5, (2, 1), TensorMeta("float16", (3, 2)), bytes(range(12)), keep=True, adapter="a:1", trace=(0.25,)
+    ),
+    Forwarded: Forwarded(5, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
+    Backward: Backward(5, TensorMeta("float32", (1, 2)), bytes(8), False, (0.5,)),
+    Backwarded: Backwarded(5, TensorMeta("float32", (1, 2)), bytes(8), (0.5, 0.25)),
+    Gradients: Gradients(5, 4, 9, TensorMeta("float32", (1, 2)), bytes(8)),
+    Finish: Finish((5, 6)),
+    Relink: Relink(3, upstream="peer-1", next=Neighbour("peer-3", ()), passes=(5, 6)),
+    Failed: Failed(5, "pass-gone", "dropped", True, 2.5),
+    PassStates: PassStates(7, ((5, 1), (6, 4))),
     Error: Error("busy", "try again later", 5, 2.5),
     Ping: Ping(),
     Pong: Pong(),

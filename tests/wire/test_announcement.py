@@ -13,7 +13,13 @@ from hypothesis import strategies as st
 
 from petal_swarm.errors import RemoteProtocolError
 from petal_swarm.span import Span
-from petal_swarm.wire.announcement import MAX_ADDRESSES, MAX_BLOCKS, MAX_NEIGHBOURS, Announcement
+from petal_swarm.wire.announcement import (
+    MAX_ADAPTERS,
+    MAX_ADDRESSES,
+    MAX_BLOCKS,
+    MAX_NEIGHBOURS,
+    Announcement,
+)
 
 from .samples import announcements, same_every_time
 
@@ -93,6 +99,19 @@ BAD: dict[str, list[Any]] = {
     ],
     "version": [None, 5, "x" * 65],
     "movable": [None, 0, "yes"],
+    "trains": [None, 0, "yes"],
+    "adapters": [
+        None,
+        5,
+        {},
+        ["tone"],
+        [["tone"]],
+        [["tone", "0f" * 15]],
+        [["tone", "0F" * 16]],
+        [["tone", 5]],
+        *([[odd, "0f" * 16]] for odd in ("", "a b", "a\n", "x" * 65, 5)),
+        [["tone", "0f" * 16]] * (MAX_ADAPTERS + 1),
+    ],
     "moving_to": [5, "0:4", [], [2, 2], [-1, 2], [0, MAX_BLOCKS + 1], [0.0, 1.0], {}],
 }
 

@@ -14,6 +14,8 @@ from petal_swarm.wire.connection import (
     DIRECTORY_TABLE,
     PUSH_TABLE,
     SESSION_TABLE,
+    TRAIN_PUSH_TABLE,
+    TRAIN_TABLE,
     Connection,
     Event,
     Role,
@@ -29,10 +31,29 @@ from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
 from petal_swarm.wire.messages.prefixes import FindPrefix, PrefixFound
 from petal_swarm.wire.messages.repair import Leaving, Lost, Probe, Progress, Reroute, Rerouted
 from petal_swarm.wire.messages.steps import Output, Step
+from petal_swarm.wire.messages.tuning import (
+    Backward,
+    Backwarded,
+    Failed,
+    Finish,
+    Forward,
+    Forwarded,
+    Gradients,
+    PassStates,
+    Relink,
+    TrainOpen,
+    TrainOpened,
+)
 
 from .samples import BY_TYPE, EXAMPLES, contents, joined, same_every_time
 
-TABLES = {"session": SESSION_TABLE, "push": PUSH_TABLE, "directory": DIRECTORY_TABLE}
+TABLES = {
+    "session": SESSION_TABLE,
+    "push": PUSH_TABLE,
+    "train": TRAIN_TABLE,
+    "train-push": TRAIN_PUSH_TABLE,
+    "directory": DIRECTORY_TABLE,
+}
 D, L = Role.DIALER, Role.LISTENER
 Flow = Sequence[tuple[Role, type[Message]]]
 
@@ -63,6 +84,40 @@ FLOWS: list[tuple[str, Flow]] = [
     ("push", [(D, PushOpen), (L, Opened), (D, FindPrefix), (L, PrefixFound), (D, Step), (L, Error)]),
     ("push", [(D, PushOpen), (L, Error)]),
     ("push", [(L, Error)]),
+    (
+        "train",
+        [
+            (D, TrainOpen),
+            (L, TrainOpened),
+            (D, Forward),
+            (D, Forward),
+            (L, Forwarded),
+            (D, Backward),
+            (L, Gradients),
+            (L, Backwarded),
+            (L, Failed),
+            (D, Finish),
+            (L, Error),
+        ],
+    ),
+    (
+        "train",
+        [
+            (D, TrainOpen),
+            (L, TrainOpened),
+            (L, Lost),
+            (L, Leaving),
+            (D, Relink),
+            (L, Rerouted),
+            (D, Probe),
+            (L, PassStates),
+        ],
+    ),
+    ("train", [(D, TrainOpen), (L, Error)]),
+    ("train", [(L, Error)]),
+    ("train-push", [(D, PushOpen), (L, TrainOpened), (D, Forward), (L, Backward), (D, Forward), (L, Error)]),
+    ("train-push", [(D, PushOpen), (L, Error)]),
+    ("train-push", [(L, Error)]),
     ("directory", [(D, Ping), (L, Pong), (D, ListRequest), (L, Listing), (D, Ping), (L, Pong), (L, Error)]),
     ("directory", [(D, DialBack), (L, DialedBack), (D, Ping), (L, Error)]),
     ("directory", [(D, ListRequest), (L, Error)]),
@@ -78,6 +133,14 @@ WAYS: dict[tuple[str, State], Flow] = {
     ("push", State.OPENING): [(D, PushOpen)],
     ("push", State.OPEN): [(D, PushOpen), (L, Opened)],
     ("push", State.ENDED): [(D, PushOpen), (L, Error)],
+    ("train", State.IDLE): [],
+    ("train", State.OPENING): [(D, TrainOpen)],
+    ("train", State.OPEN): [(D, TrainOpen), (L, TrainOpened)],
+    ("train", State.ENDED): [(D, TrainOpen), (L, Error)],
+    ("train-push", State.IDLE): [],
+    ("train-push", State.OPENING): [(D, PushOpen)],
+    ("train-push", State.OPEN): [(D, PushOpen), (L, TrainOpened)],
+    ("train-push", State.ENDED): [(D, PushOpen), (L, Error)],
     ("directory", State.IDLE): [],
     ("directory", State.OPENING): [(D, Ping)],
     ("directory", State.ENDED): [(D, Ping), (L, Error)],

@@ -16,6 +16,7 @@ from typing import TypeAlias, get_args
 from petal_swarm.errors import RemoteProtocolError
 from petal_swarm.wire import fields
 from petal_swarm.wire.frames import Buffer, Frame, encode_frame
+from petal_swarm.wire.messages.adapters import AdapterMessage
 from petal_swarm.wire.messages.audit import AuditMessage
 from petal_swarm.wire.messages.directory import DirectoryMessage
 from petal_swarm.wire.messages.error import Error
@@ -23,9 +24,18 @@ from petal_swarm.wire.messages.opening import OpeningMessage
 from petal_swarm.wire.messages.prefixes import PrefixMessage
 from petal_swarm.wire.messages.repair import RepairMessage
 from petal_swarm.wire.messages.steps import StepMessage
+from petal_swarm.wire.messages.tuning import TuningMessage
 
 Message: TypeAlias = (
-    OpeningMessage | StepMessage | PrefixMessage | RepairMessage | AuditMessage | DirectoryMessage | Error
+    OpeningMessage
+    | StepMessage
+    | PrefixMessage
+    | RepairMessage
+    | AuditMessage
+    | TuningMessage
+    | AdapterMessage
+    | DirectoryMessage
+    | Error
 )
 
 _TYPES: dict[str, type[Message]] = {kind.type: kind for kind in get_args(Message)}

@@ -11,6 +11,7 @@ from petal_swarm.span import Span
 from petal_swarm.wire import fields
 from petal_swarm.wire.announcement import span_from_list
 from petal_swarm.wire.frames import Frame
+from petal_swarm.wire.messages.adapters import adapter_id
 from petal_swarm.wire.messages.parts import DTYPE_BYTES, MAX_POSITION, MAX_STEP, NO_STEP, Neighbour
 from petal_swarm.wire.protocols import VERSION
 
@@ -26,7 +27,8 @@ class Open:
     for room, in seconds. With `share_prefixes` the session may start behind a prefix that another session
     has left, and leaves its own. The last hop answers the steps after `answered` only: earlier ones are
     sent again to fill its KV cache. A `spare` sends nothing on until a `Reroute` tells it to. With
-    `receipts` the hop can recall what it received.
+    `receipts` the hop can recall what it received. `adapter` names one that the client has uploaded, or that
+    the server offers to everybody.
     """
 
     type: ClassVar[str] = "open"
@@ -42,6 +44,7 @@ class Open:
     answered: int = NO_STEP
     spare: bool = False
     receipts: bool = False
+    adapter: str | None = None
     version: int = VERSION
 
     def to_header(self) -> dict[str, Any]:
@@ -54,6 +57,7 @@ class Open:
             "answered": self.answered,
             "spare": self.spare,
             "receipts": self.receipts,
+            "adapter": self.adapter,
             "model": self.model,
             "span": [self.span.start, self.span.end],
             "max_length": self.max_length,
@@ -66,7 +70,7 @@ class Open:
     def from_frame(cls, frame: Frame) -> Open:
         header = frame.header
         return cls(
-            version=_version(header),
+            version=read_version(header),
             session=fields.raw(header, "session", SESSION_ID_BYTES, SESSION_ID_BYTES),
             epoch=fields.integer(header, "epoch", 0, MAX_STEP),
             model=fields.text(header, "model", limit=256),
@@ -81,6 +85,7 @@ class Open:
             answered=fields.integer(header, "answered", NO_STEP, MAX_STEP, NO_STEP),
             spare=fields.flag(header, "spare", False),
             receipts=fields.flag(header, "receipts", False),
+            adapter=fields.optional(header, "adapter", lambda: adapter_id(header, "adapter")),
         )
 
 
@@ -99,7 +104,7 @@ class PushOpen:
     @classmethod
     def from_frame(cls, frame: Frame) -> PushOpen:
         return cls(
-            version=_version(frame.header),
+            version=read_version(frame.header),
             session=fields.raw(frame.header, "session", SESSION_ID_BYTES, SESSION_ID_BYTES),
             epoch=fields.integer(frame.header, "epoch", 0, MAX_STEP),
         )
@@ -140,7 +145,7 @@ class Opened:
 OpeningMessage: TypeAlias = Open | PushOpen | Opened
 
 
-def _version(header: Mapping[str, Any]) -> int:
+def read_version(header: Mapping[str, Any]) -> int:
     """Read before any other field, since those may differ in other versions."""
     version = fields.integer(header, "version", 0, 1 << 31)
     if version != VERSION:

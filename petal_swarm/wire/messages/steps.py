@@ -77,7 +77,7 @@ class Step:
             frame.payload,
             fields.choice(header, "rows", ROWS),  # type: ignore[arg-type]
             None if forks is None else fields.items(header, "forks", as_sequence, limit=MAX_SEQUENCES, low=1),
-            fields.items(header, "trace", _seconds, limit=MAX_HOPS),
+            fields.items(header, "trace", seconds, limit=MAX_HOPS),
             page_keys(header, low=0),
         )
 
@@ -109,14 +109,15 @@ class Output:
             epoch=fields.integer(frame.header, "epoch", 0, MAX_STEP),
             tensor=TensorMeta.from_frame(frame),
             payload=frame.payload,
-            trace=fields.items(frame.header, "trace", _seconds, limit=MAX_HOPS),
+            trace=fields.items(frame.header, "trace", seconds, limit=MAX_HOPS),
         )
 
 
 StepMessage: TypeAlias = Step | Output
 
 
-def _seconds(value: Any) -> float:
+def seconds(value: Any) -> float:
+    """`parse` for `items`: an entry of a trace."""
     if type(value) is float and 0.0 <= value <= 1e9:
         return value
     return fields.number({"seconds": value}, "seconds", 0, 1e9)

@@ -32,6 +32,7 @@ BAD: dict[type[Message], dict[str, list[Any]]] = {
         "answered": [-2, MAX_STEP + 1, True, 1.0, "1", None],
         "spare": FLAGS,
         "receipts": FLAGS,
+        "adapter": [5, b"id", "", "x" * 65, "two words", "ä", "a\n"],
     },
     PushOpen: {"session": [*SESSIONS, ...], "epoch": [*STEP_NUMBERS, ...]},
     Opened: {

@@ -1,0 +1,1 @@
+"""Training through the swarm: forward and backward of packed rows along open chains of servers ("lanes")."""
