@@ -25,12 +25,12 @@ class Progress:
         total: int,
         *,
         terminal: bool | None = None,
-        write: Callable[[str], object] = sys.stderr.write,
+        write: Callable[[str], object] | None = None,
     ) -> None:
         self.stopping = False
         self._total = total
         self._terminal = sys.stderr.isatty() if terminal is None else terminal
-        self._write = write
+        self._write = write or sys.stderr.write
         self._every = max(1, total // LINES)
         self._loss = _Smoothed()
         self._tokens = _Smoothed()
