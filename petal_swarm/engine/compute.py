@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from petal_swarm.engine.engine import Engine
 from petal_swarm.engine.executor import CACHE_WAIT_S, Executor, internal_error
@@ -47,6 +47,8 @@ class Compute(Protocol):
 
     def call(self, function: Callable[[], T]) -> Future[T]: ...
 
+    def run_work(self, work: Iterator[None], peer: str) -> Future[Any]: ...
+
     def close_session(self, key: Hashable) -> None: ...
 
     def queue_s(self) -> float: ...
@@ -76,6 +78,12 @@ class InlineCompute:
     def call(self, function: Callable[[], T]) -> Future[T]:
         future: Future[T] = Future()
         _run_into(future, function)
+        return future
+
+    def run_work(self, work: Iterator[None], peer: str) -> Future[Any]:
+        future: Future[Any] = Future()
+        while not future.done():
+            _advance(work, future)
         return future
 
     def close_session(self, key: Hashable) -> None:
@@ -146,6 +154,18 @@ class ComputeThread:
         """Run `function` in the compute thread, before any batch or block that has not started yet."""
         future: Future[T] = Future()
         self._inbox.put(lambda: _run_into(future, function))
+        return future
+
+    def run_work(self, work: Iterator[None], peer: str) -> Future[Any]:
+        """Exhaust `work` in the compute thread, a piece at a time between batches; the result is its own."""
+        future: Future[Any] = Future()
+
+        def advance() -> None:
+            _advance(work, future)
+            if not future.done():
+                self._inbox.put(advance)
+
+        self._inbox.put(advance)
         return future
 
     def close_session(self, key: Hashable) -> None:
@@ -223,6 +243,15 @@ def _run_into(future: Future[T], function: Callable[[], T]) -> None:
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
+
+
+def _advance(work: Iterator[None], future: Future[Any]) -> None:
+    try:
+        next(work)
+    except StopIteration as done:
+        future.set_result(done.value)
+    except BaseException as error:
+        future.set_exception(error)
 
 
 def _run_guarded(engine: Engine, request: StepRequest) -> StepResult:

@@ -7,18 +7,16 @@ import contextlib
 import functools
 import logging
 import secrets
-from collections.abc import AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator
+from typing import TypeVar
 
 from petal_swarm.engine.compute import Compute
 from petal_swarm.engine.prefixes import PrefixScope
 from petal_swarm.errors import (
     BadMessageError,
     BusyError,
-    HopLostError,
     IdleError,
     PetalSwarmError,
-    StreamClosedError,
     UnknownSessionError,
     WrongModelError,
     WrongSpanError,
@@ -32,6 +30,12 @@ from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.hosted import HostedSession
 from petal_swarm.server.quotas import Quotas
 from petal_swarm.server.results import Overhead, answering_errors
+from petal_swarm.server.streams import (
+    MAX_OPENING_PAYLOAD_BYTES,
+    Arrivals,
+    dial_next,
+    while_there,
+)
 from petal_swarm.server.waiting_room import LOOK_S, WaitingRoom
 from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role
 from petal_swarm.wire.frames import MAX_PAYLOAD_BYTES
@@ -45,8 +49,6 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _LEAVING = "this server is leaving the swarm"
-#: Nothing that opens a stream has a payload; what comes with it is read and forgotten.
-MAX_OPENING_PAYLOAD_BYTES = 64 << 10
 
 
 class SessionHost:
@@ -66,7 +68,7 @@ class SessionHost:
         self._model_key = model_key
         self._limits = limits
         self._sessions: dict[bytes, HostedSession] = {}
-        self._arrivals: dict[tuple[bytes, int], asyncio.Event] = {}
+        self._arrivals = Arrivals()
         self._changed = asyncio.Event()
         self._room = WaitingRoom(compute, limits, self._make_room)
         self._quotas = Quotas(limits, asyncio.get_running_loop().time)
@@ -159,7 +161,7 @@ class SessionHost:
         if self._looks_for_steps is None:
             self._looks_for_steps = self._loop.call_later(LOOK_S, self._look_for_steps)
         try:
-            await _while_there(channel, self._prepare(session, request))
+            await while_there(channel, self._prepare(session, request))
             yield session
         finally:
             await session.close()
@@ -286,23 +288,16 @@ class SessionHost:
     async def _dial_next(self, opening: Open, following: Neighbour, epoch: int) -> tuple[Channel, Opened]:
         """A push stream to the next hop, which answers when it has room too: at most `wait_s` later."""
         wait_s = min(opening.wait_s, self._limits.max_wait_s)
-        try:
-            stream = await self._transport.open_stream(
-                following.peer_id, PUSH, addresses=following.addresses, timeout_s=self._limits.dial_timeout_s
-            )
-        except PetalSwarmError as error:
-            # Without the reason: a client could have this server scan a network for it.
-            logger.info("no way to %s: %s", following.peer_id, error)
-            raise HopLostError(f"no way to the next hop {following.peer_id}") from error
-        channel = Channel(stream, PUSH_TABLE, Role.DIALER)
-        try:
-            channel.send(PushOpen(opening.session, epoch))
-            return channel, await channel.expect(Opened, timeout_s=self._limits.open_timeout_s + wait_s)
-        except BaseException as error:
-            channel.abort()
-            if not isinstance(error, PetalSwarmError):
-                raise
-            raise HopLostError(f"the next hop {following.peer_id} refused: {error}") from error
+        return await dial_next(
+            self._transport,
+            following,
+            PushOpen(opening.session, epoch),
+            Opened,
+            protocol=PUSH,
+            table=PUSH_TABLE,
+            dial_timeout_s=self._limits.dial_timeout_s,
+            answer_timeout_s=self._limits.open_timeout_s + wait_s,
+        )
 
     async def _find(self, opening: PushOpen, peer_id: str) -> HostedSession:
         """The session of a push stream, which may arrive before the client's `open` or `reroute`, and before
@@ -319,14 +314,7 @@ class SessionHost:
             return session
 
         if expecting() is None:
-            awaited = (opening.session, opening.epoch)
-            arrival = self._arrivals.setdefault(awaited, asyncio.Event())
-            try:
-                async with asyncio.timeout(self._limits.open_timeout_s):
-                    await arrival.wait()
-            except TimeoutError:
-                if self._arrivals.get(awaited) is arrival:
-                    del self._arrivals[awaited]
+            await self._arrivals.wait(opening.session, opening.epoch, self._limits.open_timeout_s)
         session = expecting()
         if session is not None:
             await session.admitted.wait()
@@ -337,9 +325,7 @@ class SessionHost:
         return session
 
     def _announce_arrival(self, session: HostedSession) -> None:
-        arrival = self._arrivals.pop((session.opening.session, session.upstream.epoch), None)
-        if arrival is not None:
-            arrival.set()
+        self._arrivals.announce(session.opening.session, session.upstream.epoch)
 
 
 def _max_step_bytes(compute: Compute) -> int:
@@ -349,24 +335,3 @@ def _max_step_bytes(compute: Compute) -> int:
     engine = compute.engine
     step_bytes = engine.max_batch_tokens * engine.stack.config.hidden_size * max(DTYPE_BYTES.values())
     return min(max(2 * step_bytes, 1 << 20), MAX_PAYLOAD_BYTES)
-
-
-async def _while_there(channel: Channel, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled if the peer ends its stream before: nobody waits for it.
-
-    Raises:
-        StreamClosedError: the peer has ended the stream.
-        RemoteProtocolError: it sent something instead of waiting.
-    """
-    working = asyncio.ensure_future(work)
-    leaving = asyncio.create_task(channel.receive())
-    try:
-        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if leaving.done():
-            leaving.result()
-            raise StreamClosedError(f"peer {channel.peer_id} left while its session was being opened")
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)

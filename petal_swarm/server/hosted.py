@@ -84,7 +84,9 @@ class HostedSession:
                 stall_s=limits.write_timeout_s,
             )
         self._output = client if self._downstream is None else self._downstream.outbox
-        self.upstream = Upstream(opening, limits, usage, output=self._output, on_stuck=self._stuck)
+        self.upstream = Upstream(
+            opening.upstream, opening.epoch, limits, usage, output=self._output, on_stuck=self._stuck
+        )
         self._slow_client = SlowWriter(limits)
         self._slow_output = SlowReader(limits)
         self._receipts = Receipts() if opening.receipts else None

@@ -1,38 +1,48 @@
-"""Where the steps of one session come from: the client, or a hop that may be lost and replaced."""
+"""Where what a hop computes comes from: the client, or a hop that may be lost and replaced."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections.abc import Callable
+from typing import Protocol
 
 from petal_swarm.errors import NetworkError
 from petal_swarm.net.channel import Channel
-from petal_swarm.net.outbox import Outbox
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.quotas import Usage
 from petal_swarm.server.slow_peers import SlowWriter
 from petal_swarm.wire.messages import Message
-from petal_swarm.wire.messages.opening import Open
+
+
+class Output(Protocol):
+    """Where results go: a `Channel`, or several."""
+
+    @property
+    def congested(self) -> bool: ...
+
+    async def drain(self) -> None: ...
 
 
 class Upstream:
-    """Who may send steps, and who does. Lets the sender wait while too much is being computed, or while
-    results do not get away through `output`; `on_stuck` is told if they never do. Lives in the event loop.
+    """Who may send steps (or rows, or gradients, of training), and who does. Lets the sender wait while too
+    much is being computed, or while results do not get away through `output`; `on_stuck` is told if they
+    never do. Lives in the event loop.
     """
 
     def __init__(
         self,
-        opening: Open,
+        peer_id: str | None,
+        epoch: int,
         limits: SessionLimits,
         usage: Usage,
         *,
-        output: Channel | Outbox,
+        output: Output,
         on_stuck: Callable[[NetworkError | TimeoutError], None],
     ) -> None:
         #: Who may push steps into this session now, and as which epoch; None is the client.
-        self.peer_id = opening.upstream
-        self.epoch = opening.epoch
+        self.peer_id = peer_id
+        self.epoch = epoch
         #: Whom steps come from now.
         self.source: Channel | None = None
         #: Steps that came and are not done yet.
@@ -137,6 +147,11 @@ class Upstream:
             self._throttled = self._loop.create_task(self._resume_when_free(self.source))
         elif self._wanted_bytes:
             self._reserve()
+
+    @property
+    def is_throttled(self) -> bool:
+        """Whether the sender has to wait now."""
+        return self._throttled is not None
 
     def is_too_slow(self, now: float) -> bool:
         """Whether the source has begun a step, and does not send its rest."""

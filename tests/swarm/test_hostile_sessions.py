@@ -57,8 +57,8 @@ def swarm(bloom: Path) -> Iterator[LocalSwarm]:
             host, compute = server._host, server._compute
             assert host is not None
             assert compute is not None
-            left = (host._sessions, host._arrivals, host._room._waiting)
-            assert left == ({}, {}, {})
+            left = (host._sessions, len(host._arrivals), host._room._waiting)
+            assert left == ({}, 0, {})
             assert (swarm.servers[0]._gate.num_opening, len(host._quotas), host._quotas.nbytes) == (0, 0, 0)
             assert compute.engine.stats().sessions == 0
             assert host.tokens_available == compute.engine.stats().kv_tokens
