@@ -187,16 +187,16 @@ class BadAdapterError(RemoteError):
     code = "bad-adapter"
 
 
-class AdapterFullError(RemoteError):
-    """The peer has no room for another adapter, or for more of ours."""
-
-    code = "adapter-full"
-
-
 class BusyError(RemoteError):
     """The peer has reached a limit; try again later or elsewhere."""
 
     code = "busy"
+
+
+class AdapterFullError(BusyError):
+    """The peer has no room for another adapter, or for more of ours."""
+
+    code = "adapter-full"
 
 
 class IdleError(RemoteError):
@@ -212,13 +212,13 @@ class TooSlowError(RemoteError):
 
 
 class PassGoneError(RemoteError):
-    """What a pass of training needs here was dropped: it has to be sent again."""
+    """The peer no longer keeps what the backward of this training pass needs: do the forward again."""
 
     code = "pass-gone"
 
 
 class NotFiniteError(RemoteError):
-    """A block computed NaN or infinity, forward or backward, from finite numbers; the message names it."""
+    """Numbers became infinite or undefined in a block, which the message names."""
 
     code = "not-finite"
 

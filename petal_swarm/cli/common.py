@@ -94,6 +94,12 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         help="how long to wait for blocks that nobody serves yet (default: %(default)g)",
     )
     parser.add_argument(
+        "--adapter",
+        metavar="FOLDER|NAME",
+        help="use this adapter: a folder or Hugging Face id in PEFT's format, which is uploaded to the"
+        " servers, or the name of one that they offer (petal-swarm status lists those)",
+    )
+    parser.add_argument(
         "--threads",
         type=positive,
         default=default_threads(),
@@ -163,6 +169,7 @@ def load_client(arguments: argparse.Namespace) -> Any:
         swarm_key=arguments.swarm_key,
         identity=arguments.identity,
         wait_for_blocks_s=arguments.wait_s,
+        adapter=arguments.adapter,
         progress=sys.stderr.isatty(),
     )
 

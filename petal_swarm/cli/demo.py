@@ -123,6 +123,7 @@ def client_arguments(arguments: argparse.Namespace, address: str) -> argparse.Na
         swarm_key=None,
         identity=None,
         wait_s=20.0,
+        adapter=None,
         threads=arguments.threads,
         log_level=arguments.log_level,
     )

@@ -171,6 +171,22 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         help="most tokens to compute at once (default: %(default)s)",
     )
     blocks.add_argument(
+        "--adapters",
+        metavar="FOLDER",
+        nargs="+",
+        default=[],
+        help="offer these adapters to everybody: folders or Hugging Face ids in PEFT's format, known by the"
+        " last part of their path, or as NAME=FOLDER",
+    )
+    blocks.add_argument(
+        "--adapter-mib",
+        type=int,
+        default=512,
+        metavar="MIB",
+        help="memory for adapters that clients upload, half of it for one client at most (default:"
+        " %(default)s; 0: take none)",
+    )
+    blocks.add_argument(
         "--threads",
         type=positive,
         metavar="N",
@@ -211,6 +227,8 @@ def run(arguments: argparse.Namespace) -> int:
         max_mbit_per_peer=arguments.max_mbit_per_peer,
         name=arguments.name[:64],
         drain_timeout_s=arguments.drain_timeout,
+        adapters=tuple(arguments.adapters),
+        adapter_mib=arguments.adapter_mib,
         cache_dir=None if arguments.cache_dir == "none" else arguments.cache_dir or default,
     )
     _allow_many_files()

@@ -60,6 +60,18 @@ class Status:
 
         return missing_blocks([a for a in self.announcements if a.peer_id in self.rtts_s], self.num_blocks)
 
+    @property
+    def adapters(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """Name and id of each that is offered to everybody, and the blocks that nobody serves with it."""
+        from petal_swarm.routing import missing_blocks
+
+        there = [a for a in self.announcements if a.peer_id in self.rtts_s]
+        offered = sorted({adapter for announcement in there for adapter in announcement.adapters})
+        return [
+            (*adapter, missing_blocks([a for a in there if adapter in a.adapters], self.num_blocks))
+            for adapter in offered
+        ]
+
     def state(self, announcement: Announcement) -> str:
         return announcement.state if announcement.peer_id in self.rtts_s else "no answer"
 
@@ -96,6 +108,10 @@ def to_json(status: Status) -> dict[str, Any]:
         "model_key": status.model_key,
         "num_blocks": status.num_blocks,
         "missing_blocks": list(status.missing),
+        "adapters": [
+            {"name": name, "id": adapter, "missing_blocks": list(missing)}
+            for name, adapter, missing in status.adapters
+        ],
         "peers": [peer_to_json(status, announcement) for announcement in status.announcements],
     }
 
@@ -145,6 +161,9 @@ def show(status: Status) -> None:
     console.print(Text(f"{status.name}: {status.num_blocks} blocks, {_peers(len(status.announcements))}"))
     if status.announcements:
         console.print(table)
+    for name, adapter, missing in status.adapters:
+        where = f"; nobody has it for {format_blocks(missing)}" if missing else ""
+        console.print(Text(_printable(f"adapter {name} ({adapter}){where}")))
     if status.missing:
         console.print(Text(f"nobody serves {format_blocks(status.missing)}", style="bold red"))
     else:
@@ -167,7 +186,11 @@ def row(status: Status, peer: Announcement) -> Sequence[str]:
         "" if rtt_s is None else _time(rtt_s),
         peer.version,
     )
-    return ["".join(c if c.isprintable() else "?" for c in cell) for cell in cells]
+    return [_printable(cell) for cell in cells]
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _time(seconds: float) -> str:

@@ -83,6 +83,42 @@ class NamedAdapter:
     id: str
 
 
+class Snapshots:
+    """An adapter whose numbers change now and then, as what it is each time it is asked for."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._last: StaticAdapter | None = None
+
+    def of(self, layout: AdapterLayout, numbers: Tensor) -> StaticAdapter | None:
+        """See `StaticAdapter.of`; None if there is nothing in it for blocks.
+
+        Raises:
+            ConfigError: as there.
+        """
+        last, flat = self._last, numbers.detach()
+        if not flat.numel():
+            return None
+        if last is None or last.layout != layout or not torch.equal(last.numbers, flat.to(last.numbers)):
+            last = self._last = StaticAdapter.of(self._config, layout, flat)
+        return last
+
+
+def name_at(adapter: Adapter | NamedAdapter, blocks: Span) -> str | None:
+    """What a hop of these blocks is told to use: nothing, where the adapter has no numbers for it."""
+    if isinstance(adapter, NamedAdapter):
+        return adapter.id
+    start, stop = adapter.layout.bounds(adapter.config, blocks)
+    return adapter.id if start < stop else None
+
+
+def upload_s(adapter: Adapter | NamedAdapter | None) -> float:
+    """The longest that all hops of a route together may take to get the adapter, in seconds."""
+    if adapter is None or isinstance(adapter, NamedAdapter):
+        return 0.0
+    return adapter.numbers.nbytes / SLOWEST_BYTES_PER_S
+
+
 async def ensure_adapter(
     transport: Transport, hop: Hop, model: str, adapter: Adapter, timeout_s: float, *, eager: bool = False
 ) -> None:

@@ -20,11 +20,12 @@ from itertools import count
 
 import torch
 
+from petal_swarm.client.adapters import Adapter, NamedAdapter, ensure_adapter, name_at
 from petal_swarm.client.audit import Precision, Verdict, compare
 from petal_swarm.client.audit_ledger import Audit, AuditLedger, AuditSampler, order_auditors
 from petal_swarm.client.members import Member, open_hop
 from petal_swarm.client.ring import Ring
-from petal_swarm.client.view import ModelRef, View
+from petal_swarm.client.view import ModelRef, View, offering
 from petal_swarm.errors import ConfigError, HopLostError, PetalSwarmError, RemoteProtocolError
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.route import Hop
@@ -88,7 +89,9 @@ class Auditor:
         max_length: int,
         rate: float,
         rng: random.Random | None = None,
+        adapter: Adapter | NamedAdapter | None = None,
     ) -> None:
+        self._adapter = adapter
         self._view = view
         self._transport = transport
         self._model = model
@@ -249,7 +252,7 @@ class Auditor:
         busy = {member.peer_id for member in ring.members} | {bench.peer_id for bench in benches}
         known = {
             announcement.peer_id: announcement
-            for announcement in await self._view.announcements(self._model.key)
+            for announcement in offering(self._model, await self._view.announcements(self._model.key))
             if announcement.span.covers(audited.hop.span)
             and announcement.state == "serving"
             and announcement.peer_id not in busy | self._view.avoidance.peers()
@@ -274,7 +277,10 @@ class Auditor:
             model=self._model.key,
             span=hop.span,
             max_length=self._max_length,
+            adapter=None if self._adapter is None else name_at(self._adapter, hop.span),
         )
+        if self._adapter is not None and not isinstance(self._adapter, NamedAdapter):
+            await ensure_adapter(self._transport, hop, self._model.key, self._adapter, OPEN_TIMEOUT_S)
         return await open_hop(
             self._transport,
             hop,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +35,7 @@ class AutoSwarmModelForCausalLM:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         progress: bool = True,
+        adapter: str | os.PathLike[str] | None = None,
         **settings: Any,
     ) -> SwarmModelForCausalLM:
         """Read embeddings and LM head of `model`, and connect.
@@ -43,11 +46,14 @@ class AutoSwarmModelForCausalLM:
             transport: `p2pd`, `libp2p`, or `auto` for what works here.
             dtype, device: of embeddings and LM head.
             progress: show a progress bar while reading.
+            adapter: a folder, or a repository of the Hugging Face Hub, in PEFT's format; or the name of an
+                adapter that servers offer. It is used as it is; `load_adapter` is for training on.
             settings: further fields of `ClientConfig`, such as `swarm_key`, the file of a private swarm's
                 key; and `revision`, `cache_dir`, `token` for the Hub.
 
         Raises:
             UnknownModelError, UnsupportedArchitectureError, CheckpointError: the model cannot be read.
+            AdapterError: the adapter cannot be used with this model.
             PeerUnreachableError: no initial peer answers.
             ConfigError: an argument cannot be used.
         """
@@ -69,8 +75,22 @@ class AutoSwarmModelForCausalLM:
             client = SwarmModelForCausalLM(checkpoint.hf_config(), ends, loop, swarm, ref)
             client.generation_config = checkpoint.generation_config()
             client.eval()
+            if adapter is not None:
+                _use_adapter(
+                    client, adapter, {name: hub[name] for name in ("cache_dir", "token") if name in hub}
+                )
         except BaseException:
             loop.run(swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
             loop.close()
             raise
         return client
+
+
+def _use_adapter(
+    client: SwarmModelForCausalLM, adapter: str | os.PathLike[str], hub: dict[str, str | None]
+) -> None:
+    """Names of adapters that servers offer have no slash in them, ids of the Hub have one."""
+    if "/" in os.fspath(adapter) or Path(adapter).is_dir():
+        client.load_adapter(adapter, is_trainable=False, **hub)
+    else:
+        client.use_offered_adapter(os.fspath(adapter))

@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from petal_swarm.client import soft_prompt, tuning
 from petal_swarm.client.adapter import SwarmAdapter
+from petal_swarm.client.adapters import Adapter, NamedAdapter, Snapshots
 from petal_swarm.client.cache import SwarmCache
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.packing import Packing, unique_rows
@@ -35,6 +36,8 @@ from petal_swarm.span import Span
 CLOSE_TIMEOUT_S = 15.0
 #: Drafts reach past the last token that is kept.
 DRAFT_ROOM = 64
+#: What Hugging Face's losses leave out.
+IGNORED_LABEL = -100
 
 
 class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -61,6 +64,8 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._blocks = RemoteBlocks(loop, swarm, ref, ends.config)
         self._of_thread = _OfThread()
         self._closed = False
+        self._snapshots = Snapshots(ends.config)
+        self._offered: NamedAdapter | None = None
         self._own_head = False
         self.register_module("adapter", None)
         self.last_route: Route | None = None
@@ -89,8 +94,14 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """A session that the caller closes; see `inference_session`."""
         if self._closed:
             raise ConfigError("the model is closed")
-        prompt = 0 if self.adapter is None else self.adapter.prompt_tokens
-        return InferenceSession(self._loop, self._swarm, self._ref, max_length=max_length + prompt)
+        used: Adapter | NamedAdapter | None = self._offered
+        prompt = 0
+        if self.adapter is not None:
+            used = self._snapshots.of(self.adapter.layout, self.adapter.numbers())
+            prompt = self.adapter.prompt_tokens
+        return InferenceSession(
+            self._loop, self._swarm, self._ref, max_length=max_length + prompt, adapter=used
+        )
 
     # -- generation ----------------------------------------------------------------------------
 
@@ -236,23 +247,19 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ConfigError("give input_ids or inputs_embeds")
+        if labels is not None and past_key_values is not None:
+            raise ConfigError("there is no loss with past_key_values: give all tokens at once")
         given = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
+        loss = None
         if past_key_values is not None:
             logits = self._forward(given, attention_mask, past_key_values, logits_to_keep)
-        elif self._is_trained(given):
-            logits = self._differentiable(given, attention_mask, logits_to_keep)
+        elif labels is not None or self._is_trained(given):
+            logits, loss = self._with_loss(given, attention_mask, labels, num_items_in_batch)
+            logits = _kept(logits, logits_to_keep)
         else:
             with self.open_session(max_length=given.shape[1]) as session:
                 logits = self._forward(given, attention_mask, SwarmCache(session), logits_to_keep)
                 self.last_route = session.route
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
@@ -279,33 +286,72 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         packing = Packing.of(hidden.shape[0], hidden.shape[1], attention_mask)
         return packing.unpack(self._run(packing.pack(hidden), packing.lengths, span))
 
+    def final_rows(self, given: torch.Tensor, packing: Packing, *, before: int = 0) -> torch.Tensor:
+        """What comes out of the last block, `[tokens, hidden_size]`, for tokens or embeddings `given`.
+
+        Each sequence begins with the last `before` rows of the soft prompt. A head starts from `ends.leave`
+        of the rows. Differentiable, as `forward` is.
+
+        Raises:
+            ConfigError, MissingBlocksError, RemoteError, NetworkError: as `forward`.
+        """
+        hidden, lengths = self._front(given, packing)
+        if self._is_trained(given):
+            rows = self._run(hidden, lengths, Span(0, self._ref.num_blocks))
+        else:
+            with self.open_session(max_length=packing.width) as session:
+                rows = session.step(hidden, lengths, rows="all")
+                self.last_route = session.route
+        return soft_prompt.strip(rows, lengths, [length + before for length in packing.lengths])
+
+    def _front(
+        self, given: torch.Tensor, packing: Packing, *, prompted: bool = True
+    ) -> tuple[torch.Tensor, tuple[int, ...]]:
+        """Rows that go into block 0, and the lengths of the sequences; the soft prompt comes first."""
+        packed = packing.pack(given)
+        hidden = self.ends.embed(packed) if given.dim() == 2 else self.ends.enter(packed)
+        prompt = None if self.adapter is None or not prompted else self.adapter.soft_prompt
+        if prompt is None:
+            return hidden, packing.lengths
+        return soft_prompt.prepend(self.ends.enter(prompt.to(hidden)), hidden, packing.lengths)
+
     def _is_trained(self, given: torch.Tensor) -> bool:
-        """Whether gradients are wanted, or only the training path has what the model needs."""
-        return self.adapter is not None or (torch.is_grad_enabled() and given.requires_grad)
+        """Whether gradients are wanted, for the inputs or for the adapter."""
+        parameters = () if self.adapter is None else self.adapter.parameters()
+        return torch.is_grad_enabled() and any(each.requires_grad for each in (given, *parameters))
 
     def _run(self, rows: torch.Tensor, lengths: tuple[int, ...], blocks: Span) -> torch.Tensor:
         if self._closed:
             raise ConfigError("the model is closed")
+        if self._offered is not None and self.adapter is None:
+            raise ConfigError(
+                "gradients need an adapter of your own: load_adapter(FOLDER) or remove_adapter()"
+            )
         if self.adapter is None:
             return self._blocks(rows, lengths, blocks)
         return self._blocks(rows, lengths, blocks, layout=self.adapter.layout, numbers=self.adapter.numbers())
 
-    def _differentiable(
-        self, given: torch.Tensor, attention_mask: torch.Tensor | None, logits_to_keep: int | torch.Tensor
-    ) -> torch.Tensor:
+    def _with_loss(
+        self,
+        given: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        num_items_in_batch: torch.Tensor | int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of all columns, and the loss if there are labels: a soft prompt predicts the first token."""
         packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
-        packed = packing.pack(given)
-        hidden = self.ends.embed(packed) if given.dim() == 2 else self.ends.enter(packed)
-        lengths, prompt = packing.lengths, None if self.adapter is None else self.adapter.soft_prompt
-        if prompt is not None:
-            hidden, lengths = soft_prompt.prepend(self.ends.enter(prompt), hidden, lengths)
-        rows = self._run(hidden, lengths, Span(0, self._ref.num_blocks))
-        if prompt is not None:
-            rows = soft_prompt.strip(len(prompt), rows, lengths)
-        logits = packing.unpack(self.ends.logits(rows))
-        if isinstance(logits_to_keep, int):
-            return logits[:, -logits_to_keep:] if logits_to_keep else logits
-        return logits[:, logits_to_keep]
+        before = 1 if labels is not None and self.adapter is not None and self.adapter.prompt_tokens else 0
+        rows = self.final_rows(given, packing, before=before)
+        logits = packing.widened(before).unpack(self.ends.logits(rows))
+        if labels is None:
+            return logits, None
+        loss = self.loss_function(
+            logits=logits,
+            labels=nn.functional.pad(labels, (before, 0), value=IGNORED_LABEL),
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+        return logits[:, before:], loss
 
     def _forward(
         self,
@@ -314,7 +360,6 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         cache: SwarmCache,
         logits_to_keep: int | torch.Tensor,
     ) -> torch.Tensor:
-        width = given.shape[1]
         last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
         if last_only and cache.looks_ahead and given.dim() == 2:
             logits = self._next_logits(given, attention_mask, cache)
@@ -327,10 +372,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
             given = given[repeated[0]]
             attention_mask = attention_mask[repeated[0]] if attention_mask is not None else None
         logits = self._step(given, attention_mask, cache, last_only=last_only)
-        if not isinstance(logits_to_keep, int):
-            logits = logits[:, logits_to_keep]
-        elif 0 < logits_to_keep < width:
-            logits = logits[:, -logits_to_keep:]
+        logits = _kept(logits, logits_to_keep)
         if repeated is not None:
             cache.session.fork(repeated[1])
             logits = logits[repeated[1]]
@@ -342,14 +384,10 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         """Logits of all columns of `given`; of the last alone if that is enough and no padding."""
         packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
         last_only = last_only and (packing.kept is None or bool(packing.kept[:, -1].all()))
-        packed = packing.pack(given)
-        hidden = self.ends.embed(packed) if given.dim() == 2 else self.ends.enter(packed)
-        lengths, prompt = packing.lengths, None if self.adapter is None else self.adapter.soft_prompt
-        if prompt is not None and not any(cache.session.lengths):
-            hidden, lengths = soft_prompt.prepend(self.ends.enter(prompt), hidden, lengths)
+        hidden, lengths = self._front(given, packing, prompted=not any(cache.session.lengths))
         rows = cache.session.step(hidden, lengths, rows="last" if last_only else "all")
-        if lengths != packing.lengths and not last_only:
-            rows = soft_prompt.strip(lengths[0] - packing.lengths[0], rows, lengths)
+        if not last_only:
+            rows = soft_prompt.strip(rows, lengths, packing.lengths)
         cache.width += given.shape[1]
         logits = self.ends.logits(rows)
         return logits[:, None] if last_only else packing.unpack(logits)
@@ -405,7 +443,18 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
 
     def remove_adapter(self) -> None:
         """Go back to the model as it was; a head that was trained as a whole stays as it is."""
-        self.adapter = None
+        self.adapter = self._offered = None
+
+    def use_offered_adapter(self, name: str) -> None:
+        """Use an adapter that servers offer to everybody, by its name or its id; only such servers are used.
+
+        Raises:
+            ConfigError: the model has an adapter of its own, or no server offers this one.
+        """
+        if self.adapter is not None:
+            raise ConfigError("the model has an adapter already: call remove_adapter() first")
+        limit_s = self._swarm.config.wait_for_blocks_s + CLOSE_TIMEOUT_S
+        self._offered = self._loop.run(self._swarm.find_adapter(self._ref, name), timeout_s=limit_s)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
         """Write what was trained, in PEFT's format; see `tuning.save_pretrained`."""
@@ -475,6 +524,13 @@ class _OfThread(threading.local):
     def __init__(self) -> None:
         self.session: InferenceSession | None = None
         self.opened: list[InferenceSession] = []
+
+
+def _kept(logits: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
+    """The columns that were asked for: all by default, the last ones, or those of an index."""
+    if isinstance(logits_to_keep, int):
+        return logits[:, -logits_to_keep:] if 0 < logits_to_keep < logits.shape[1] else logits
+    return logits[:, logits_to_keep]
 
 
 def _or_ones(mask: torch.Tensor | None, token_ids: torch.Tensor) -> torch.Tensor:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Collection, Sequence
 
+from petal_swarm.client.adapters import Adapter, NamedAdapter, ensure_adapter, name_at, upload_s
+from petal_swarm.client.dialling import OpenFailedError
 from petal_swarm.client.members import Member, neighbour, open_hop, open_hops
 from petal_swarm.client.view import ModelRef, View
 from petal_swarm.errors import PetalSwarmError
@@ -19,9 +22,18 @@ PING_TIMEOUT_S = 2.0
 
 
 class Openings:
-    """What all openings of a session have in common: the model, the room it needs, and whom to avoid."""
+    """What all openings of a session have in common: model, adapter, the room it needs, and whom to avoid."""
 
-    def __init__(self, view: View, transport: Transport, model: ModelRef, *, max_length: int) -> None:
+    def __init__(
+        self,
+        view: View,
+        transport: Transport,
+        model: ModelRef,
+        *,
+        max_length: int,
+        adapter: Adapter | NamedAdapter | None = None,
+    ) -> None:
+        self._adapter = adapter
         self.view = view
         self.config = view.config
         self._transport = transport
@@ -37,6 +49,11 @@ class Openings:
     def timeout_s(self) -> float:
         """How long a hop may take in a repair."""
         return self.config.repair_open_timeout_s
+
+    @property
+    def repair_timeout_s(self) -> float:
+        """How long a repair may take in all."""
+        return self.config.repair_timeout_s + upload_s(self._adapter)
 
     async def find_part(
         self,
@@ -66,14 +83,35 @@ class Openings:
             after=after,
         )
 
+    async def prepare(self, hops: Sequence[Hop], timeout_s: float | None = None) -> None:
+        """Let these hops have the session's adapter, all at once: before any is opened, since they wait for
+        each other then.
+
+        Raises:
+            OpenFailedError: one of them cannot have it.
+        """
+        if self._adapter is None or isinstance(self._adapter, NamedAdapter):
+            return
+        works = [self._upload(self._adapter, hop, timeout_s or self.timeout_s) for hop in hops]
+        for outcome in await asyncio.gather(*works, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
+
+    async def _upload(self, adapter: Adapter, hop: Hop, timeout_s: float) -> None:
+        try:
+            await ensure_adapter(self._transport, hop, self._model.key, adapter, timeout_s)
+        except PetalSwarmError as error:
+            raise OpenFailedError(hop.peer_id, hop.span, error) from error
+
     async def open_one(self, hop: Hop, opening: Open) -> Member:
-        """See `open_hop`."""
+        """See `open_hop`; the hop must be prepared."""
         return await open_hop(self._transport, hop, opening, self.timeout_s, self._ping)
 
     async def open_all(
         self, hops: Sequence[Hop], opening: Callable[[int], Open], timeout_s: float | None = None
     ) -> list[Member]:
-        """See `open_hops`."""
+        """See `prepare` and `open_hops`."""
+        await self.prepare(hops, timeout_s)
         return await open_hops(self._transport, hops, opening, timeout_s or self.timeout_s, self._ping)
 
     async def _ping(self, hop: Hop) -> bool:
@@ -128,6 +166,7 @@ class Openings:
             wait_s=wait_s,
             answered=answered,
             spare=spare,
+            adapter=None if self._adapter is None else name_at(self._adapter, span),
         )
 
 

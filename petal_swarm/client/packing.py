@@ -45,6 +45,14 @@ class Packing:
             raise ConfigError("attention_mask leaves a sequence of the batch without any token")
         return cls(batch, width, lengths, kept)
 
+    def widened(self, columns: int) -> Packing:
+        """As if there were so many more real tokens in front of each row of the batch."""
+        if columns == 0:
+            return self
+        lengths = tuple(length + columns for length in self.lengths)
+        kept = None if self.kept is None else torch.nn.functional.pad(self.kept, (columns, 0), value=True)
+        return Packing(self.batch, self.width + columns, lengths, kept)
+
     def pack(self, values: torch.Tensor) -> torch.Tensor:
         """`[batch, width, ...]` -> `[tokens, ...]`."""
         return values.flatten(0, 1) if self.kept is None else values[self.kept]

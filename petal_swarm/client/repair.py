@@ -87,7 +87,7 @@ class Repairer:
             PetalSwarmError: nobody could be found in time.
         """
         loop = asyncio.get_running_loop()
-        limit_s = self._config.repair_timeout_s
+        limit_s = self._openings.repair_timeout_s
         deadline = loop.time() + limit_s
         await asyncio.sleep(GATHER_S)
         self._distrust(ring)
@@ -156,6 +156,11 @@ class Repairer:
     async def _mend(self, ring: Ring, *, fresh: bool) -> None:
         """Replace what is gone, and only that."""
         plan = await self._plan(ring, fresh=fresh)
+        try:
+            await self._openings.prepare([node for node in plan if isinstance(node, Hop)])
+        except OpenFailedError as error:
+            self._openings.blame(error.peer_id, error.error)
+            raise
         ring.epoch += 1
         epoch, answered = ring.epoch, ring.answered
         work: list[Awaitable[Member | None]] = []

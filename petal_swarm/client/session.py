@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from petal_swarm.client.adapters import Adapter, NamedAdapter, upload_s
 from petal_swarm.client.loop import LoopThread
 from petal_swarm.client.packing import Chunk, chunk_slices
 from petal_swarm.client.ring import Ring
@@ -45,7 +46,15 @@ class InferenceSession:
     are the new tokens only.
     """
 
-    def __init__(self, loop: LoopThread, swarm: Swarm, model: ModelRef, *, max_length: int) -> None:
+    def __init__(
+        self,
+        loop: LoopThread,
+        swarm: Swarm,
+        model: ModelRef,
+        *,
+        max_length: int,
+        adapter: Adapter | NamedAdapter | None = None,
+    ) -> None:
         if not 1 <= max_length <= MAX_POSITION:
             raise ConfigError(f"max_length must be at least 1 and at most {MAX_POSITION}, got {max_length}")
         self.max_length = max_length
@@ -54,6 +63,7 @@ class InferenceSession:
         self._loop = loop
         self._swarm = swarm
         self._model = model
+        self._adapter = adapter
         self._ring: Ring | None = None
         self._closed = False
         self._next_step = 0
@@ -188,10 +198,9 @@ class InferenceSession:
         if self._ring is None:
             config = self._swarm.config
             limit = config.wait_for_blocks_s + (config.open_attempts + 1) * (2 * config.open_timeout_s)
-            limit += config.wait_for_room_s
-            self._ring = self._loop.run(
-                self._swarm.open_ring(self._model, max_length=self.max_length), timeout_s=limit
-            )
+            limit += config.wait_for_room_s + upload_s(self._adapter)
+            opening = self._swarm.open_ring(self._model, max_length=self.max_length, adapter=self._adapter)
+            self._ring = self._loop.run(opening, timeout_s=limit)
             first = self._ring.dtypes[0]
             same = all(name == first for name in self._ring.dtypes)
             self._wire_dtype = DTYPES[first] if same and first in _SIXTEEN_BIT else torch.float32

@@ -15,6 +15,9 @@ def prepend(prompt: Tensor, rows: Tensor, lengths: Sequence[int]) -> tuple[Tenso
     return torch.cat(pieces), tuple(length + len(prompt) for length in lengths)
 
 
-def strip(count: int, rows: Tensor, lengths: Sequence[int]) -> Tensor:
-    """What is left of `rows` without the first `count` of each sequence; `lengths` count them too."""
-    return torch.cat([sequence[count:] for sequence in torch.split(rows, list(lengths))])
+def strip(rows: Tensor, lengths: Sequence[int], kept: Sequence[int]) -> Tensor:
+    """The last `kept[i]` of the `lengths[i]` rows of each sequence."""
+    if tuple(lengths) == tuple(kept):
+        return rows
+    sequences = torch.split(rows, list(lengths))
+    return torch.cat([sequence[-count:] for sequence, count in zip(sequences, kept, strict=True)])

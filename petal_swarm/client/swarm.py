@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from dataclasses import replace
 
+from petal_swarm.client.adapters import Adapter, NamedAdapter
 from petal_swarm.client.audit_ledger import AuditLedger
 from petal_swarm.client.auditor import Auditor
 from petal_swarm.client.config import ClientConfig
@@ -16,7 +18,7 @@ from petal_swarm.client.ring import Ring
 from petal_swarm.client.view import ModelRef, View
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import RemoteDirectory
-from petal_swarm.errors import MissingBlocksError, NetworkError, PeerUnreachableError
+from petal_swarm.errors import ConfigError, MissingBlocksError, NetworkError, PeerUnreachableError
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.private import PrivateTransport
 from petal_swarm.net.swarm_key import SwarmKey, load_swarm_key
@@ -91,7 +93,34 @@ class Swarm:
             raise
         return cls(config, transport, directory)
 
-    async def open_ring(self, model: ModelRef, *, max_length: int) -> Ring:
+    async def find_adapter(self, model: ModelRef, name: str) -> NamedAdapter:
+        """An adapter that servers of the model offer to everybody, by its name or its id.
+
+        Raises:
+            ConfigError: after `wait_for_blocks_s` none does, or several are called so.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self.config.wait_for_blocks_s
+        while True:
+            known = await self.view.announcements(model.key)
+            offered = {adapter for announcement in known for adapter in announcement.adapters}
+            found = {adapter for called, adapter in offered if name in (called, adapter)}
+            if len(found) == 1:
+                return NamedAdapter(found.pop())
+            if found:
+                raise ConfigError(
+                    f"several adapters are called {name!r}; give one's id: {', '.join(sorted(found))}"
+                )
+            if loop.time() >= deadline:
+                others = ", ".join(sorted({called for called, _ in offered})) or "none at all"
+                raise ConfigError(
+                    f"{name!r} is no folder, and no server offers such an adapter, only: {others}"
+                )
+            await asyncio.sleep(RETRY_S)
+
+    async def open_ring(
+        self, model: ModelRef, *, max_length: int, adapter: Adapter | NamedAdapter | None = None
+    ) -> Ring:
         """Open a session along the fastest route, around servers that fail or refuse.
 
         After `open_attempts` it gives up if some are full, and waits once, `wait_for_room_s` at most. Where
@@ -102,6 +131,8 @@ class Swarm:
             CacheFullError, BusyError: still full.
             PetalSwarmError: what the last attempt failed with.
         """
+        if isinstance(adapter, NamedAdapter):
+            model = replace(model, offered=adapter.id)
         failed: set[str] = set()
         full: set[str] = set()
         last: OpenFailedError | None = None
@@ -125,7 +156,7 @@ class Swarm:
                 await asyncio.sleep(RETRY_S)
                 continue
             try:
-                return await self._open_along(route, model, max_length)
+                return await self._open_along(route, model, max_length, adapter)
             except OpenFailedError as error:
                 logger.info("attempt %d: avoiding %s: %s", attempts, error.peer_id, error)
                 last = error
@@ -133,11 +164,16 @@ class Swarm:
                 self.view.blame(error.peer_id, error.error)
         assert last is not None
         if last.is_full and self.config.wait_for_room_s:
-            return await self._open_when_free(model, max_length, last, failed)
+            return await self._open_when_free(model, max_length, last, failed, adapter)
         raise last.error from None
 
     async def _open_when_free(
-        self, model: ModelRef, max_length: int, last: OpenFailedError, failed: set[str]
+        self,
+        model: ModelRef,
+        max_length: int,
+        last: OpenFailedError,
+        failed: set[str],
+        adapter: Adapter | NamedAdapter | None,
     ) -> Ring:
         """Wait in the queues of the fastest route, since every route has a full server."""
         wait_s = self.config.wait_for_room_s
@@ -151,17 +187,23 @@ class Swarm:
             lambda: logger.warning("every server of %s is full; waiting up to %g s", blocks, wait_s),
         )
         try:
-            return await self._open_along(route, model, max_length, wait_s=wait_s)
+            return await self._open_along(route, model, max_length, adapter, wait_s=wait_s)
         except OpenFailedError as error:
             raise error.error from None
         finally:
             said.cancel()
 
     async def _open_along(
-        self, route: Route, model: ModelRef, max_length: int, *, wait_s: float = 0.0
+        self,
+        route: Route,
+        model: ModelRef,
+        max_length: int,
+        adapter: Adapter | NamedAdapter | None,
+        *,
+        wait_s: float = 0.0,
     ) -> Ring:
         session = secrets.token_bytes(SESSION_ID_BYTES)
-        openings = Openings(self.view, self.transport, model, max_length=max_length)
+        openings = Openings(self.view, self.transport, model, max_length=max_length, adapter=adapter)
         opening = openings.of_session(session, route.hops, wait_s=wait_s)
         members = await openings.open_all(route.hops, opening, self.config.open_timeout_s)
         auditor = None
@@ -173,6 +215,7 @@ class Swarm:
                 self.audits,
                 max_length=max_length,
                 rate=self.config.audit_rate,
+                adapter=adapter,
             )
         log = self._logs.new_log()
         return Ring(session, route, members, log, keeper=Repairer(openings).keep, observer=auditor)

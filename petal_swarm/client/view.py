@@ -30,11 +30,12 @@ RECENT_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class ModelRef:
-    """What routing must know of a model."""
+    """What routing must know of a model; `offered` is the id of an adapter that its servers must offer."""
 
     key: str
     num_blocks: int
     hidden_size: int
+    offered: str | None = None
 
 
 class View:
@@ -94,7 +95,7 @@ class View:
         deadline = _now() + self.config.wait_for_blocks_s
         waiting = False
         while True:
-            known = _able(await self.announcements(model.key), trains)
+            known = _able(offering(model, await self.announcements(model.key)), trains)
             usable = self._without(known, avoid | self.avoidance.banned)
             rtts = await self.measure(usable)
             try:
@@ -138,7 +139,7 @@ class View:
         heard, heard_s = self._heard.get(model.key, ([], 0.0))
         if fresh or not heard or _now() - heard_s > RECENT_S:
             heard = await self.announcements(model.key)
-        able = [a for a in _able(heard, trains) if a.max_batch_tokens >= min_batch_tokens]
+        able = [a for a in _able(offering(model, heard), trains) if a.max_batch_tokens >= min_batch_tokens]
         kinds = {(hop.dtype, hop.quant) for hop in like}
         alike = [a for a in able if (a.dtype, a.quant) in kinds]
         rtts = self._pinger.known(a.peer_id for a in able)
@@ -190,6 +191,13 @@ class View:
 
     def _without(self, known: list[Announcement], avoided: frozenset[str]) -> list[Announcement]:
         return [announcement for announcement in known if announcement.peer_id not in avoided]
+
+
+def offering(model: ModelRef, known: list[Announcement]) -> list[Announcement]:
+    """Those that offer the adapter that is asked for, if one is."""
+    if model.offered is None:
+        return known
+    return [one for one in known if any(adapter == model.offered for _, adapter in one.adapters)]
 
 
 def _able(known: list[Announcement], trains: bool) -> list[Announcement]:

@@ -17,6 +17,7 @@ from petal_swarm.errors import AdapterFullError, AdapterMissingError, BadAdapter
 from petal_swarm.models.adapter_digest import adapter_digest
 from petal_swarm.models.adapters import AdapterLayout
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.packed_adapters import ServedAdapter
 from petal_swarm.span import Span
 
 #: Whose adapters those are that a server offers.
@@ -29,7 +30,7 @@ _RETRY_AFTER_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterLimits:
-    """How much a store may hold: bytes in all, and bytes and adapters of one peer."""
+    """How much a store may hold for peers: bytes in all, and bytes and adapters of one of them."""
 
     max_bytes: int = 512 << 20
     max_bytes_of_peer: int = 256 << 20
@@ -42,7 +43,7 @@ class HeldAdapter:
     `digest` is that of `adapter_digest`. Who needs it for longer than a moment says so: `AdapterStore.use`.
     """
 
-    __slots__ = ("digest", "expires_s", "id", "layout", "numbers", "owner", "span", "ttl_s", "uses")
+    __slots__ = ("digest", "expires_s", "id", "layout", "numbers", "owner", "served", "span", "ttl_s", "uses")
 
     def __init__(
         self, owner: str, adapter: str, span: Span, layout: AdapterLayout, numbers: Tensor, digest: bytes
@@ -53,6 +54,8 @@ class HeldAdapter:
         self.layout = layout
         self.numbers = numbers
         self.digest = digest
+        #: What sessions multiply by, once the first has begun.
+        self.served: ServedAdapter | None = None
         self.uses = 0
         self.ttl_s = 0.0
         self.expires_s = 0.0
@@ -81,6 +84,7 @@ class AdapterStore:
         #: The least recently used first.
         self._held: dict[tuple[str, str, Span], HeldAdapter] = {}
         self._reserved: dict[str, tuple[int, int]] = {}
+        #: Of peers' adapters, those that are coming included.
         self.nbytes = 0
 
     def __len__(self) -> int:
@@ -145,9 +149,9 @@ class AdapterStore:
         held = HeldAdapter(owner, adapter, span, layout, numbers, digest)
         if owner != EVERYBODY:
             self._make_room(owner, held.nbytes)
+            self.nbytes += held.nbytes
         held.ttl_s = ttl_s
         self._held[key] = held
-        self.nbytes += held.nbytes
         self._touch(held)
         return held
 
@@ -266,4 +270,5 @@ class AdapterStore:
 
     def _drop(self, held: HeldAdapter) -> None:
         del self._held[held.owner, held.id, held.span]
-        self.nbytes -= held.nbytes
+        if held.owner != EVERYBODY:
+            self.nbytes -= held.nbytes

@@ -10,16 +10,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 from petal_swarm.engine.engine import Engine
-from petal_swarm.engine.executor import CACHE_WAIT_S, Executor, internal_error
+from petal_swarm.engine.executor import CACHE_WAIT_S, Executor
 from petal_swarm.engine.scheduler import Job
 from petal_swarm.engine.steps import StepRequest, StepResult
-from petal_swarm.errors import CacheFullError
+from petal_swarm.engine.works import Pieces, Work, internal_error
+from petal_swarm.errors import CacheFullError, RemoteError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -47,7 +48,9 @@ class Compute(Protocol):
 
     def call(self, function: Callable[[], T]) -> Future[T]: ...
 
-    def run_work(self, work: Iterator[None], peer: str) -> Future[Any]: ...
+    def run_work(self, pieces: Pieces[T], peer: str) -> Future[T]: ...
+
+    def piece_rows(self) -> int: ...
 
     def close_session(self, key: Hashable) -> None: ...
 
@@ -80,11 +83,15 @@ class InlineCompute:
         _run_into(future, function)
         return future
 
-    def run_work(self, work: Iterator[None], peer: str) -> Future[Any]:
-        future: Future[Any] = Future()
-        while not future.done():
-            _advance(work, future)
+    def run_work(self, pieces: Pieces[T], peer: str) -> Future[T]:
+        future: Future[T] = Future()
+        work = Work(pieces, future, peer)
+        while work.advance():
+            pass
         return future
+
+    def piece_rows(self) -> int:
+        return self.engine.max_batch_tokens
 
     def close_session(self, key: Hashable) -> None:
         self.engine.close_session(key)
@@ -156,17 +163,20 @@ class ComputeThread:
         self._inbox.put(lambda: _run_into(future, function))
         return future
 
-    def run_work(self, work: Iterator[None], peer: str) -> Future[Any]:
-        """Exhaust `work` in the compute thread, a piece at a time between batches; the result is its own."""
-        future: Future[Any] = Future()
+    def run_work(self, pieces: Pieces[T], peer: str) -> Future[T]:
+        """Do `pieces` in the compute thread, one at a time between batches, peers by turns.
 
-        def advance() -> None:
-            _advance(work, future)
-            if not future.done():
-                self._inbox.put(advance)
-
-        self._inbox.put(advance)
+        The future has what they return, or the error that they raise; one that is no `PetalSwarmError` is
+        logged, and reported as a `RemoteError`. Cancelling it ends the work before its next piece.
+        """
+        future: Future[T] = Future()
+        work = Work(pieces, future, peer)
+        self._inbox.put(lambda: self._executor.add_work(work))
         return future
+
+    def piece_rows(self) -> int:
+        """Of how many rows a piece of work may compute a block at present, so that decoding goes on."""
+        return self._executor.piece_rows()
 
     def close_session(self, key: Hashable) -> None:
         """Drop the waiting steps of a session and free its cache, soon."""
@@ -198,6 +208,7 @@ class ComputeThread:
                 except Exception:
                     # Whatever it is, the other sessions' steps must go on.
                     logger.exception("a step's result could not be handed over")
+        self._executor.drop_works(RemoteError("the server is stopping"))
 
     def _interrupted(self) -> bool:
         return not self._inbox.empty()
@@ -243,15 +254,6 @@ def _run_into(future: Future[T], function: Callable[[], T]) -> None:
             future.set_result(function())
         except BaseException as error:
             future.set_exception(error)
-
-
-def _advance(work: Iterator[None], future: Future[Any]) -> None:
-    try:
-        next(work)
-    except StopIteration as done:
-        future.set_result(done.value)
-    except BaseException as error:
-        future.set_exception(error)
 
 
 def _run_guarded(engine: Engine, request: StepRequest) -> StepResult:

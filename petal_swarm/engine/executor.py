@@ -1,7 +1,8 @@
 """Runs an engine's steps: decode first, prefill in chunks beside it. No threads; the clock is an argument.
 
-`advance` does one piece of work and returns: a decode batch, or blocks of a prefill batch until somebody
-has something more urgent. A prefill batch that was interrupted stays where it is between two blocks.
+`advance` does one thing and returns: a decode batch, blocks of a prefill batch until somebody has something
+more urgent, or a piece of a training pass. A prefill batch that was interrupted stays where it is between two
+blocks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from petal_swarm.engine.engine import Batch, Chunk, Engine
 from petal_swarm.engine.pace import Company, Pace
 from petal_swarm.engine.scheduler import Job, Portion, Scheduler
 from petal_swarm.engine.steps import StepResult
-from petal_swarm.errors import CacheFullError, PetalSwarmError, RemoteError
+from petal_swarm.engine.works import Work, Works, internal_error
+from petal_swarm.errors import CacheFullError, PetalSwarmError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -63,6 +65,7 @@ class Executor(Generic[T]):
         self._cache_wait_s = cache_wait_s
         self._clock = clock
         self._scheduler: Scheduler[T] = Scheduler(engine.max_batch_tokens)
+        self._works = Works()
         self._paused: _Paused[T] | None = None
         self._retired: list[Hashable] = []
         self._company = Company()
@@ -79,11 +82,23 @@ class Executor(Generic[T]):
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing is under way."""
-        return not len(self._scheduler) and self._paused is None
+        return not len(self._scheduler) and self._paused is None and not self._works
 
     def add(self, job: Job[T]) -> None:
         """A step has arrived; the steps of a session keep their order."""
         self._scheduler.add(job)
+
+    def add_work(self, work: Work) -> None:
+        """Something to be done piece by piece, when decode and prefill leave time for it."""
+        self._works.add(work)
+
+    def drop_works(self, error: PetalSwarmError) -> None:
+        """All works fail."""
+        self._works.clear(error)
+
+    def piece_rows(self) -> int:
+        """Of how many rows a piece of work may compute a block, for decoding to go on. Any thread may ask."""
+        return self._pace.chunk_rows(self._clock())
 
     def close_session(self, session: Hashable) -> None:
         """Drop a session's steps and free its cache: at once, or after the batch that reads it."""
@@ -108,7 +123,7 @@ class Executor(Generic[T]):
     def wait_s(self) -> float | None:
         """How long `advance` will have nothing to do; None if nothing comes of itself."""
         scheduler = self._scheduler
-        if self._paused is not None or scheduler.decodes_ready or scheduler.prefill_ready:
+        if self._paused is not None or self._works or scheduler.decodes_ready or scheduler.prefill_ready:
             return 0.0
         deadlines = [self._deadline(job) for job in scheduler.parked]
         if not deadlines:
@@ -125,13 +140,16 @@ class Executor(Generic[T]):
         return self._company.linger_s(self._clock(), ready, self._pace.decode_s)
 
     def advance(self, interrupted: Callable[[], bool]) -> list[Finished[T]]:
-        """Do what is most urgent, if anything: a decode batch, or prefill until `interrupted`.
+        """Do what is most urgent, if anything: a decode batch, prefill until `interrupted`, a piece of work.
 
         `interrupted` is asked between two blocks. Returns the steps that have ended.
         """
         now = self._clock()
         self._retry_parked(now)
-        if self._scheduler.decodes_ready and not (self._pace.owes_prefill and self._prefill_waits):
+        decodes = self._scheduler.decodes_ready
+        if self._works and (self._pace.owes_work or not (decodes or self._prefill_waits)):
+            self._pace.worked(self._works.advance(self._clock))
+        elif decodes and not (self._pace.owes_prefill and self._prefill_waits):
             self._decode(now)
         else:
             if self._paused is None and self._scheduler.prefill_ready:
@@ -146,6 +164,7 @@ class Executor(Generic[T]):
         Returns them all, and those that had ended when `advance` failed.
         """
         failure = internal_error(error)
+        self._works.clear(failure)
         now = self._clock()
         for job in self._scheduler.clear():
             queued_s = max(0.0, now - job.waiting_since_s - job.compute_s)
@@ -179,6 +198,8 @@ class Executor(Generic[T]):
         now = self._clock()
         blocks = len(portions[0].job.request.blocks)
         self._pace.decoded(now, elapsed, blocks, prefill_waits=self._prefill_waits)
+        if self._works:
+            self._pace.owe_work(elapsed)
         self._company.decoded(now, [job.request.session for job, _ in portions])
         self._computed(portions, elapsed, now)
 
@@ -196,9 +217,13 @@ class Executor(Generic[T]):
         pace, scheduler = self._pace, self._scheduler
         try:
             while not batch.done:
-                pace.prefilled(batch.advance(), batch.rows)
+                elapsed = batch.advance()
+                pace.prefilled(elapsed, batch.rows)
+                if self._works:
+                    pace.owe_work(elapsed)
                 decode_first = scheduler.decodes_ready and not pace.owes_prefill
-                if not batch.done and (decode_first or interrupted()):
+                work_first = self._works and pace.owes_work
+                if not batch.done and (decode_first or work_first or interrupted()):
                     return
         except Exception as error:
             self._fail_all(portions, error)
@@ -290,12 +315,6 @@ class Executor(Generic[T]):
             except Exception as failure:  # no memory to join the chunks' rows
                 result.error = internal_error(failure)
         self._ended.append(Finished(job.owner, result))
-
-
-def internal_error(error: Exception) -> RemoteError:
-    """What the owner of a step is told of a bug; the details are for this server's log."""
-    logger.error("a batch of steps failed", exc_info=error)
-    return RemoteError(f"the server failed to compute: {type(error).__name__}")
 
 
 def _chunks(portions: Sequence[Portion[T]]) -> list[Chunk]:

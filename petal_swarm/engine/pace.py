@@ -12,6 +12,8 @@ from collections.abc import Hashable, Iterable
 #: Of the time of a decode batch: what one block of prefill may take, and what prefill is owed after it.
 BLOCK_SHARE = 1 / 4
 PREFILL_SHARE = 1 / 3
+#: Of the time of decoding and prefill: what work that waits is owed besides.
+WORK_SHARE = 1 / 3
 
 #: When nobody decoded for `ACTIVE_S`, a block may take this long, or this many times a decode step's block,
 #: whichever is longer: large blocks are not worth running for a few rows.
@@ -51,6 +53,7 @@ class Pace:
         self._max_rows = max_rows
         self._last_decode_s = float("-inf")
         self._owed_s = 0.0
+        self._work_owed_s = 0.0
 
     @property
     def owes_prefill(self) -> bool:
@@ -68,6 +71,19 @@ class Pace:
         """One block of a prefill batch took `elapsed_s`."""
         self._owed_s -= elapsed_s
         self.row_s = smooth(self.row_s, elapsed_s / rows)
+
+    @property
+    def owes_work(self) -> bool:
+        """Whether a piece of work, if there is any, goes before decode and prefill."""
+        return self._work_owed_s > 0.0
+
+    def owe_work(self, elapsed_s: float) -> None:
+        """Work waited while others were computed."""
+        self._work_owed_s = min(self._work_owed_s, 0.0) + elapsed_s * WORK_SHARE
+
+    def worked(self, elapsed_s: float) -> None:
+        """A piece of work was done: the next waits until others had their share of the time."""
+        self._work_owed_s = -elapsed_s
 
     def chunk_rows(self, now_s: float) -> int:
         """How many rows the next prefill batch may have."""

@@ -10,6 +10,7 @@ how far back a token sees.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,8 +18,10 @@ from torch.nn import functional as F
 
 from petal_swarm.models import devices
 from petal_swarm.models.int8_kv import Int8Pool, Ranges
+from petal_swarm.models.norms import RMSNorm
 from petal_swarm.models.packing import PackedBatch, PackedSlice
 from petal_swarm.models.ragged import Decoding, Group, in_groups
+from petal_swarm.models.rope import rotate_
 
 _QUERY_CHUNK = 256
 # On a device a mask is written out: at most this many numbers at a time, and so many kept for other blocks.
@@ -109,6 +112,11 @@ class MaskTable:
         return self._table.dtype
 
     @property
+    def table(self) -> Tensor:
+        """What all masks are views of; grows."""
+        return self._table
+
+    @property
     def heads(self) -> int:
         """How many heads a mask is written out for."""
         return self._table.shape[0]
@@ -156,6 +164,25 @@ def _drop_first(extents: tuple[tuple[int, int], ...], count: int) -> tuple[tuple
         if start + drop < stop:
             kept.append((start + drop, stop))
     return tuple(kept)
+
+
+class Attention(Protocol):
+    """What blocks know of the attention of a step: the same for all of them."""
+
+    def rotate(self, qkv: Tensor, norm: RMSNorm | None) -> Tensor:
+        """Normalizes the heads of queries and keys, if `norm`, and turns them by position.
+
+        `qkv` as in `attend`, heads interleaved; it may be overwritten.
+        """
+        ...
+
+    def attend(self, qkv: Tensor, pair: Tensor) -> Tensor:
+        """`qkv [tokens, (query + 2 kv) * size]`, contiguous, ordered query heads, key heads, value heads.
+
+        `pair [2, kv, tokens, size]` are keys and values to attend to besides; returns
+        `[tokens, query * size]`.
+        """
+        ...
 
 
 class AttentionPlan:
@@ -225,11 +252,18 @@ class AttentionPlan:
             for members in in_groups(decoding, 2 * heads.kv * heads.size)
         ]
 
-    def attend(self, qkv: Tensor, pair: Tensor) -> Tensor:
-        """`qkv [tokens, (query + 2 kv) * size]`, contiguous, ordered query heads, key heads, value heads.
+    def rotate(self, qkv: Tensor, norm: RMSNorm | None) -> Tensor:
+        """In place; see `Attention`."""
+        assert self.rotation is not None, "plans for this family carry rotations"
+        shape = self._heads
+        heads = qkv.view(qkv.shape[0], -1, shape.size)[:, : shape.query + shape.kv]
+        if norm is not None:
+            heads.copy_(norm(heads))
+        rotate_(heads, self.rotation)
+        return qkv
 
-        Writes keys and values into `pair`, as in `KVPool.pairs`; returns `[tokens, query * size]`.
-        """
+    def attend(self, qkv: Tensor, pair: Tensor) -> Tensor:
+        """See `Attention`. Writes keys and values into `pair`, as in `KVPool.pairs`."""
         self._store(qkv, pair)
         pieces = self._pieces
         if len(pieces) == 1:

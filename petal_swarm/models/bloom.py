@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petal_swarm.models.attention import AttentionPlan
+from petal_swarm.models.attention import Attention
 from petal_swarm.models.config import Fields, ModelConfig
 from petal_swarm.models.family import EndNames, Family, Shape
 from petal_swarm.models.linear import Projection
@@ -54,7 +54,7 @@ class BloomBlock:
         self._residual_after_norm = config.residual_after_norm
         self._parts = _parts(config)
 
-    def __call__(self, hidden: Tensor, plan: AttentionPlan, pair: Tensor) -> Tensor:
+    def __call__(self, hidden: Tensor, plan: Attention, pair: Tensor) -> Tensor:
         normed = self._input_norm(hidden)
         attended = plan.attend(self._qkv(normed), pair)
         hidden = self._out.plus(attended, normed if self._residual_after_norm else hidden)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from petal_swarm.models.attention import AttentionPlan
+from petal_swarm.models.attention import Attention
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.lora import Project
 from petal_swarm.models.quantization import Quant, Weight
@@ -17,12 +17,13 @@ Shape = tuple[int, ...]
 
 
 class Block(Protocol):
-    """One transformer layer: `hidden [tokens, hidden_size]` to the same shape, `pair` as in `KVPool.pairs`.
+    """One transformer layer: `hidden [tokens, hidden_size]` to the same shape, `pair` as the plan wants it.
 
-    It must not write into `hidden`.
+    It must not write into `hidden`. If `hidden` requires a gradient, and projections and plan are those of
+    `training`, what comes out is differentiable.
     """
 
-    def __call__(self, hidden: Tensor, plan: AttentionPlan, pair: Tensor) -> Tensor: ...
+    def __call__(self, hidden: Tensor, plan: Attention, pair: Tensor) -> Tensor: ...
 
     def adapted(self, project: Project) -> Block:
         """A copy whose projections are what `project` makes of them; the weights are shared."""

@@ -91,6 +91,13 @@ class PackedInt8Linear:
         """`residual + self(x)`."""
         return self._apply(x, residual)
 
+    def back(self, grad: Tensor) -> Tensor:
+        """`grad @ weight`, in floating point: rounding an activation counts as if it changed nothing."""
+        values = self._packed.to_dense()  # [in, out]
+        step = max(1, _PIECE_ELEMENTS // values.shape[1])
+        pieces = [F.linear(grad, (piece * self._scales).to(grad.dtype)) for piece in values.split(step)]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
+
     def _apply(self, x: Tensor, residual: Tensor | None) -> Tensor:
         wide = x if x.dtype is torch.float32 else x.float()
         out = self._one(wide) if x.shape[0] == 1 else self._many(wide)
@@ -238,6 +245,13 @@ class Int8Linear:
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """`residual + self(x)`."""
         return self(x).add_(residual)
+
+    def back(self, grad: Tensor) -> Tensor:
+        """`grad @ weight`."""
+        step = max(1, self._piece_rows * self._values.shape[1] // self._values.shape[0])
+        columns = torch.split(self._values, step, dim=1)
+        pieces = [grad @ Int8Rows(piece, self._scales).dequantized(grad.dtype) for piece in columns]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     @property
     def nbytes(self) -> int:

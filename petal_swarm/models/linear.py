@@ -28,6 +28,10 @@ class Projection(Protocol):
         """`residual + self(x)`; `residual` stays as it is."""
         ...
 
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient of `x` for `grad [tokens, out]`, the one of the result: `grad @ weight`."""
+        ...
+
     @property
     def nbytes(self) -> int: ...
 
@@ -59,6 +63,10 @@ class Linear:
         if self.bias is None:
             return torch.addmm(residual, x, self._transposed)
         return torch.addmm(self.bias, x, self._transposed).add_(residual)
+
+    def back(self, grad: Tensor) -> Tensor:
+        """`grad @ weight`."""
+        return torch.mm(grad, self.weight)
 
     @property
     def nbytes(self) -> int:

@@ -12,15 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from petal_swarm.models.attention import AttentionPlan
+from petal_swarm.models.attention import Attention
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.differentiable import silu_gate
 from petal_swarm.models.family import EndNames, Family, Shape, no_slopes
 from petal_swarm.models.linear import Projection
 from petal_swarm.models.llama_config import gguf_to_hf, parse
 from petal_swarm.models.lora import Part, Project
 from petal_swarm.models.norms import RMSNorm
 from petal_swarm.models.quantization import Weight, make_linear, map_parts, stack_rows, vector
-from petal_swarm.models.rope import interleave_heads, rotate_
+from petal_swarm.models.rope import interleave_heads
 
 
 class LlamaBlock:
@@ -29,22 +30,18 @@ class LlamaBlock:
     __slots__ = (
         "_down",
         "_gate_up",
-        "_head_dim",
         "_input_norm",
         "_mlp_norm",
         "_out",
         "_parts",
         "_qk_norm",
         "_qkv",
-        "_rotated",
     )
 
     def __init__(self, config: ModelConfig, tensors: dict[str, Weight]) -> None:
         def norm(stem: str) -> RMSNorm:
             return RMSNorm(vector(tensors, f"{stem}.weight"), config.norm_eps)
 
-        self._head_dim = config.head_dim
-        self._rotated = config.num_heads + config.num_kv_heads
         self._input_norm = norm("input_layernorm")
         self._qkv = _fused_qkv(config, tensors)
         self._qk_norm = _joint_qk_norm(config, tensors) if config.qk_norm else None
@@ -54,16 +51,13 @@ class LlamaBlock:
         self._down = _fused(tensors, "mlp.down_proj")
         self._parts = _parts(config)
 
-    def __call__(self, hidden: Tensor, plan: AttentionPlan, pair: Tensor) -> Tensor:
-        qkv = self._qkv(self._input_norm(hidden))
-        assert plan.rotation is not None, "plans for this family carry rotations"
-        tokens = qkv.shape[0]
-        heads = qkv.view(tokens, -1, self._head_dim)[:, : self._rotated]
-        if self._qk_norm is not None:
-            heads.copy_(self._qk_norm(heads))
-        rotate_(heads, plan.rotation)
+    def __call__(self, hidden: Tensor, plan: Attention, pair: Tensor) -> Tensor:
+        qkv = plan.rotate(self._qkv(self._input_norm(hidden)), self._qk_norm)
         hidden = self._out.plus(plan.attend(qkv, pair), hidden)
-        gate, up = self._gate_up(self._mlp_norm(hidden)).chunk(2, dim=1)
+        gate_up = self._gate_up(self._mlp_norm(hidden))
+        if gate_up.requires_grad:
+            return self._down.plus(silu_gate(gate_up), hidden)
+        gate, up = gate_up.chunk(2, dim=1)
         return self._down.plus(F.silu(gate).mul_(up), hidden)
 
     def adapted(self, project: Project) -> LlamaBlock:

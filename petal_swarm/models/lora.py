@@ -80,12 +80,24 @@ class LoraDelta(NamedTuple):
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Adds what `x [tokens, in]` gives to `out [tokens, out]`, in place; computed in the dtype of `a`."""
-        reduced = x.to(self.a.dtype) @ self.a.t()
+        self.expand_into(out, x.to(self.a.dtype) @ self.a.t())
+
+    def expand_into(self, out: Tensor, reduced: Tensor) -> None:
+        """As `add_to`, of `reduced`, which is `x @ a.T`."""
         for start, stop, first, last, b in self.pieces:
             if out.dtype is b.dtype:
                 out[:, start:stop].addmm_(reduced[:, first:last], b.t())
             else:
                 out[:, start:stop] += reduced[:, first:last] @ b.t()
+
+    def back(self, grad: Tensor) -> Tensor:
+        """What it adds to the gradient `[tokens, in]` of `x`; `grad [tokens, out]` is that of the result."""
+        return self.reduced_grad(grad) @ self.a
+
+    def reduced_grad(self, grad: Tensor) -> Tensor:
+        """The gradient of `x @ a.T`, in the dtype of `a`."""
+        parts = [grad[:, piece.start : piece.stop].to(piece.b.dtype) @ piece.b for piece in self.pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +123,10 @@ class AdaptedProjection:
         out = self._base.plus(x, residual)
         self._delta.add_to(out, x)
         return out
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient of `x`."""
+        return self._base.back(grad) + self._delta.back(grad).to(grad.dtype)
 
     @property
     def nbytes(self) -> int:

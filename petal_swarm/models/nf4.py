@@ -8,6 +8,7 @@ pieces so that working memory stays small. Activations stay in floating point.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -151,6 +152,11 @@ class Nf4Linear:
         """`residual + self(x)`."""
         return self(x).add_(residual)
 
+    def back(self, grad: Tensor) -> Tensor:
+        """`grad @ weight`."""
+        pieces = zip(*(torch.split(part, self._piece_rows) for part in self._weight), strict=True)
+        return _back(grad, (Nf4Rows(*piece) for piece in pieces))
+
     @property
     def nbytes(self) -> int:
         return self._weight.codes.nbytes + self._weight.scales.nbytes + _nbytes(self._bias)
@@ -185,9 +191,37 @@ class PackedNf4Linear:
         """`residual + self(x)`."""
         return self(x).add_(residual)
 
+    def back(self, grad: Tensor) -> Tensor:
+        """`grad @ weight`, of scales rounded as the kernel has them."""
+        rows, halves = self._codes.shape
+        step = _PACKED_ROWS * max(1, _PIECE_ELEMENTS // (2 * _PACKED_ROWS * halves))
+        return _back(grad, (self._rows(first, min(first + step, rows)) for first in range(0, rows, step)))
+
+    def _rows(self, start: int, stop: int) -> Nf4Rows:
+        """The rows `start:stop`, whole groups, in the canonical layout."""
+        # For 32 rows and each pair of columns there are 32 bytes, their low bits for the first 16 rows: the
+        # pair of the first, of the second, and so on.
+        packed = self._codes[start:stop].view(-1, self._codes.shape[1], _PACKED_ROWS // 2, 2)
+        codes = torch.cat([packed & 15, packed >> 4], dim=2).transpose(1, 2)
+        codes = (codes[..., 0] << 4 | codes[..., 1]).reshape(stop - start, -1)
+        return Nf4Rows(codes, self._state.absmax[:, start:stop].t().float().contiguous())
+
     @property
     def nbytes(self) -> int:
         return self._codes.nbytes + int(self._state.absmax.nbytes) + _nbytes(self._bias)
+
+
+def _back(grad: Tensor, pieces: Iterable[Nf4Rows]) -> Tensor:
+    """`grad @ weight` for a weight that comes in pieces of its rows; summed in float32."""
+    total: Tensor | None = None
+    row = 0
+    for piece in pieces:
+        weight = piece.dequantized(grad.dtype)
+        part = grad[:, row : row + len(weight)] @ weight
+        row += len(weight)
+        total = part if total is None else total.float().add_(part)
+    assert total is not None, "a weight has rows"
+    return total.to(grad.dtype)
 
 
 def _nbytes(bias: Tensor | None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from petal_swarm.models.differentiable import layer_norm, rms_norm
+
 
 class LayerNorm:
     """Mean and variance over the last dimension; torch accumulates in float32."""
@@ -18,6 +20,8 @@ class LayerNorm:
         self._shape = weight.shape
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return layer_norm(x, self.weight, self.bias, self.eps)
         return torch.layer_norm(x, self._shape, self.weight, self.bias, self.eps)
 
     @property
@@ -43,6 +47,8 @@ class RMSNorm:
         self._scaled = weight.float() * size**0.5
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return rms_norm(x, self.weight, self.eps)
         if x.dtype == torch.float32:
             return (x * self._inverse_length(x)).mul_(self._scaled)
         wide = x.float()

@@ -86,6 +86,15 @@ class _SegmentedProjection:
         self._add(out, x)
         return out
 
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient of `x`, for the segments of now."""
+        found = self._base.back(grad)
+        for start, stop, deltas in self._now.segments:
+            delta = deltas[self._number]
+            if delta is not None:
+                found[start:stop] += delta.back(grad[start:stop]).to(found.dtype)
+        return found
+
     @property
     def nbytes(self) -> int:
         return self._base.nbytes

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from petal_swarm.errors import ConfigError
-from petal_swarm.models.adapters import AdapterLayout
+from petal_swarm.models.adapters import AdapterLayout, BlockAdapter
 from petal_swarm.models.attention import AttentionPlan, Heads, MaskTable
 from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.block_source import BlockSource
@@ -21,7 +22,11 @@ from petal_swarm.models.packed_adapters import AdaptedBlocks, ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
 from petal_swarm.models.quantization import Quant
 from petal_swarm.models.rope import RotaryTable, interleave_keys
+from petal_swarm.models.training import TrainingPlan, with_gradients
 from petal_swarm.span import Span
+
+#: Attention of whole sequences, for blocks of each window.
+Sequences: TypeAlias = Mapping[int | None, TrainingPlan]
 
 
 class BlockStack:
@@ -119,6 +124,30 @@ class BlockStack:
         if self._rotary is None:
             return prefix
         return torch.stack([interleave_keys(prefix[0]), prefix[1]])
+
+    def sequences(self, lengths: Sequence[int], prefix_tokens: int = 0) -> Sequences:
+        """Whole sequences for `forward_trained`; their first tokens stand at position `prefix_tokens`."""
+        rotation = None
+        if self._rotary is not None:
+            longest = self._rotary.run(prefix_tokens, prefix_tokens + max(lengths))
+            rotation = torch.cat([longest[:length] for length in lengths])
+        return {
+            window: TrainingPlan(lengths, self._heads, masks, window, self._alibi, rotation)
+            for window, masks in self._masks.items()
+        }
+
+    def forward_trained(
+        self, block: int, hidden: Tensor, sequences: Sequences, adapter: BlockAdapter
+    ) -> Tensor:
+        """Runs `block` over `hidden [tokens, hidden_size]`, whole `sequences`, without a KV cache.
+
+        Under autograd gradients flow to `hidden` and `adapter`, not to the weights. Not in inference mode.
+        """
+        index = block - self.span.start
+        shape = (2, self._heads.kv, 0, self._heads.size)
+        prefix = hidden.new_empty(shape) if adapter.prefix is None else self.arrange_prefix(adapter.prefix)
+        trained = self._blocks[index].adapted(with_gradients(adapter.lora))
+        return trained(hidden, sequences[self._windows[index]], prefix)
 
     def _plan(self, batch: PackedBatch, window: int | None, pool: KVPool) -> AttentionPlan:
         plan = AttentionPlan(batch, self._heads, self._masks[window], window, self._alibi, pool.int8)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Sequence
 
 import torch
 from torch import Tensor
 
-from petal_swarm.engine.adapters import EVERYBODY, AdapterStore
+from petal_swarm.engine.adapters import EVERYBODY, AdapterStore, HeldAdapter
 from petal_swarm.errors import (
     BadAdapterError,
     BadMessageError,
@@ -20,11 +20,14 @@ from petal_swarm.errors import (
 )
 from petal_swarm.models.adapter_digest import adapter_digest, adapter_id
 from petal_swarm.models.adapters import AdapterLayout, LoraPlace
+from petal_swarm.models.stack import BlockStack
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.gate import StreamGate
+from petal_swarm.server.offered import OfferedAdapter
 from petal_swarm.server.results import answering_errors
+from petal_swarm.span import Span
 from petal_swarm.wire.connection import ADAPTER_TABLE, Role
 from petal_swarm.wire.messages import Message
 from petal_swarm.wire.messages.adapters import (
@@ -40,15 +43,6 @@ logger = logging.getLogger(__name__)
 
 #: A client may leave its stream open for the next adapter: in training there is one for each change.
 IDLE_TIMEOUT_S = 120.0
-
-
-@dataclass(frozen=True, slots=True)
-class OfferedAdapter:
-    """An adapter for everybody, with the numbers of all blocks: flat float32."""
-
-    name: str
-    layout: AdapterLayout
-    numbers: Tensor
 
 
 class AdapterHost:
@@ -84,6 +78,26 @@ class AdapterHost:
                 channel.send(AdapterReady())
                 async with asyncio.timeout(IDLE_TIMEOUT_S):
                     message = await channel.receive()
+
+    @contextlib.asynccontextmanager
+    async def in_use(
+        self, peer: str, adapter: str | None, blocks: Span, stack: BlockStack
+    ) -> AsyncIterator[HeldAdapter | None]:
+        """While the block runs, the adapter of a peer's session is there, and made ready; None for none.
+
+        Raises:
+            AdapterMissingError: the peer has uploaded none of that name for these blocks, or it has gone.
+        """
+        if adapter is None:
+            yield None
+            return
+        with self.store.use(self.store.find(peer, adapter, blocks)) as held:
+            served = held.served
+            if served is None:
+                served = await asyncio.to_thread(stack.serve_adapter, held.layout, held.numbers, held.span)
+                # Sessions that began together made it each: one is enough.
+                held.served = held.served or served
+            yield held
 
     async def _take(self, channel: Channel, offer: AdapterOffer) -> None:
         """Have the adapter that is offered, from before or from now on.

@@ -10,6 +10,7 @@ from pathlib import Path
 from petal_swarm.errors import ConfigError
 from petal_swarm.net.addresses import is_loopback, is_peer_id
 from petal_swarm.span import Span
+from petal_swarm.wire.announcement import MAX_ADAPTERS
 from petal_swarm.wire.messages.prefixes import MAX_PAGES, PAGE_TOKENS
 
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
@@ -29,7 +30,8 @@ class ServerConfig:
     Without a `cache_dir` nothing is kept for the next start. `swarm_key` is the file of a private swarm's
     key. Only `allow_peers` may open sessions, if there are any.
     Without a `cache_dir` nothing is kept for the next start. `rebalance` is whether it moves to other blocks
-    when the swarm needs them more; None is yes, unless `blocks` says which.
+    when the swarm needs them more; None is yes, unless `blocks` says which. `adapters` are offered to
+    everybody, each a folder or Hub id, or `NAME=` and that; `adapter_mib` is the room for clients' own.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -58,6 +60,8 @@ class ServerConfig:
     drain_timeout_s: float = 60.0
     cache_dir: str | None = None
     rebalance: bool | None = None
+    adapters: tuple[str, ...] = ()
+    adapter_mib: int = 512
 
     def __post_init__(self) -> None:
         if self.new_swarm == bool(self.initial_peers):
@@ -99,6 +103,11 @@ class ServerConfig:
             raise ConfigError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
             raise ConfigError(f"--kv-tokens must be at least {MIN_KV_TOKENS}, got {self.kv_tokens}")
+
+        if self.adapter_mib < 0:
+            raise ConfigError(f"--adapter-mib must be at least 0, got {self.adapter_mib}")
+        if len(self.adapters) > MAX_ADAPTERS:
+            raise ConfigError(f"--adapters takes {MAX_ADAPTERS} at most")
 
     def session_limits(self) -> SessionLimits:
         """Bounds on what peers may ask, with what was said of them here."""

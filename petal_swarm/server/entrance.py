@@ -12,8 +12,8 @@ from petal_swarm.server.allowed import only_for
 from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.host import SessionHost
 from petal_swarm.server.results import error_message
-from petal_swarm.wire.connection import PUSH_TABLE, SESSION_TABLE, Role, Table
-from petal_swarm.wire.protocols import PUSH, SESSION
+from petal_swarm.wire.connection import ADAPTER_TABLE, PUSH_TABLE, SESSION_TABLE, Role, Table
+from petal_swarm.wire.protocols import ADAPTER, PUSH, SESSION
 
 _MOVING = "this server is moving to other blocks"
 
@@ -32,9 +32,12 @@ class Entrance:
 
     async def open(self, transport: Transport) -> None:
         sessions: StreamHandler = self._handle_session
+        adapters: StreamHandler = self._handle_adapters
         if self._allow_peers:
             sessions = only_for(self._allow_peers, sessions)
+            adapters = only_for(self._allow_peers, adapters)
         await transport.serve(PUSH, self._gate.guarded(PUSH_TABLE, self._handle_push))
+        await transport.serve(ADAPTER, self._gate.guarded(ADAPTER_TABLE, adapters))
         await transport.serve(SESSION, self._gate.guarded(SESSION_TABLE, sessions))
 
     async def clear(self) -> None:
@@ -47,6 +50,9 @@ class Entrance:
 
     async def _handle_session(self, stream: Stream) -> None:
         await self._handle(stream, SESSION_TABLE, None if self.host is None else self.host.handle_session)
+
+    async def _handle_adapters(self, stream: Stream) -> None:
+        await self._handle(stream, ADAPTER_TABLE, None if self.host is None else self.host.adapters.handle)
 
     async def _handle_push(self, stream: Stream) -> None:
         await self._handle(stream, PUSH_TABLE, None if self.host is None else self.host.handle_push)

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
+from petal_swarm.engine.adapters import HeldAdapter
 from petal_swarm.engine.compute import Compute
 from petal_swarm.engine.prefixes import PrefixScope
 from petal_swarm.errors import (
@@ -24,6 +25,7 @@ from petal_swarm.errors import (
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, Transport
 from petal_swarm.server import slow_peers
+from petal_swarm.server.adapters import AdapterHost
 from petal_swarm.server.admission import Request
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.gate import StreamGate
@@ -62,7 +64,9 @@ class SessionHost:
         model_key: str,
         limits: SessionLimits,
         gate: StreamGate,
+        adapters: AdapterHost,
     ) -> None:
+        self.adapters = adapters
         self._compute = compute
         self._transport = transport
         self._model_key = model_key
@@ -161,8 +165,11 @@ class SessionHost:
         if self._looks_for_steps is None:
             self._looks_for_steps = self._loop.call_later(LOOK_S, self._look_for_steps)
         try:
-            await while_there(channel, self._prepare(session, request))
-            yield session
+            stack = self._compute.engine.stack
+            using = self.adapters.in_use(channel.peer_id, opening.adapter, opening.span, stack)
+            async with using as adapter:
+                await while_there(channel, self._prepare(session, request, adapter))
+                yield session
         finally:
             await session.close()
             session.admitted.set()
@@ -171,28 +178,36 @@ class SessionHost:
             self._room.leave(request)
             self._wake_when_freed()
 
-    async def _prepare(self, session: HostedSession, request: Request) -> None:
+    async def _prepare(self, session: HostedSession, request: Request, adapter: HeldAdapter | None) -> None:
         """Wait for room, open the session in the engine and connect it to its next hop."""
         opening = session.opening
         wait_s = min(opening.wait_s, self._limits.max_wait_s)
         await self._room.enter(request, wait_s=wait_s)
         engine = self._compute.engine
-        scope = self._prefix_scope(opening) if opening.share_prefixes else None
+        scope = self._prefix_scope(opening, adapter) if opening.share_prefixes else None
         opened = self._compute.call(
-            lambda: engine.open_session(opening.session, max_length=opening.max_length, scope=scope)
+            lambda: engine.open_session(
+                opening.session,
+                max_length=opening.max_length,
+                scope=scope,
+                adapter=None if adapter is None else adapter.served,
+            )
         )
         async with asyncio.timeout(self._limits.open_timeout_s):
             await asyncio.wrap_future(opened)
         session.admitted.set()
         await session.connect_next()
 
-    def _prefix_scope(self, opening: Open) -> PrefixScope:
+    def _prefix_scope(self, opening: Open, adapter: HeldAdapter | None) -> PrefixScope:
         """With whom a session shares prefixes: the first hop trusts what it computed, others one peer each.
+        With an adapter, only with those that have the same one.
 
         The salt makes keys those of this process: after a restart its weights may be quantized otherwise, and
         hops behind it must not take what they hold for the same.
         """
         named = f"{opening.span} {opening.upstream or ''}".encode()
+        if adapter is not None:
+            named += b" " + adapter.digest
         return PrefixScope(self._salt + named, hashes=opening.upstream is None)
 
     def _wake_when_freed(self) -> None:

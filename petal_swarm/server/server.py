@@ -15,6 +15,7 @@ from petal_swarm.directory.announcer import Announcer
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import Pinger
 from petal_swarm.directory.service import DirectoryService
+from petal_swarm.engine.adapters import AdapterLimits, AdapterStore
 from petal_swarm.engine.compute import Compute, ComputeThread
 from petal_swarm.engine.engine import Engine
 from petal_swarm.errors import BusyError, ConfigError, PetalSwarmError
@@ -22,11 +23,13 @@ from petal_swarm.models.checkpoint import Checkpoint
 from petal_swarm.models.devices import release_cached
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.placement import choose_span
+from petal_swarm.server.adapters import AdapterHost
 from petal_swarm.server.config import ServerConfig
 from petal_swarm.server.entrance import Entrance
 from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.host import SessionHost
 from petal_swarm.server.loader import Loader, Progress
+from petal_swarm.server.offered import OfferedAdapter, read_offered
 from petal_swarm.server.rebalancer import Rebalancer, Timing
 from petal_swarm.span import Span
 from petal_swarm.version import __version__
@@ -117,6 +120,7 @@ class Server:
 
     def announcement(self) -> Announcement:
         """What this server says of itself now."""
+        adapters = () if self._host is None else self._host.adapters.offered
         common = Announcement(
             peer_id=self._transport.peer_id,
             model=self.checkpoint.model_key,
@@ -132,6 +136,7 @@ class Server:
             version=__version__,
             movable=self._movable,
             moving_to=self._moving_to,
+            adapters=adapters,
         )
         if self._compute is None or self._host is None:
             return common
@@ -278,6 +283,7 @@ class Server:
             if progress is not None:
                 progress(done, total)
 
+        offered = await asyncio.to_thread(read_offered, self.config.adapters, self.checkpoint)
         engine = await asyncio.to_thread(self._loader.load, self.span, unless_leaving)
         compute = self._make_compute(engine)
         compute.start()
@@ -288,6 +294,18 @@ class Server:
             model_key=self.checkpoint.model_key,
             limits=self.config.session_limits(),
             gate=self._gate,
+            adapters=self._adapter_host(offered),
+        )
+
+    def _adapter_host(self, offered: Sequence[OfferedAdapter]) -> AdapterHost:
+        room = self.config.adapter_mib << 20
+        room_for = AdapterLimits(max_bytes=room, max_bytes_of_peer=room // 2)
+        return AdapterHost(
+            AdapterStore(self.checkpoint.config, self.span, room_for, self._loop.time),
+            model_key=self.checkpoint.model_key,
+            limits=self.config.session_limits(),
+            gate=self._gate,
+            offered=offered,
         )
 
     async def _unload(self) -> None:

@@ -127,10 +127,12 @@ def test_a_peer_has_its_share() -> None:
 
 def test_what_is_offered_is_never_given_up() -> None:
     held = store(max_bytes=COST, max_bytes_of_peer=COST)
-    add(held, EVERYBODY, "x")
-    with pytest.raises(AdapterFullError):
-        add(held, "a", "y")
-    assert held.find("a", "x", WHOLE)
+    add(held, EVERYBODY, "x", ttl_s=float("inf"))
+    assert held.nbytes == 0, "nor does it take room from peers"
+    for adapter in "yz":
+        add(held, "a", adapter)
+    assert held.find("b", "x", WHOLE)
+    assert len(held) == 2
 
 
 def test_unused_adapters_expire() -> None:

@@ -30,9 +30,10 @@ from petal_swarm.models.config import ModelConfig
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.memory import MemoryNetwork, MemoryTransport, VirtualClockLoop
 from petal_swarm.routing.route import Hop
-from petal_swarm.server.adapters import AdapterHost, OfferedAdapter
+from petal_swarm.server.adapters import AdapterHost
 from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.gate import StreamGate
+from petal_swarm.server.offered import OfferedAdapter
 from petal_swarm.span import Span
 from petal_swarm.wire.connection import ADAPTER_TABLE, Role
 from petal_swarm.wire.messages.adapters import AdapterOffer, AdapterPart, AdapterReady, AdapterWanted, Place

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from torch import Tensor
 
 from petal_swarm.client.model import SwarmModelForCausalLM
-from petal_swarm.errors import ConfigError
-from petal_swarm.span import Span
 from tests.checkpoints import VOCABULARY, reference
 from tests.models import peft_models
 from tests.swarm.local import LocalSwarm

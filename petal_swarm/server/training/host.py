@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 
 from petal_swarm.engine.compute import Compute
+from petal_swarm.engine.training import Passes
 from petal_swarm.errors import (
     BadMessageError,
     BusyError,
@@ -27,7 +28,6 @@ from petal_swarm.server.training.ledger import Retained
 from petal_swarm.server.training.limits import TrainingLimits
 from petal_swarm.server.training.passes import AdapterOf, Trainer
 from petal_swarm.server.training.run import HostedRun
-from petal_swarm.server.training.work import PassComputer
 from petal_swarm.wire.connection import TRAIN_PUSH_TABLE, TRAIN_TABLE, Role
 from petal_swarm.wire.frames import MAX_PAYLOAD_BYTES
 from petal_swarm.wire.messages.opening import PushOpen
@@ -47,7 +47,7 @@ class TrainingHost:
     def __init__(
         self,
         compute: Compute,
-        passes: PassComputer,
+        passes: Passes,
         transport: Transport,
         *,
         model_key: str,

@@ -7,12 +7,14 @@ import contextlib
 import functools
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from petal_swarm.engine.compute import Compute
+from petal_swarm.engine.training import Passes
+from petal_swarm.engine.works import Pieces
 from petal_swarm.errors import (
     AdapterMissingError,
     BadTensorError,
@@ -28,7 +30,6 @@ from petal_swarm.server.training.limits import TrainingLimits
 from petal_swarm.server.training.ways import Way
 from petal_swarm.server.training.work import (
     Adapter,
-    PassComputer,
     PassKey,
     gradient_parts,
     run_backward,
@@ -48,6 +49,7 @@ from petal_swarm.wire.messages.tuning import (
 )
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 #: The adapter that a peer calls so, as far as it concerns the blocks of a span; None if there is none.
 AdapterOf = Callable[[str, str, Span], Adapter | None]
@@ -58,7 +60,7 @@ class Trainer:
     """What all runs of a server share."""
 
     compute: Compute
-    passes: PassComputer
+    passes: Passes
     adapter_of: AdapterOf
     limits: SessionLimits
     training: TrainingLimits
@@ -225,7 +227,7 @@ class RunPasses:
         self._ways.gradients.begun(message.tensor.shape[0], message.tensor.nbytes)
         self._start(held, work, functools.partial(self._backwarded, held, _head(message), arrived))
 
-    def _start(self, held: Pass, work: Iterator[None], done: Callable[[Future[Any]], None]) -> None:
+    def _start(self, held: Pass, work: Pieces[T], done: Callable[[Future[Any]], None]) -> None:
         held.working = True
         self.computing += 1
 

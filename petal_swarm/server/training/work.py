@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from collections.abc import Iterator
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from petal_swarm.engine.training import Passes
+from petal_swarm.engine.works import Pieces
 from petal_swarm.errors import NotFiniteError
 from petal_swarm.models.adapters import AdapterLayout
 from petal_swarm.server.training.ledger import Pass
@@ -28,26 +30,6 @@ Adapter = tuple[AdapterLayout, Tensor]
 Encoded = tuple[TensorMeta, Buffer]
 
 
-class PassComputer(Protocol):
-    """See `engine.training.Passes`: a block of a pass for each `next`."""
-
-    def forward(
-        self,
-        key: Hashable,
-        hidden: Tensor,
-        lengths: Sequence[int],
-        blocks: Span,
-        adapter: Adapter | None,
-        *,
-        keep: bool,
-        peer: str,
-    ) -> Iterator[None]: ...
-
-    def backward(self, key: Hashable, grad: Tensor) -> Iterator[None]: ...
-
-    def forget(self, key: Hashable) -> None: ...
-
-
 class BackwardResult(NamedTuple):
     """Gradients of the rows that went in, and of the adapter's numbers."""
 
@@ -56,8 +38,8 @@ class BackwardResult(NamedTuple):
 
 
 def run_forward(
-    passes: PassComputer, key: PassKey, held: Pass, message: Forward, blocks: Span, adapter: Adapter | None
-) -> Generator[None, None, Encoded | None]:
+    passes: Passes, key: PassKey, held: Pass, message: Forward, blocks: Span, adapter: Adapter | None
+) -> Pieces[Encoded | None]:
     """The output rows, in the dtype that the rows came in; None if the pass was finished meanwhile."""
     hidden = decode_tensor(message.tensor, message.payload)
     work = passes.forward(key, hidden, message.lengths, blocks, adapter, keep=message.keep, peer=key[0])
@@ -66,8 +48,8 @@ def run_forward(
 
 
 def run_backward(
-    passes: PassComputer, key: PassKey, held: Pass, message: Backward
-) -> Generator[None, None, BackwardResult | None]:
+    passes: Passes, key: PassKey, held: Pass, message: Backward
+) -> Pieces[BackwardResult | None]:
     """The gradients; None if the pass was finished meanwhile."""
     gradient = decode_tensor(message.tensor, message.payload)
     result = yield from _until_finished(held, passes.backward(key, gradient))
@@ -80,15 +62,15 @@ def run_backward(
     return BackwardResult(_encoded(rows, message.tensor.dtype), numbers)
 
 
-def _until_finished(held: Pass, work: Iterator[None]) -> Generator[None, None, Any]:
+def _until_finished(held: Pass, work: Pieces[T]) -> Pieces[T | None]:
     while not held.finished:
         try:
             next(work)
         except StopIteration as done:
-            return done.value
+            result: T = done.value
+            return result
         yield
-    if isinstance(work, Generator):
-        work.close()
+    work.close()
     return None
 
 

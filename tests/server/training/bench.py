@@ -134,7 +134,7 @@ class Hop:
         self.adapters = {"a:1": ADAPTER}
         self.host = TrainingHost(
             self.compute,  # type: ignore[arg-type]
-            self.passes,
+            self.passes,  # type: ignore[arg-type]
             self.transport,
             model_key=MODEL,
             limits=SessionLimits(),

@@ -1,0 +1,220 @@
+"""What is kept of a training pass: for each block an autograd graph, or the rows that went into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
+
+from petal_swarm.models.adapters import AdapterLayout, BlockAdapter
+from petal_swarm.models.lora import LoraMatrices
+from petal_swarm.models.stack import BlockStack
+from petal_swarm.span import Span
+
+# Gradients in float16 are kept near this size: those of a mean over many tokens would vanish.
+_FLOAT16_SIZE = 64.0
+
+
+class BlockGraph:
+    """The way back through one block: `edge` is its result, `leaves` are its input and its adapter's tensors.
+
+    `nbytes` counts what it keeps alive, but for what other blocks share.
+    """
+
+    __slots__ = ("edge", "leaves", "nbytes")
+
+    def __init__(self, edge: GradientEdge, leaves: list[Tensor], nbytes: int) -> None:
+        self.edge = edge
+        self.leaves = leaves
+        self.nbytes = nbytes
+
+
+class Group:
+    """Some sequences of a pass, which go through the blocks together: `rows` from `row` on."""
+
+    __slots__ = ("graphs", "inputs", "row", "rows", "sequences")
+
+    def __init__(self, stack: BlockStack, row: int, lengths: Sequence[int], prefix_tokens: int) -> None:
+        self.row = row
+        self.rows = sum(lengths)
+        self.sequences = stack.sequences(lengths, prefix_tokens)
+        self.graphs: dict[int, BlockGraph] = {}
+        self.inputs: dict[int, Tensor] = {}
+
+
+class Pass:
+    """One pass; made at its forward."""
+
+    def __init__(
+        self,
+        stack: BlockStack,
+        blocks: Span,
+        lengths: Sequence[int],
+        adapter: tuple[AdapterLayout, Tensor] | None,
+        piece_rows: float,
+        peer: str,
+    ) -> None:
+        self.stack = stack
+        self.blocks = blocks
+        self.peer = peer
+        self.until_s = math.inf
+        self.layout: AdapterLayout | None = None
+        self.numbers: Tensor | None = None
+        self._adapters: dict[int, BlockAdapter] = {}
+        prefix_tokens = 0
+        if adapter is not None:
+            self.layout, numbers = adapter
+            prefix_tokens = self.layout.prefix_tokens
+            with torch.inference_mode(False):
+                numbers = numbers.to(stack.device, torch.float32)
+                self.numbers = numbers.clone() if numbers.is_inference() else numbers.detach()
+            self._adapters = self.layout.split(stack.config, self.numbers, blocks)
+        self.groups: list[Group] = []
+        row = 0
+        for own in _grouped(lengths, piece_rows):
+            self.groups.append(Group(stack, row, own, prefix_tokens))
+            row += self.groups[-1].rows
+        self.rows = row
+
+    def adapter(self, block: int) -> BlockAdapter:
+        return self._adapters.get(block, _NOTHING)
+
+    def run(self, group: Group, block: int, hidden: Tensor) -> Tensor:
+        """`block` without a graph."""
+        with torch.inference_mode(False), torch.no_grad():
+            return self.stack.forward_trained(block, hidden, group.sequences, self.adapter(block))
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of graphs."""
+        return sum(graph.nbytes for group in self.groups for graph in group.graphs.values())
+
+    @property
+    def input_bytes(self) -> int:
+        """Of inputs of blocks without graphs: a graph keeps its input anyway."""
+        return sum(
+            hidden.nbytes
+            for group in self.groups
+            for block, hidden in group.inputs.items()
+            if block not in group.graphs
+        )
+
+    @property
+    def inner_bytes(self) -> int:
+        """As `input_bytes`, of those that could be computed from others."""
+        return sum(group.inputs[block].nbytes for group in self.groups for block in self._inner(group))
+
+    def clear(self) -> None:
+        for group in self.groups:
+            group.graphs.clear()
+            group.inputs.clear()
+
+    def drop_graph(self) -> None:
+        """Drop the graph that the backward needs last."""
+        group = next(group for group in reversed(self.groups) if group.graphs)
+        del group.graphs[min(group.graphs)]
+
+    def drop_inner_inputs(self) -> None:
+        for group in self.groups:
+            for block in self._inner(group):
+                del group.inputs[block]
+
+    def _inner(self, group: Group) -> list[int]:
+        return [block for block in group.inputs if block > self.blocks.start and block not in group.graphs]
+
+
+def trained_block(kept: Pass, group: Group, block: int, hidden: Tensor) -> tuple[Tensor, BlockGraph]:
+    """What comes out of `block`, detached, and the way back."""
+    saved: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(count, _same):
+        hidden = hidden.detach().requires_grad_()
+        adapter = _as_leaves(kept.adapter(block))
+        out = kept.stack.forward_trained(block, hidden, group.sequences, adapter)
+        graph = BlockGraph(get_gradient_edge(out), [hidden, *_tensors(adapter)], 0)
+    # It may be some rows of a larger tensor.
+    saved[hidden.untyped_storage().data_ptr()] = hidden.nbytes
+    shared = {address for plan in group.sequences.values() for address in plan.mask_addresses()}
+    if kept.numbers is not None:
+        shared.add(kept.numbers.untyped_storage().data_ptr())
+    graph.nbytes = sum(size for address, size in saved.items() if address not in shared)
+    return out.detach(), graph
+
+
+class Gradient:
+    """The backward of a pass: `through` its blocks, last to first. `numbers` adds up the adapter's."""
+
+    def __init__(self, kept: Pass) -> None:
+        self.numbers: Tensor | None = None
+        self._targets: dict[int, BlockAdapter] = {}
+        if kept.layout is not None and kept.numbers is not None:
+            with torch.inference_mode(False):
+                self.numbers = torch.zeros_like(kept.numbers)
+            self._targets = kept.layout.split(kept.stack.config, self.numbers, kept.blocks)
+        self._narrow = kept.stack.dtype is torch.float16
+        self._scale: Tensor | None = None
+
+    def begin(self, grad: Tensor) -> Tensor:
+        """The gradient of what a group of sequences resulted in."""
+        self._scale = None
+        return grad
+
+    def through(self, block: int, graph: BlockGraph, grad: Tensor) -> Tensor:
+        """The gradient of what goes into `block`; `graph` is used up."""
+        with torch.inference_mode(False):
+            if self._narrow:
+                grad = self._rescaled(grad)
+            found, *of_adapter = torch.autograd.grad([graph.edge], graph.leaves, [grad])
+            for target, own in zip(_tensors(self._targets.get(block, _NOTHING)), of_adapter, strict=True):
+                target += own if self._scale is None else own / self._scale
+            return found
+
+    def end(self, grad: Tensor) -> Tensor:
+        """The gradient of what the group began with."""
+        return grad if self._scale is None else grad.float() / self._scale
+
+    def _rescaled(self, grad: Tensor) -> Tensor:
+        wide = grad.float()
+        factor = _FLOAT16_SIZE / wide.abs().amax().clamp_min(1e-30)
+        self._scale = factor if self._scale is None else self._scale * factor
+        return (wide * factor).half()
+
+
+def _grouped(lengths: Sequence[int], rows: float) -> Iterator[list[int]]:
+    """Cuts a pass up: groups of at most so many rows, but whole sequences."""
+    group: list[int] = []
+    for length in lengths:
+        if group and sum(group) + length > rows:
+            yield group
+            group = []
+        group.append(length)
+    yield group
+
+
+_NOTHING = BlockAdapter()
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _as_leaves(adapter: BlockAdapter) -> BlockAdapter:
+    lora = {
+        stem: LoraMatrices(own.a.detach().requires_grad_(), own.b.detach().requires_grad_(), own.scale)
+        for stem, own in adapter.lora.items()
+    }
+    prefix = None if adapter.prefix is None else adapter.prefix.detach().requires_grad_()
+    return BlockAdapter(lora, prefix)
+
+
+def _tensors(adapter: BlockAdapter) -> list[Tensor]:
+    found = [tensor for own in adapter.lora.values() for tensor in (own.a, own.b)]
+    return found if adapter.prefix is None else [*found, adapter.prefix]
