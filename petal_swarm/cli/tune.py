@@ -81,6 +81,7 @@ def build_parser(prog: str = "petal-swarm tune") -> argparse.ArgumentParser:
         metavar="N",
         help="save after every N steps (default: %(default)s)",
     )
+    parser.set_defaults(adapter=None)  # of `load_client`: one is trained here, not used
     _add_settings(parser)
     parser.add_argument(
         "--sample",

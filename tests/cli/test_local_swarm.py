@@ -9,7 +9,7 @@ import sys
 import psutil
 import pytest
 
-from petal_swarm.cli.common import add_client_options, add_loading_options, new_parser
+from petal_swarm.cli.common import add_adapter_option, add_client_options, add_loading_options, new_parser
 from petal_swarm.cli.demo import ask, build_parser, client_arguments
 from petal_swarm.cli.local_swarm import (
     LocalSwarm,
@@ -211,6 +211,7 @@ def test_the_client_of_the_demo_has_all_options_of_a_client():
     parser = new_parser("client", "", "")
     add_client_options(parser)
     add_loading_options(parser)
+    add_adapter_option(parser)
     known = vars(parser.parse_args(["m", "--initial-peers", "/ip4/127.0.0.1/tcp/1/p2p/12D3Koo"]))
     assert set(vars(client)) == set(known)
 
