@@ -187,6 +187,13 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         " %(default)s; 0: take none)",
     )
     blocks.add_argument(
+        "--training-mib",
+        type=int,
+        metavar="MIB",
+        help="memory for what clients that train leave between a pass forward and its gradient; what is"
+        " dropped is computed again (default: a quarter of what is free; 0: do not train)",
+    )
+    blocks.add_argument(
         "--threads",
         type=positive,
         metavar="N",
@@ -229,6 +236,7 @@ def run(arguments: argparse.Namespace) -> int:
         drain_timeout_s=arguments.drain_timeout,
         adapters=tuple(arguments.adapters),
         adapter_mib=arguments.adapter_mib,
+        training_mib=arguments.training_mib,
         cache_dir=None if arguments.cache_dir == "none" else arguments.cache_dir or default,
     )
     _allow_many_files()

@@ -32,6 +32,7 @@ class ServerConfig:
     Without a `cache_dir` nothing is kept for the next start. `rebalance` is whether it moves to other blocks
     when the swarm needs them more; None is yes, unless `blocks` says which. `adapters` are offered to
     everybody, each a folder or Hub id, or `NAME=` and that; `adapter_mib` is the room for clients' own.
+    `training_mib` is the room for what passes of training keep; None is a share of the free memory.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -62,6 +63,7 @@ class ServerConfig:
     rebalance: bool | None = None
     adapters: tuple[str, ...] = ()
     adapter_mib: int = 512
+    training_mib: int | None = None
 
     def __post_init__(self) -> None:
         if self.new_swarm == bool(self.initial_peers):
@@ -106,12 +108,18 @@ class ServerConfig:
 
         if self.adapter_mib < 0:
             raise ConfigError(f"--adapter-mib must be at least 0, got {self.adapter_mib}")
+        if self.training_mib is not None and self.training_mib < 0:
+            raise ConfigError(f"--training-mib must be at least 0, got {self.training_mib}")
         if len(self.adapters) > MAX_ADAPTERS:
             raise ConfigError(f"--adapters takes {MAX_ADAPTERS} at most")
 
     def session_limits(self) -> SessionLimits:
         """Bounds on what peers may ask, with what was said of them here."""
         return SessionLimits(max_bytes_per_s_of_peer=self.max_mbit_per_peer * 1e6 / 8)
+
+    @property
+    def trains(self) -> bool:
+        return self.training_mib != 0
 
     @property
     def rebalances(self) -> bool:

@@ -17,6 +17,9 @@ _USABLE = 0.7
 _KV_SHARE = 0.25
 _MAX_DEFAULT_KV_TOKENS = 65_536
 _MIN_DEFAULT_KV_TOKENS = 2_048
+#: Of what is free once blocks and KV cache are there, training may take this part, up to a bound.
+_TRAINING_SHARE = 0.25
+_MAX_DEFAULT_TRAINING_BYTES = 8 << 30
 
 
 def resolve_device(name: str) -> torch.device:
@@ -111,3 +114,8 @@ def default_kv_tokens(
     per_token = kv_bytes_per_token(config, dtype, kv_dtype) * num_blocks
     fits = int(free_bytes(device) * _USABLE * _KV_SHARE // per_token)
     return max(_MIN_DEFAULT_KV_TOKENS, min(fits, _MAX_DEFAULT_KV_TOKENS))
+
+
+def default_training_bytes(device: torch.device) -> int:
+    """Memory for what passes of training keep, on a machine whose blocks are loaded."""
+    return min(int(free_bytes(device) * _TRAINING_SHARE), _MAX_DEFAULT_TRAINING_BYTES)

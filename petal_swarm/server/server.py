@@ -27,10 +27,13 @@ from petal_swarm.server.adapters import AdapterHost
 from petal_swarm.server.config import ServerConfig
 from petal_swarm.server.entrance import Entrance
 from petal_swarm.server.gate import StreamGate
+from petal_swarm.server.hardware import default_training_bytes
 from petal_swarm.server.host import SessionHost
 from petal_swarm.server.loader import Loader, Progress
 from petal_swarm.server.offered import OfferedAdapter, read_offered
 from petal_swarm.server.rebalancer import Rebalancer, Timing
+from petal_swarm.server.training.host import TrainingHost
+from petal_swarm.server.training.limits import TrainingLimits
 from petal_swarm.span import Span
 from petal_swarm.version import __version__
 from petal_swarm.wire.announcement import Announcement
@@ -68,6 +71,7 @@ class Server:
         self._next_rtts_s: dict[str, float] = {}
         self._compute: Compute | None = None
         self._host: SessionHost | None = None
+        self._training: TrainingHost | None = None
         self._announcer: Announcer | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self._rebalancing: asyncio.Task[None] | None = None
@@ -137,6 +141,7 @@ class Server:
             movable=self._movable,
             moving_to=self._moving_to,
             adapters=adapters,
+            trains=self.config.trains,
         )
         if self._compute is None or self._host is None:
             return common
@@ -160,11 +165,11 @@ class Server:
         await self._stop_rebalancing()
         if self._announcer is None:
             return
-        if self._host is not None:
-            self._host.draining = True
+        hosts = self._hosts
+        for host in hosts:
+            host.draining = True
         await self._announcer.leave()
-        if self._host is not None:
-            await _drained(self._host, timeout_s)
+        await _drained(hosts, timeout_s)
 
     async def close(self) -> None:
         """Leave the directory, end all sessions and free everything. Idempotent."""
@@ -208,10 +213,11 @@ class Server:
         """
         assert self._host is not None, "there is nothing to move from"
         source, frozen = self.span, gc.get_freeze_count()
-        self._host.draining = True
+        for host in self._hosts:
+            host.draining = True
         self.span, self._moving_to = target, None
         await self._announce()
-        await _drained(self._host, self.config.drain_timeout_s)
+        await _drained(self._hosts, self.config.drain_timeout_s)
         await self._unload()
         try:
             await self._host_span(None)
@@ -245,7 +251,7 @@ class Server:
         await self._host_span(progress)
         listing = DirectoryService(self._directory)
         await self._transport.serve(DIRECTORY, self._gate.guarded(DIRECTORY_TABLE, listing.handle))
-        await self._entrance.open(self._transport)
+        await self._entrance.open(self._transport, trains=self.config.trains)
         await self._announce()
         self._tasks.append(asyncio.create_task(self._update_figures(self._announcer)))
         self._tasks.append(asyncio.create_task(self._ping_neighbours()))
@@ -255,6 +261,10 @@ class Server:
             rebalancer = Rebalancer(self, num_blocks, rng=rng, now=self._loop.time, timing=self._timing)
             self._rebalancing = asyncio.create_task(rebalancer.run(), name="rebalancer")
             self._rebalancing.add_done_callback(_log_failure)
+
+    @property
+    def _hosts(self) -> list[SessionHost | TrainingHost]:
+        return [host for host in (self._host, self._training) if host is not None]
 
     @property
     def _movable(self) -> bool:
@@ -296,6 +306,24 @@ class Server:
             gate=self._gate,
             adapters=self._adapter_host(offered),
         )
+        if self.config.trains:
+            store = self._host.adapters.store
+            self._training = self._entrance.training = self._training_host(compute, store)
+
+    def _training_host(self, compute: Compute, store: AdapterStore) -> TrainingHost:
+        told = self.config.training_mib
+        room = default_training_bytes(self._loader.device) if told is None else told << 20
+        training = TrainingLimits(room_bytes=room, max_pass_tokens=self.config.max_batch_tokens)
+        return TrainingHost(
+            compute,
+            training.passes(compute, self._loop.time),
+            self._transport,
+            model_key=self.checkpoint.model_key,
+            limits=self.config.session_limits(),
+            training=training,
+            gate=self._gate,
+            adapter_of=store.numbers_for,
+        )
 
     def _adapter_host(self, offered: Sequence[OfferedAdapter]) -> AdapterHost:
         room = self.config.adapter_mib << 20
@@ -312,10 +340,14 @@ class Server:
         """End what is left of the sessions, and free the memory of the blocks."""
         assert self._host is not None
         assert self._compute is not None
-        self._host.end_all(BusyError("this server moves to other blocks"))
-        await _drained(self._host, END_TIMEOUT_S)
+        hosts = self._hosts
+        for host in hosts:
+            host.end_all(BusyError("this server moves to other blocks"))
+        await _drained(hosts, END_TIMEOUT_S)
+        del hosts, host  # they hold the blocks
         await self._entrance.clear()
-        compute, self._host, self._compute = self._compute, None, None
+        compute = self._compute
+        self._host = self._training = self._compute = None
         await asyncio.to_thread(compute.stop)
         del compute
         gc.unfreeze()
@@ -364,10 +396,10 @@ class Server:
             await asyncio.sleep(NEIGHBOUR_PING_S)
 
 
-async def _drained(host: SessionHost, timeout_s: float) -> None:
+async def _drained(hosts: Sequence[SessionHost | TrainingHost], timeout_s: float) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(timeout_s):
-            await host.drained()
+            await asyncio.gather(*(host.drained() for host in hosts))
 
 
 def _log_failure(rebalancing: asyncio.Task[None]) -> None:

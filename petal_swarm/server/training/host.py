@@ -65,7 +65,7 @@ class TrainingHost:
         self._changed = asyncio.Event()
         self._places = Shares(training.max_runs, training.max_runs_of_peer)
         self._looks: asyncio.TimerHandle | None = None
-        widest = max(DTYPE_BYTES.values()) * compute.engine.stack.config.hidden_size
+        hidden_size = compute.engine.stack.config.hidden_size
         self._trainer = Trainer(
             compute,
             passes,
@@ -74,11 +74,11 @@ class TrainingHost:
             training,
             Quotas(limits, self._loop.time),
             Retained(training.retained_bytes),
-            max_pass_tokens=max(1, min(compute.engine.max_batch_tokens, MAX_PAYLOAD_BYTES // widest)),
+            max_pass_tokens=training.rows_of_pass(hidden_size),
         )
-        self._max_payload_bytes = min(
-            max(2 * widest * self._trainer.max_pass_tokens, 1 << 20), MAX_PAYLOAD_BYTES
-        )
+        largest_bytes = self._trainer.max_pass_tokens * hidden_size * max(DTYPE_BYTES.values())
+        # Who sends a little too much is told what the limit is.
+        self._max_payload_bytes = min(max(2 * largest_bytes, 1 << 20), MAX_PAYLOAD_BYTES)
         self.draining = False
 
     @property

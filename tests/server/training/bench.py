@@ -177,7 +177,7 @@ class Bench:
     def __init__(self, **limits: Any) -> None:
         self.loop = VirtualClockLoop()
         self.network = MemoryNetwork(0, Link(latency_s=0.005))
-        self.limits = TrainingLimits(**limits)
+        self.limits = TrainingLimits(**{"max_pass_tokens": 64, **limits})
         self.hops: list[Hop] = []
         self.client: MemoryTransport
 

@@ -195,7 +195,7 @@ def test_two_hops_that_live_connect_again(bench: Bench) -> None:
 
 def test_what_was_dropped_is_told_when_it_is_wanted() -> None:
     """Room for one pass: the older one's rows cannot be sent again, and its backward still works."""
-    with Bench(retained_bytes=700) as bench:
+    with Bench(room_bytes=2800) as bench:
 
         async def check() -> None:
             await bench.add_client()
@@ -233,7 +233,7 @@ def test_what_nobody_asks_for_expires() -> None:
 
 def test_a_gradient_that_waits_too_long_is_told(bench: Bench) -> None:
     """Its room is needed: the rows, when they come, are not computed for nothing."""
-    bench.limits = type(bench.limits)(retained_bytes=700)
+    bench.limits = type(bench.limits)(room_bytes=2800)
 
     async def check() -> None:
         _, lines = await three(bench)
