@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,14 @@ def test_quickstart(model: Path, tmp_path: Path) -> None:
     assert "you -> local-1 0:2 -> local-2 2:4 -> you" in text
     assert "tokens are held by you -> local-1" in text
     assert "> And of Italy?" in text
+
+
+def test_fine_tune(model: Path, tmp_path: Path) -> None:
+    notebook = run("fine_tune", {"MODEL": str(model), "STEPS": 12}, tmp_path)
+    losses = re.findall(r"loss: ([\d.]+) before, ([\d.]+) after", printed(notebook))
+    assert len(losses) == 2
+    assert all(float(after) < float(before) - 0.1 for before, after in losses)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    saved = {path.name for path in (tmp_path / "crocodile").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= saved
