@@ -14,6 +14,9 @@ from petal_swarm.version import __version__
 if TYPE_CHECKING:
     from petal_swarm.cli.local_swarm import serve_locally as serve_locally
     from petal_swarm.client.auto import AutoSwarmModelForCausalLM as AutoSwarmModelForCausalLM
+    from petal_swarm.client.auto import (
+        AutoSwarmModelForSequenceClassification as AutoSwarmModelForSequenceClassification,
+    )
     from petal_swarm.models.adapter_settings import Lora as Lora
     from petal_swarm.models.adapter_settings import Prefix as Prefix
     from petal_swarm.models.adapter_settings import SoftPrompt as SoftPrompt
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 _LAZY = {
     "AutoSwarmModelForCausalLM": "petal_swarm.client.auto",
+    "AutoSwarmModelForSequenceClassification": "petal_swarm.client.auto",
     "Lora": "petal_swarm.models.adapter_settings",
     "Prefix": "petal_swarm.models.adapter_settings",
     "SoftPrompt": "petal_swarm.models.adapter_settings",
@@ -30,6 +34,7 @@ _LAZY = {
 
 __all__ = [
     "AutoSwarmModelForCausalLM",
+    "AutoSwarmModelForSequenceClassification",
     "Lora",
     "Prefix",
     "SoftPrompt",

@@ -8,7 +8,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any, cast
 
@@ -443,7 +443,12 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
 
     def remove_adapter(self) -> None:
         """Go back to the model as it was; a head that was trained as a whole stays as it is."""
-        self.adapter = self._offered = None
+        self.use_adapter(None)
+
+    def use_adapter(self, adapter: SwarmAdapter | None) -> None:
+        """Compute with these parameters."""
+        self.adapter = adapter
+        self._offered = None
 
     def use_offered_adapter(self, name: str) -> None:
         """Use an adapter that servers offer to everybody, by its name or its id; only such servers are used.
@@ -473,7 +478,13 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
 
     def whole_modules(self) -> dict[str, nn.Parameter]:
         """The LM head, if it was ever trained."""
-        return {"lm_head.weight": self.ends.head} if self._own_head else {}
+        return {"lm_head.weight": self.ends.lm_head()} if self._own_head else {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **options: Any) -> Any:
+        """As torch's; if not `strict`, what is frozen is not reported as missing."""
+        result = super().load_state_dict(state_dict, strict, **options)
+        result.missing_keys[:] = tuning.not_frozen(self, result.missing_keys)
+        return result
 
     def activation_checkpointing_enable(self, *_: Any, **__: Any) -> None:
         """Not needed: servers bound what they keep, and compute again what they dropped."""

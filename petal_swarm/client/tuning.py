@@ -36,11 +36,10 @@ class Adaptable(Protocol):
     @property
     def adapter(self) -> SwarmAdapter | None: ...
 
-    @adapter.setter
-    def adapter(self, adapter: SwarmAdapter | None) -> None: ...
-
     @property
     def ends(self) -> Ends: ...
+
+    def use_adapter(self, adapter: SwarmAdapter | None) -> None: ...
 
     def train_whole(self, module: str) -> None:
         """Make the parameters of a head trainable.
@@ -69,8 +68,9 @@ def add_adapter(model: Adaptable, given: object) -> SwarmAdapter:
         _check_start(given)
     _train_heads(model, settings)
     ends = model.ends
-    model.adapter = SwarmAdapter(ends.config, settings, embedding=ends.embedding, device=ends.device)
-    return model.adapter
+    adapter = SwarmAdapter(ends.config, settings, embedding=ends.embedding, device=ends.device)
+    model.use_adapter(adapter)
+    return adapter
 
 
 def load_adapter(
@@ -90,7 +90,7 @@ def load_adapter(
     if not is_trainable:
         for parameter in model.whole_modules().values():
             parameter.requires_grad_(False)
-    model.adapter = adapter
+    model.use_adapter(adapter)
     return adapter
 
 
@@ -143,6 +143,12 @@ def _save(model: Adaptable, folder: str | os.PathLike[str], *, all_of_it: bool) 
         tensors = {name: value.detach().cpu().contiguous() for name, value in trained.items()}
         save_file(tensors, new, metadata={"format": "pt"})
         new.replace(path / TRAINED_FILE)
+
+
+def not_frozen(model: nn.Module, names: list[str]) -> list[str]:
+    """Those names that are of trainable parameters: of the others none is expected in a checkpoint."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return [name for name in names if name in parameters and parameters[name].requires_grad]
 
 
 def warn_of_checkpointing() -> None:

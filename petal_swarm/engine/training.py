@@ -119,7 +119,7 @@ class Passes:
         """From the gradient of a pass's result to those of its input and of its adapter's numbers.
 
         They are like `hidden` (in float32 where the blocks compute in float16), and float32 of one dimension.
-        Of the pass inputs are still kept: until `forget`, the backward can be run again.
+        The pass's input is still kept: until `forget`, the backward can be run again.
 
         Raises:
             PassGoneError: nothing is kept of the pass any more.
@@ -144,6 +144,8 @@ class Passes:
                     yield from self._recompute(key, kept, group, block, inputs)
                     graph = trained_block(kept, group, block, inputs.pop(block))[1]
                 part = gradient.through(block, graph, part)
+                if block != kept.blocks.start:
+                    group.inputs.pop(block, None)
                 sums.append(part.sum(dtype=torch.float32))
                 self._synchronize()
                 self._trim()

@@ -56,6 +56,7 @@ class ModelConfig:
         """
         from petal_swarm.models.families import family_of
 
+        config = {**config, "architectures": _of_causal_models(config)}
         family = family_of(config)
         if config.get("quantization_config"):
             raise UnsupportedArchitectureError(
@@ -101,6 +102,14 @@ class ModelConfig:
         text = json.dumps(_rounded(self.mathematics()), sort_keys=True, separators=(",", ":"))
         digest = hashlib.blake2b(text.encode() + b"\0" + weights, digest_size=6).hexdigest()
         return f"{self.family}-{self.num_blocks}x{self.hidden_size}-{digest}"
+
+
+def _of_causal_models(config: Mapping[str, Any]) -> Any:
+    """A classifier has the blocks of the causal language model of the same name."""
+    named = config.get("architectures")
+    if not isinstance(named, list | tuple):
+        return named
+    return [str(name).replace("ForSequenceClassification", "ForCausalLM") for name in named]
 
 
 def _rounded(value: Any) -> Any:

@@ -6,15 +6,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from petal_swarm.errors import ConfigError
 from petal_swarm.models.checkpoint import Checkpoint, Progress
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.families import family_of
 
 
 class Ends(nn.Module):
-    """Embeddings and LM head with frozen weights; gradients pass through to `hidden`."""
+    """Embeddings and LM head with frozen weights; gradients pass through to `hidden`.
 
-    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor]) -> None:
+    There may be no LM head, for a model with another one.
+    """
+
+    def __init__(self, config: ModelConfig, tensors: dict[str, Tensor], *, with_head: bool = True) -> None:
         super().__init__()
         family = family_of(config)
 
@@ -24,7 +28,9 @@ class Ends(nn.Module):
         self.config = config
         self._rms = family.rms_norms
         self.embedding = frozen(f"{family.ends.embedding}.weight")
-        self.head = self.embedding if config.tied_embeddings else frozen(f"{family.ends.head}.weight")
+        self.head: nn.Parameter | None = self.embedding
+        if not config.tied_embeddings:
+            self.head = frozen(f"{family.ends.head}.weight") if with_head else None
         self.norm_weight = frozen(f"{family.ends.final_norm}.weight")
         self.norm_bias = None if self._rms else frozen(f"{family.ends.final_norm}.bias")
         stem = family.ends.embedding_norm
@@ -51,7 +57,7 @@ class Ends(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: `[..., hidden_size]` -> `[..., vocab_size]`."""
-        return F.linear(self.leave(hidden), self.head)
+        return F.linear(self.leave(hidden), self.lm_head())
 
     def leave(self, hidden: Tensor) -> Tensor:
         """What a head gets of the last block's `hidden [..., hidden_size]`: the final norm of it."""
@@ -59,9 +65,19 @@ class Ends(nn.Module):
 
     def train_head(self) -> None:
         """Make the LM head trainable: a parameter of its own, also where it was the embedding."""
-        if self.head is self.embedding:
+        if self.lm_head() is self.embedding:
             self.head = nn.Parameter(self.embedding.detach().clone(), requires_grad=False)
-        self.head.requires_grad_(True)
+        self.lm_head().requires_grad_(True)
+
+    def lm_head(self) -> nn.Parameter:
+        """`[vocab_size, hidden_size]`.
+
+        Raises:
+            ConfigError: there is none here.
+        """
+        if self.head is None:
+            raise ConfigError("the model was loaded without its LM head, for another task")
+        return self.head
 
     def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if not self._rms:
@@ -77,11 +93,15 @@ def load_ends(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    with_head: bool = True,
 ) -> Ends:
-    """Loads embeddings, final norm and head.
+    """Loads embeddings, final norm and head; without the head if that is not the embeddings.
 
     Raises:
         CheckpointError: tensors are missing, misshapen or damaged.
     """
     shapes = checkpoint.family.end_tensors(checkpoint.config)
-    return Ends(checkpoint.config, checkpoint.load(shapes, dtype=dtype, device=device, progress=progress))
+    if not with_head:
+        shapes.pop(f"{checkpoint.family.ends.head}.weight", None)
+    tensors = checkpoint.load(shapes, dtype=dtype, device=device, progress=progress)
+    return Ends(checkpoint.config, tensors, with_head=with_head)

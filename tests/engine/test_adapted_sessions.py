@@ -210,6 +210,18 @@ def test_a_batch_block_by_block_with_another_in_between(tiny: Tiny) -> None:
     assert close(placed.result(), outputs(expected, step("a", 0, rows(20)))[0])
 
 
+def test_rows_of_one_adapter_are_multiplied_together(tiny: Tiny) -> None:
+    engine = tiny.engine()
+    adapters = [served(tiny, layout_of(tiny), 0), served(tiny, layout_of(tiny, every=0, prefix=3), 1)]
+    for number in range(5):
+        engine.open_session(str(number), max_length=8, adapter=[*adapters, None][number % 3])
+    chunks = [Chunk(engine.place(step(str(number), 0, rows(2))), 2) for number in range(5)]
+    sorted_chunks = engine._adapted.sorted(chunks)
+    assert [chunk.step.request.session for chunk in sorted_chunks] == ["0", "3", "1", "4", "2"]
+    (segment,) = engine._adapted.segments(sorted_chunks)
+    assert (segment.start, segment.stop) == (0, 4)
+
+
 def test_part_of_the_blocks(tiny: Tiny) -> None:
     engine = tiny.engine()
     layout, part = layout_of(tiny), Span(1, 3)

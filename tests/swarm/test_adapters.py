@@ -18,6 +18,7 @@ from petal_swarm.client.model import SwarmModelForCausalLM
 from petal_swarm.errors import AdapterFullError, ConfigError
 from tests.checkpoints import reference, save_bloom, save_llama
 from tests.swarm.local import LocalSwarm
+from tests.swarm.test_prefixes import RowCounter
 
 BLOCKS = 4
 PROMPT = torch.tensor([[7, 11, 23, 42, 5]])
@@ -124,8 +125,11 @@ def test_a_server_dies_and_its_replacement_gets_the_adapter(
     with model.inference_session(max_length=40) as session:
         model.generate(PROMPT, max_new_tokens=4, do_sample=False)
         assert session.route is not None
+        assert session._ring is not None
+        before = session._ring.session
         swarm.network.kill(session.route.hops[victim].peer_id)
         rest = model.generate(max_new_tokens=NEW - 4, do_sample=False)
+        assert session._ring.session == before, "only the lost hop was replaced"
         assert rest[0, -(NEW - 4) :].tolist() == adapted.expected[name][PROMPT.shape[1] + 4 :]
 
 
@@ -179,12 +183,18 @@ def test_a_swarm_whose_servers_take_no_adapters(adapted: Adapted) -> None:
         assert tokens(swarm.model()) == adapted.plain
 
 
-def test_prefixes_are_shared_with_the_same_adapter_only(adapted: Adapted, swarm: LocalSwarm) -> None:
+def test_prompts_are_shared_with_the_same_adapter_only(adapted: Adapted, swarm: LocalSwarm) -> None:
     prompt = torch.arange(40)[None] * 7 % 1000
-    models = [with_adapter(swarm, adapted.folders[name]) for name in ("lora", "lora", "prefix")]
-    models.append(swarm.model())
-    found = [model.generate(prompt, max_new_tokens=6, do_sample=False)[0].tolist() for model in models]
-    again = [model.generate(prompt, max_new_tokens=6, do_sample=False)[0].tolist() for model in models]
-    assert found == again
-    assert found[0] == found[1]
-    assert len({tuple(each) for each in found}) == 3
+
+    def generated(name: str | None, **settings: Any) -> list[int]:
+        model = swarm.model(**settings)
+        if name is not None:
+            _use_adapter(model, adapted.folders[name], {})
+        return model.generate(prompt, max_new_tokens=6, do_sample=False)[0].tolist()  # type: ignore[no-any-return]
+
+    names = ("lora", "prefix", "some", None)
+    alone = [generated(name, share_prefixes=False) for name in names]
+    assert [generated(name) for name in names] == alone
+    counter = RowCounter(swarm)
+    assert [generated(name) for name in names] == alone
+    assert counter.take() == [4 * (8 + 5)] * 2, "two pages of each prompt were there"
