@@ -16,9 +16,10 @@ from petal_swarm.wire.messages.tuning import (
 )
 
 #: Late copies of finished passes are known as such for so many passes.
-REMEMBERED_PASSES = 16_384
-#: What an entry costs besides its payload.
+REMEMBERED_PASSES = 4_096
+#: What a message costs besides its payload, and each number in its header.
 _ENTRY_BYTES = 512
+_NUMBER_BYTES = 40
 
 
 class Pass:
@@ -95,7 +96,7 @@ class Retained:
 
     def update(self, peer_id: str, held: Pass) -> None:
         """The pass holds more, or less, than before."""
-        nbytes = sum(_ENTRY_BYTES + message.tensor.nbytes for message in held.kept)
+        nbytes = sum(map(_cost_bytes, held.kept))
         passes = self._held.setdefault(peer_id, {})
         self._add(peer_id, nbytes - passes.pop(held, 0))
         if nbytes:
@@ -191,3 +192,8 @@ class Ledger:
     def close(self) -> list[Pass]:
         """The run has ended."""
         return self.finish(list(self._passes))
+
+
+def _cost_bytes(message: Forward | Backward) -> int:
+    numbers = len(message.trace) + (len(message.lengths) if isinstance(message, Forward) else 0)
+    return _ENTRY_BYTES + _NUMBER_BYTES * numbers + message.tensor.nbytes

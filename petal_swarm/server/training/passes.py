@@ -291,8 +291,10 @@ class RunPasses:
         """What was computed; None if that is nothing, or nobody wants it any more."""
         held.working = False
         self.computing -= 1
-        ways_in.done(message.tensor.shape[0], message.tensor.nbytes)
         error = future.exception()
+        # What comes out is as large as what went in.
+        sent_bytes = message.tensor.nbytes if error is None else 0
+        ways_in.done(message.tensor.shape[0], message.tensor.nbytes, sent_bytes=sent_bytes)
         if self._closed or held.finished:
             self._forget(held)
             return None

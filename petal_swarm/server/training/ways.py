@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Iterable
 
-from petal_swarm.errors import NetworkError, PetalSwarmError, ProtocolError
+from petal_swarm.errors import NetworkError, ProtocolError
 from petal_swarm.net.channel import Channel
 from petal_swarm.server.upstream import Output
 from petal_swarm.wire.messages.tuning import Backward, Forward
@@ -15,23 +15,14 @@ from petal_swarm.wire.messages.tuning import Backward, Forward
 class Way:
     """Sends what passes made to one neighbour, and keeps in mind what there is to send while there is none.
 
-    `message_of` gives the message of a pass, None if it is known no more; `on_stuck` is told if the
-    neighbour does not take what it is sent first. Lives in the event loop.
+    `message_of` gives the message of a pass, None if it is known no more. Lives in the event loop.
     """
 
-    def __init__(
-        self,
-        message_of: Callable[[int], Forward | Backward | None],
-        on_stuck: Callable[[NetworkError | TimeoutError], None],
-        *,
-        stall_s: float,
-    ) -> None:
+    def __init__(self, message_of: Callable[[int], Forward | Backward | None]) -> None:
         self.channel: Channel | None = None
         #: Bytes of payload that were written.
         self.sent_bytes = 0
         self._message_of = message_of
-        self._on_stuck = on_stuck
-        self._stall_s = stall_s
         self._owed: dict[int, None] = {}
         self._pump: asyncio.Task[None] | None = None
 
@@ -78,17 +69,13 @@ class Way:
                 await self.channel.drain()
 
     async def _fill(self, channel: Channel) -> None:
-        try:
+        with contextlib.suppress(NetworkError):  # whoever reads from it hears of it too
             while self._owed:
                 number = next(iter(self._owed))
                 del self._owed[number]
                 self._write(channel, number)
                 if channel.congested:
-                    async with asyncio.timeout(self._stall_s):
-                        await channel.drain()
-        except (PetalSwarmError, TimeoutError) as error:
-            stuck = error if isinstance(error, NetworkError) else TimeoutError()
-            asyncio.get_running_loop().call_soon(self._on_stuck, stuck)
+                    await channel.drain()
         self._pump = None
 
     def _write(self, channel: Channel, number: int) -> None:
