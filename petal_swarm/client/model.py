@@ -18,13 +18,15 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from petal_swarm.client import soft_prompt, tuning
+from petal_swarm.client import tuning
 from petal_swarm.client.adapter import SwarmAdapter
 from petal_swarm.client.adapters import Adapter, NamedAdapter, Snapshots
 from petal_swarm.client.cache import SwarmCache
+from petal_swarm.client.front import Front, strip_prompt
 from petal_swarm.client.loop import LoopThread
-from petal_swarm.client.packing import Packing, unique_rows
+from petal_swarm.client.packing import Packing
 from petal_swarm.client.session import InferenceSession
+from petal_swarm.client.stepping import kept_columns, step_logits
 from petal_swarm.client.swarm import Swarm
 from petal_swarm.client.training.function import RemoteBlocks
 from petal_swarm.client.view import ModelRef
@@ -66,6 +68,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._closed = False
         self._snapshots = Snapshots(ends.config)
         self._offered: NamedAdapter | None = None
+        self._front = Front(ends)
         self._own_head = False
         self.register_module("adapter", None)
         self.last_route: Route | None = None
@@ -252,13 +255,14 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         given = cast(torch.Tensor, input_ids if input_ids is not None else inputs_embeds)
         loss = None
         if past_key_values is not None:
-            logits = self._forward(given, attention_mask, past_key_values, logits_to_keep)
+            logits = step_logits(self._front, given, attention_mask, past_key_values, logits_to_keep)
         elif labels is not None or self._is_trained(given):
             logits, loss = self._with_loss(given, attention_mask, labels, num_items_in_batch)
-            logits = _kept(logits, logits_to_keep)
+            logits = kept_columns(logits, logits_to_keep)
         else:
             with self.open_session(max_length=given.shape[1]) as session:
-                logits = self._forward(given, attention_mask, SwarmCache(session), logits_to_keep)
+                cache = SwarmCache(session)
+                logits = step_logits(self._front, given, attention_mask, cache, logits_to_keep)
                 self.last_route = session.route
         if return_dict is False:
             return (logits,) if loss is None else (loss, logits)
@@ -295,25 +299,14 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         Raises:
             ConfigError, MissingBlocksError, RemoteError, NetworkError: as `forward`.
         """
-        hidden, lengths = self._front(given, packing)
+        hidden, lengths = self._front.rows(given, packing)
         if self._is_trained(given):
             rows = self._run(hidden, lengths, Span(0, self._ref.num_blocks))
         else:
             with self.open_session(max_length=packing.width) as session:
                 rows = session.step(hidden, lengths, rows="all")
                 self.last_route = session.route
-        return soft_prompt.strip(rows, lengths, [length + before for length in packing.lengths])
-
-    def _front(
-        self, given: torch.Tensor, packing: Packing, *, prompted: bool = True
-    ) -> tuple[torch.Tensor, tuple[int, ...]]:
-        """Rows that go into block 0, and the lengths of the sequences; the soft prompt comes first."""
-        packed = packing.pack(given)
-        hidden = self.ends.embed(packed) if given.dim() == 2 else self.ends.enter(packed)
-        prompt = None if self.adapter is None or not prompted else self.adapter.soft_prompt
-        if prompt is None:
-            return hidden, packing.lengths
-        return soft_prompt.prepend(self.ends.enter(prompt.to(hidden)), hidden, packing.lengths)
+        return strip_prompt(rows, lengths, [length + before for length in packing.lengths])
 
     def _is_trained(self, given: torch.Tensor) -> bool:
         """Whether gradients are wanted, for the inputs or for the adapter."""
@@ -353,68 +346,6 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         )
         return logits[:, before:], loss
 
-    def _forward(
-        self,
-        given: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: SwarmCache,
-        logits_to_keep: int | torch.Tensor,
-    ) -> torch.Tensor:
-        last_only = isinstance(logits_to_keep, int) and logits_to_keep == 1
-        if last_only and cache.looks_ahead and given.dim() == 2:
-            logits = self._next_logits(given, attention_mask, cache)
-            self._send_ahead(logits, cache)
-            return logits
-        repeated = None
-        if last_only and cache.width == 0 and given.dim() == 2:
-            repeated = unique_rows(given, attention_mask)
-        if repeated is not None:
-            given = given[repeated[0]]
-            attention_mask = attention_mask[repeated[0]] if attention_mask is not None else None
-        logits = self._step(given, attention_mask, cache, last_only=last_only)
-        logits = _kept(logits, logits_to_keep)
-        if repeated is not None:
-            cache.session.fork(repeated[1])
-            logits = logits[repeated[1]]
-        return logits
-
-    def _step(
-        self, given: torch.Tensor, attention_mask: torch.Tensor | None, cache: SwarmCache, *, last_only: bool
-    ) -> torch.Tensor:
-        """Logits of all columns of `given`; of the last alone if that is enough and no padding."""
-        packing = Packing.of(given.shape[0], given.shape[1], attention_mask)
-        last_only = last_only and (packing.kept is None or bool(packing.kept[:, -1].all()))
-        hidden, lengths = self._front(given, packing, prompted=not any(cache.session.lengths))
-        rows = cache.session.step(hidden, lengths, rows="last" if last_only else "all")
-        if not last_only:
-            rows = soft_prompt.strip(rows, lengths, packing.lengths)
-        cache.width += given.shape[1]
-        logits = self.ends.logits(rows)
-        return logits[:, None] if last_only else packing.unpack(logits)
-
-    def _next_logits(
-        self, given: torch.Tensor, attention_mask: torch.Tensor | None, cache: SwarmCache
-    ) -> torch.Tensor:
-        """One column of greedy decoding: of the step sent ahead, if that guessed right."""
-        rows = cache.session.take_ahead(given) if given.shape[1] == 1 else None
-        if rows is not None:
-            cache.width += 1
-            return self.ends.logits(rows)[:, None]
-        if cache.guessed:
-            # A logits processor or the padding of a finished sequence is at work, and will be again.
-            cache.looks_ahead = False
-        return self._step(given, attention_mask, cache, last_only=True)[:, -1:]
-
-    def _send_ahead(self, logits: torch.Tensor, cache: SwarmCache) -> None:
-        tokens = logits[:, -1].argmax(-1)
-        cache.guessed = (
-            cache.looks_ahead
-            and cache.width < cache.max_width
-            and cache.final_tokens.isdisjoint(tokens.tolist())
-        )
-        if cache.guessed:
-            cache.session.step_ahead(tokens[:, None], self.ends.embed(tokens))
-
     # -- adapters ------------------------------------------------------------------------------
 
     def add_adapter(self, settings: object) -> SwarmAdapter:
@@ -448,6 +379,7 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
     def use_adapter(self, adapter: SwarmAdapter | None) -> None:
         """Compute with these parameters."""
         self.adapter = adapter
+        self._front = Front(self.ends, None if adapter is None else adapter.soft_prompt)
         self._offered = None
 
     def use_offered_adapter(self, name: str) -> None:
@@ -535,13 +467,6 @@ class _OfThread(threading.local):
     def __init__(self) -> None:
         self.session: InferenceSession | None = None
         self.opened: list[InferenceSession] = []
-
-
-def _kept(logits: torch.Tensor, logits_to_keep: int | torch.Tensor) -> torch.Tensor:
-    """The columns that were asked for: all by default, the last ones, or those of an index."""
-    if isinstance(logits_to_keep, int):
-        return logits[:, -logits_to_keep:] if 0 < logits_to_keep < logits.shape[1] else logits
-    return logits[:, logits_to_keep]
 
 
 def _or_ones(mask: torch.Tensor | None, token_ids: torch.Tensor) -> torch.Tensor:

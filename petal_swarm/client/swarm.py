@@ -18,7 +18,13 @@ from petal_swarm.client.ring import Ring
 from petal_swarm.client.view import ModelRef, View
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import RemoteDirectory
-from petal_swarm.errors import ConfigError, MissingBlocksError, NetworkError, PeerUnreachableError
+from petal_swarm.errors import (
+    AdapterMissingError,
+    ConfigError,
+    MissingBlocksError,
+    NetworkError,
+    PeerUnreachableError,
+)
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.private import PrivateTransport
 from petal_swarm.net.swarm_key import SwarmKey, load_swarm_key
@@ -160,6 +166,8 @@ class Swarm:
             except OpenFailedError as error:
                 logger.info("attempt %d: avoiding %s: %s", attempts, error.peer_id, error)
                 last = error
+                if isinstance(error.error, AdapterMissingError):
+                    continue  # somebody else's took its place since it was uploaded
                 (full if error.is_full else failed).add(error.peer_id)
                 self.view.blame(error.peer_id, error.error)
         assert last is not None

@@ -55,11 +55,17 @@ def _apply(function: type[Function], *arguments: Any) -> Tensor:
     return result
 
 
+def _base_product(projection: Projection, x: Tensor, residual: Tensor | None) -> Tensor:
+    """Never some rows of something larger, which would be kept alive, and could not be turned in place."""
+    out = projection(x) if residual is None else projection.plus(x, residual)
+    return out.clone() if out._is_view() else out
+
+
 class _Product(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, projection: Projection) -> Tensor:
         ctx.projection = projection
-        return projection(x) if residual is None else projection.plus(x, residual)
+        return _base_product(projection, x, residual)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,7 +84,7 @@ class _AdaptedProduct(Function):
         a: Tensor,
         *bs: Tensor,
     ) -> Tensor:
-        out = projection(x) if residual is None else projection.plus(x, residual)
+        out = _base_product(projection, x, residual)
         reduced = x.to(a.dtype) @ a.t()
         delta.expand_into(out, reduced)
         ctx.projection = projection

@@ -204,7 +204,7 @@ class PackedNf4Linear:
         packed = self._codes[start:stop].view(-1, self._codes.shape[1], _PACKED_ROWS // 2, 2)
         codes = torch.cat([packed & 15, packed >> 4], dim=2).transpose(1, 2)
         codes = (codes[..., 0] << 4 | codes[..., 1]).reshape(stop - start, -1)
-        return Nf4Rows(codes, self._state.absmax[:, start:stop].t().float().contiguous())
+        return Nf4Rows(codes.contiguous(), self._state.absmax[:, start:stop].t().float().contiguous())
 
     @property
     def nbytes(self) -> int:

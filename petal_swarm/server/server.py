@@ -372,6 +372,8 @@ class Server:
         announced = announcer.announcement.kv_tokens_free
         while True:
             await asyncio.sleep(UPDATE_FIGURES_S)
+            if self._host is not None:
+                self._host.adapters.store.expire()
             announcement = self.announcement()
             announcer.update(announcement)
             if not announced / 2 <= announcement.kv_tokens_free <= announced * 2:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from queue import SimpleQueue
 
 import pytest
@@ -486,3 +486,71 @@ def test_inline(engine: Engine, bloom: Tiny) -> None:
     assert compute.queue_s() == 0
     assert compute.steps_waiting_for_room == 0
     compute.stop()
+
+
+# -- work in pieces ------------------------------------------------------------------------------------
+
+
+def named_pieces(threads: list[str], count: int) -> Generator[None, None, int]:
+    for _ in range(count):
+        threads.append(threading.current_thread().name)
+        yield
+    return count
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_work_has_a_result(engine: Engine, inline: bool) -> None:
+    compute: Compute = InlineCompute(engine) if inline else ComputeThread(engine)
+    compute.start()
+    threads: list[str] = []
+    assert compute.run_work(named_pieces(threads, 3), "A").result(TIMEOUT_S) == 3
+    compute.stop()
+    expected = threading.current_thread().name if inline else "petal-swarm-compute"
+    assert threads == [expected] * 3
+    assert compute.piece_rows() > 0
+
+
+@pytest.mark.parametrize("inline", [True, False])
+def test_work_fails_with_a_typed_error(engine: Engine, inline: bool) -> None:
+    compute: Compute = InlineCompute(engine) if inline else ComputeThread(engine)
+
+    def broken() -> Generator[None, None, None]:
+        yield
+        raise ValueError("a bug")
+
+    compute.start()
+    error = compute.run_work(broken(), "A").exception(TIMEOUT_S)
+    compute.stop()
+    assert type(error) is RemoteError
+
+
+def test_a_step_does_not_wait_for_the_end_of_work(compute: ComputeThread) -> None:
+    """The work ends when the step has its result, and not before."""
+    answered = threading.Event()
+
+    def work() -> Generator[None, None, str]:
+        while not answered.is_set():
+            yield
+        return "done"
+
+    future = compute.run_work(work(), "A")
+    result = submitted(compute, step("a"))
+    assert result.error is None
+    answered.set()
+    assert future.result(TIMEOUT_S) == "done"
+
+
+def test_works_fail_when_the_thread_stops(engine: Engine) -> None:
+    compute = ComputeThread(engine)
+    compute.start()
+    started = threading.Event()
+
+    def endless() -> Generator[None, None, None]:
+        while True:
+            started.set()
+            yield
+
+    future = compute.run_work(endless(), "A")
+    assert started.wait(TIMEOUT_S)
+    compute.stop()
+    assert isinstance(future.exception(TIMEOUT_S), RemoteError)

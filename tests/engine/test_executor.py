@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
 from random import Random
 from typing import Any
 
@@ -16,6 +17,7 @@ from petal_swarm.engine.executor import Executor
 from petal_swarm.engine.pace import Pace
 from petal_swarm.engine.scheduler import Job
 from petal_swarm.engine.steps import PlacedStep, StepRequest, StepResult
+from petal_swarm.engine.works import Work
 from petal_swarm.errors import (
     BadMessageError,
     BadTensorError,
@@ -740,3 +742,85 @@ def test_the_pace_begins_with_what_was_measured(bloom: Tiny) -> None:
     assert (pace.block_s, pace.decode_s, pace.row_s) == pytest.approx((0.01, 0.01 * BLOCKS, 0.001 / BLOCKS))
     pace = Executor(bloom.engine())._pace
     assert (pace.block_s, pace.decode_s, pace.row_s) == (0, 0, 0)
+
+
+# -- work in pieces ------------------------------------------------------------------------------------
+
+
+def add_work(bench: Bench, pieces: int, peer: str = "") -> Future[str]:
+    """Each piece is in the log."""
+
+    def work() -> Generator[None, None, str]:
+        for _ in range(pieces):
+            bench.log.append("work")
+            yield
+        return "done"
+
+    future: Future[str] = Future()
+    bench.executor.add_work(Work(work(), future, peer))
+    return future
+
+
+def test_work_is_done_when_nothing_else_waits(bench: Bench) -> None:
+    assert bench.executor.wait_s() is None
+    future = add_work(bench, 3)
+    assert bench.executor.wait_s() == 0.0
+    assert not bench.executor.idle
+    bench.drain()
+    assert future.result(0) == "done"
+    assert bench.log == ["work"] * 3
+    assert bench.executor.idle
+
+
+class Shares(Steps):
+    """What others computed counts a second, a piece of work `work_s`."""
+
+    def __init__(self, work_s: float, **options: int) -> None:
+        super().__init__(**options)
+        self.work_s = work_s
+
+    def owe_work(self, elapsed_s: float) -> None:
+        super().owe_work(1.0)
+
+    def worked(self, elapsed_s: float) -> None:
+        super().worked(self.work_s)
+
+
+@pytest.mark.parametrize(("work_s", "decodes"), [(0.3, 1), (1.0, 4), (2.0, 7)])
+def test_decoding_has_its_share_beside_work(
+    bloom: Tiny, monkeypatch: pytest.MonkeyPatch, work_s: float, decodes: int
+) -> None:
+    """After a piece of work, decode batches of three times that time."""
+    bench = Bench(bloom, monkeypatch, Shares(work_s))
+    bench.open("a")
+    add_work(bench, 20)
+    for number in range(20):
+        bench.add(step("a", position=number), number)
+        bench.advance()
+    kinds = ["work" if entry == "work" else "decode" for entry in bench.log]
+    assert kinds[:2] == ["decode", "work"]
+    between = "".join(kind[0] for kind in kinds[2:]).split("w")
+    assert {len(run) for run in between[:-1]} <= {decodes, decodes + 1} - {0}
+
+
+def test_prefill_pauses_for_a_piece_of_work(bloom: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(bloom, monkeypatch, Shares(0.5))
+    bench.open("a")
+    add_work(bench, 2)
+    bench.add(step("a", 70))
+    bench.drain()
+    blocks = [entry for entry in bench.log if isinstance(entry, str)]
+    assert blocks == ["block", "work", "block", "block", "work", "block"]
+    assert bench.error("a") is None
+
+
+def test_a_bug_ends_works_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    future = add_work(bench, 2)
+    bench.executor.abandon(ValueError("a bug"))
+    assert isinstance(future.exception(0), RemoteError)
+    assert bench.executor.idle
+
+
+def test_pieces_are_as_small_as_chunks_of_prefill(bloom: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(bloom, monkeypatch, Steps(chunk=48))
+    assert bench.executor.piece_rows() == 48

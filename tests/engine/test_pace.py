@@ -155,3 +155,32 @@ def test_who_stays_away_is_not_waited_for() -> None:
 def test_smoothing() -> None:
     assert smooth(0.0, 5.0) == 5.0
     assert smooth(1.0, 2.0) == pytest.approx(1.1)
+
+
+def test_work_is_owed_a_share_and_pays_back_what_it_took() -> None:
+    pace = Pace(1024)
+    assert not pace.owes_work
+    pace.owe_work(3.0)
+    assert pace.owes_work
+    pace.worked(5.0)
+    pace.owe_work(14.0)
+    assert not pace.owes_work
+    pace.owe_work(2.0)
+    assert pace.owes_work
+
+
+def test_work_saves_up_no_time() -> None:
+    pace = Pace(1024)
+    for _ in range(100):
+        pace.owe_work(3.0)
+    pace.worked(2.0)
+    pace.owe_work(3.0)
+    assert not pace.owes_work
+
+
+def test_work_that_was_in_nobodys_way_owes_only_its_last_piece() -> None:
+    pace = Pace(1024)
+    for _ in range(100):
+        pace.worked(1.0)
+    pace.owe_work(3.5)
+    assert pace.owes_work

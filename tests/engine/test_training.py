@@ -272,7 +272,7 @@ def test_rows_that_do_not_fit(bloom: Tiny) -> None:
     for hidden, lengths in bad:
         with pytest.raises(BadTensorError):
             run(passes.forward("a", hidden, lengths, WHOLE, keep=True))
-    run(forward("a", rows(COUNT), LENGTHS, WHOLE, keep=True))
+    run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, keep=True))
     with pytest.raises(BadTensorError, match="shape"):
         run(passes.backward("a", rows(COUNT - 1)))
     assert passes.has("a")

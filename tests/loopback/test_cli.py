@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,9 +52,28 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def swarm(model: Path) -> Iterator[Swarm]:
+def adapter(model: Path) -> Path:
+    """LoRA in PEFT's format, of random numbers."""
+    import peft
+    import torch
+
+    torch.manual_seed(1)
+    settings = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT uses what transformers has deprecated
+        adapted = peft.get_peft_model(reference(model), settings)
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0, 0.5)
+    adapted.save_pretrained(model.parent / "tone")
+    return model.parent / "tone"
+
+
+@pytest.fixture(scope="module")
+def swarm(model: Path, adapter: Path) -> Iterator[Swarm]:
     common = [str(model), "--listen", "/ip4/127.0.0.1/tcp/0", "--threads", "1", "--kv-tokens", str(KV_TOKENS)]
-    common += ["--cache-dir", str(model.parent / "cache"), "--quant", "none"]
+    common += ["--cache-dir", str(model.parent / "cache"), "--quant", "none", "--adapters", str(adapter)]
     with LocalSwarm() as servers:
         first = servers.start("first", [*common, "--new-swarm", "--blocks", "0:2", "--name", "first"])
         wait_ready([first], timeout_s=60, on_ready=lambda server: None)
@@ -70,13 +90,21 @@ def run(capsys: Any, *argv: object) -> tuple[int, str, str]:
     return status, captured.out, captured.err
 
 
-def expected_answer(folder: Path, prompt: str, new_tokens: int = NEW_TOKENS) -> str:
-    """What transformers says."""
+def expected_answer(
+    folder: Path, prompt: str, new_tokens: int = NEW_TOKENS, adapter: Path | None = None
+) -> str:
+    """What transformers says, or PEFT."""
+    import peft
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-    answer = reference(folder).generate(ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=1)
+    model: Any = reference(folder)
+    if adapter is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model = peft.PeftModel.from_pretrained(model, adapter)
+    answer = model.generate(input_ids=ids, max_new_tokens=new_tokens, do_sample=False, pad_token_id=1)
     return str(tokenizer.decode(answer[0, ids.shape[1] :], skip_special_tokens=True))
 
 
@@ -97,6 +125,19 @@ def test_status_for_people(swarm: Swarm, capsys: Any) -> None:
     status, out, _ = run(capsys, "status", swarm.model, "--initial-peers", swarm.address)
     assert status == 0
     assert f"all {BLOCKS} blocks are served" in out
+    assert "adapter tone (" in out
+    assert "nobody has it" not in out
+
+
+@pytest.mark.parametrize("named", ["folder", "name"])
+def test_generate_with_an_adapter(swarm: Swarm, adapter: Path, capsys: Any, named: str) -> None:
+    prompt = "w7 w11 w13 w17"
+    words = ("generate", swarm.model, prompt, "--max-new-tokens", NEW_TOKENS)
+    given = adapter if named == "folder" else adapter.name
+    status, out, _ = run(capsys, *words, "--adapter", given, "--initial-peers", swarm.address)
+    expected = expected_answer(swarm.model, prompt, adapter=adapter).strip()
+    assert (status, out.strip()) == (0, expected)
+    assert expected != expected_answer(swarm.model, prompt).strip()
 
 
 def test_generate_says_what_the_model_says(swarm: Swarm, capsys: Any) -> None:

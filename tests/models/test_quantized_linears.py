@@ -242,3 +242,15 @@ def test_a_token_does_not_depend_on_its_batch(size):
     tolerance = 1e-6 * together.abs().amax()
     assert (together - alone).abs().amax() < tolerance
     assert (together - pairs).abs().amax() < tolerance
+
+
+@pytest.mark.parametrize(("quantize", "kind", "tolerance"), KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(192, 256), (96, 64), (1056, 2048)])
+def test_gradients_of_inputs(quantize, kind, tolerance, dtype, shape):
+    """Those of the dequantized weight, also of one that is dequantized in several pieces."""
+    weight = quantize(normal(*shape))
+    grad = normal(5, shape[0], seed=3).to(dtype)
+    found = kind(weight, None).back(grad)
+    assert found.dtype == dtype
+    assert off(found, grad.double() @ weight.dequantized().double()) < 0.004

@@ -15,7 +15,13 @@ from transformers import PreTrainedModel
 
 from petal_swarm.client.auto import _use_adapter
 from petal_swarm.client.model import SwarmModelForCausalLM
-from petal_swarm.errors import AdapterFullError, ConfigError
+from petal_swarm.errors import AdapterFullError, AdapterMissingError, ConfigError
+from petal_swarm.net.channel import Channel
+from petal_swarm.net.memory import MemoryTransport
+from petal_swarm.span import Span
+from petal_swarm.wire.connection import SESSION_TABLE, Role
+from petal_swarm.wire.messages.opening import Open, Opened
+from petal_swarm.wire.protocols import SESSION
 from tests.checkpoints import reference, save_bloom, save_llama
 from tests.swarm.local import LocalSwarm
 from tests.swarm.test_prefixes import RowCounter
@@ -198,3 +204,49 @@ def test_prompts_are_shared_with_the_same_adapter_only(adapted: Adapted, swarm: 
     counter = RowCounter(swarm)
     assert [generated(name) for name in names] == alone
     assert counter.take() == [4 * (8 + 5)] * 2, "two pages of each prompt were there"
+
+
+def test_nobody_uses_the_adapter_of_another(adapted: Adapted) -> None:
+    with LocalSwarm(adapted.checkpoint, ["0:4"]) as swarm:
+        owner = with_adapter(swarm, adapted.folders["lora"])
+        assert tokens(owner) == adapted.expected["lora"]
+        assert owner.adapter is not None
+        known = owner._snapshots.of(owner.adapter.layout, owner.adapter.numbers())
+        assert known is not None
+
+        async def attempt(peer: MemoryTransport) -> Opened:
+            server = swarm.servers[0].announcement().peer_id
+            stream = await peer.open_stream(server, SESSION, timeout_s=5)
+            channel = Channel(stream, SESSION_TABLE, Role.DIALER)
+            key = swarm.checkpoint.model_key
+            channel.send(Open(b"s" * 16, 0, key, Span(0, 4), 8, adapter=known.id))
+            return await channel.expect(Opened, timeout_s=5)
+
+        with pytest.raises(AdapterMissingError):
+            swarm.run(attempt(swarm.transport()))
+        owners = owner._swarm.transport
+        assert isinstance(owners, MemoryTransport)
+        assert swarm.run(attempt(owners)).max_batch_tokens > 1
+
+
+def test_an_adapter_that_is_given_up_before_the_session_opens(adapted: Adapted) -> None:
+    """Others may take its room in between: it is uploaded again."""
+    with LocalSwarm(adapted.checkpoint, ["0:4"]) as swarm:
+        host = swarm.servers[0]._host
+        assert host is not None
+        find, lost = host.adapters.store.find, []
+
+        def forgetful(peer: str, adapter: str, span: Span) -> Any:
+            if not lost:
+                lost.append(adapter)
+                host.adapters.store.forget(peer, adapter)
+            return find(peer, adapter, span)
+
+        host.adapters.store.find = forgetful  # type: ignore[method-assign]
+        assert tokens(with_adapter(swarm, adapted.folders["lora"])) == adapted.expected["lora"]
+        assert lost
+        swarm.run(asyncio.sleep(1))
+        assert len(host.adapters.store)
+        host.adapters.store._clock = lambda: 1e9
+        swarm.run(asyncio.sleep(2))
+        assert not len(host.adapters.store), "what is not used any more is given up"

@@ -193,7 +193,7 @@ def test_backward_twice_and_graphs_that_are_dropped(checkpoint: Path) -> None:
         assert_near(embeds.grad, first)
         (lane,) = model._blocks._trainer._pools[Span(0, 8)].lanes
         dropped = model.run_blocks(embeds, mask)
-        assert len(lane.courses) == 1
+        assert lane.courses
         del dropped, out
         with torch.no_grad():
             model.run_blocks(embeds, mask)

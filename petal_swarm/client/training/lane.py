@@ -114,6 +114,11 @@ class Lane:
         """How many passes may be under way: one at each hop, and one between."""
         return max(1, min(len(self.members) + 1, self.max_passes - 1))
 
+    @property
+    def hops(self) -> list[Hop]:
+        """The hops now in use."""
+        return [member.hop for member in self.members]
+
     async def ensure(self, adapter: TrainedAdapter) -> None:
         """Every hop has the adapter when this returns.
 

@@ -7,11 +7,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from petal_swarm.errors import ConfigError
+from petal_swarm.routing.route import Hop
 
-#: Smaller passes spend more on their way than in the blocks.
-MIN_PASS_TOKENS = 64
-#: A pipeline of S hops that takes M passes is busy for M / (M + S - 1) of the time.
+#: More passes than so many for each hop gain little: S hops that take M of them are busy for M / (M + S - 1)
+#: of the time.
 PASSES_PER_HOP = 4
+#: Forward and backward of a token, against what it costs in a prompt.
+TOKEN_FACTOR = 3.0
+#: Whatever its rows, a pass reads the weights twice, as two steps do,
+STEP_FACTOR = 2.0
+#: and spends this for each block on making a graph and going back through it. Measured: 0.6 ms.
+BLOCK_S = 6e-4
+#: What is on its way counts as a part of a stage.
+WAY_STAGES = 0.25
 
 
 class Microbatch(NamedTuple):
@@ -22,10 +30,23 @@ class Microbatch(NamedTuple):
     lengths: tuple[int, ...]
 
 
-def cut_batch(lengths: Sequence[int], *, max_tokens: int, max_sequences: int, hops: int) -> list[Microbatch]:
-    """Passes of nearly equal size, in order, enough to keep `hops` servers busy at once.
+def choose_passes(tokens: int, hops: Sequence[Hop]) -> int:
+    """In how many passes `tokens` are through the hops first, by what those announce of themselves.
 
-    `hops` counts those of all lanes.
+    M passes through S hops take (M + S - 1) times as long as one at the slowest hop, which is a cost of its
+    own and an M-th of what the tokens cost.
+    """
+    slowest = max(hops, key=lambda hop: hop.step_s + tokens * hop.token_s)
+    whole_s = TOKEN_FACTOR * tokens * slowest.token_s
+    each_s = STEP_FACTOR * slowest.step_s + BLOCK_S * len(slowest.span)
+    best = math.sqrt(whole_s * (len(hops) - 1 + WAY_STAGES) / each_s)
+    return max(1, min(round(best), PASSES_PER_HOP * len(hops)))
+
+
+def cut_batch(
+    lengths: Sequence[int], *, max_tokens: int, max_sequences: int, passes: int
+) -> list[Microbatch]:
+    """Passes of nearly equal size, in order; not many more than `passes`, unless the bounds ask for them.
 
     Raises:
         ConfigError: a sequence is longer than `max_tokens`, so that no pass can hold it.
@@ -36,21 +57,19 @@ def cut_batch(lengths: Sequence[int], *, max_tokens: int, max_sequences: int, ho
             f"a sequence of {longest} tokens is longer than the {max_tokens} that these servers take at once"
             " in training; cut it, or start servers with a larger --max-batch-tokens"
         )
-    busy = PASSES_PER_HOP * hops if hops > 1 else 2  # one is computed while the other travels
-    wanted = min(busy, total // MIN_PASS_TOKENS, len(lengths))
-    parts = max(1, wanted, math.ceil(total / max_tokens), math.ceil(len(lengths) / max_sequences))
-    passes: list[Microbatch] = []
+    parts = max(passes, math.ceil(total / max_tokens), math.ceil(len(lengths) / max_sequences))
+    cut: list[Microbatch] = []
     current: list[int] = []
     start = row = 0
     for index, length in enumerate(lengths):
         full = row - start + length > max_tokens or len(current) == max_sequences
-        if current and (full or _is_due(row, length, total * (len(passes) + 1) / parts)):
-            passes.append(Microbatch(start, row, tuple(current)))
+        if current and (full or _is_due(row, length, total * (len(cut) + 1) / parts)):
+            cut.append(Microbatch(start, row, tuple(current)))
             current, start = [], row
         current.append(lengths[index])
         row += length
-    passes.append(Microbatch(start, row, tuple(current)))
-    return passes
+    cut.append(Microbatch(start, row, tuple(current)))
+    return cut
 
 
 def _is_due(row: int, length: int, end: float) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from petal_swarm.client.training.adapters import TrainedAdapter
 from petal_swarm.client.training.courses import Gradient, Pass
 from petal_swarm.client.training.lane import Lane
-from petal_swarm.client.training.microbatches import cut_batch
+from petal_swarm.client.training.microbatches import choose_passes, cut_batch
 from petal_swarm.client.training.openings import LaneOpenings
 from petal_swarm.client.training.pool import LanePool
 from petal_swarm.errors import (
@@ -94,7 +94,7 @@ class Trainer:
             lengths,
             max_tokens=max(1, min(most, MAX_PAYLOAD_BYTES // (rows.shape[1] * 4))),
             max_sequences=MAX_SEQUENCES,
-            hops=sum(len(lane.members) for lane in lanes),
+            passes=sum(choose_passes(rows.shape[0] // len(lanes), lane.hops) for lane in lanes),
         )
         passes = [Pass(rows[each.start : each.stop], each.lengths, blocks, adapter) for each in cut]
         outputs = await _all([self._forward(pool, each, keep=keep) for each in passes])

@@ -1,4 +1,4 @@
-"""Loss and gradients of everything that can be trained, against PEFT; the blocks are a stand-in here."""
+"""Everything that can be trained through a swarm, against PEFT in one process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from petal_swarm.client.model import SwarmModelForCausalLM
 from petal_swarm.models.peft_format import read_adapter
 from tests.checkpoints import reference, save_bloom, save_llama
-from tests.client.local_blocks import LocalBlocks
 from tests.swarm.local import LocalSwarm
 
 pytestmark = pytest.mark.filterwarnings(
@@ -35,15 +34,13 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def swarm(checkpoint: Path) -> Iterator[LocalSwarm]:
-    with LocalSwarm(checkpoint, ["0:3"]) as swarm:
+    with LocalSwarm(checkpoint, ["0:2", "2:3"]) as swarm:
         yield swarm
 
 
 @pytest.fixture
 def model(swarm: LocalSwarm, checkpoint: Path) -> SwarmModelForCausalLM:
-    model = swarm.model()
-    model._blocks = LocalBlocks(reference(checkpoint), model.ends.config)
-    return model
+    return swarm.model()
 
 
 def made_by_peft(checkpoint: Path, kind: str, folder: Path) -> Any:
@@ -138,6 +135,18 @@ def test_an_optimizer_trains_what_was_added(
     with torch.no_grad():
         ours, theirs = model(**batch()), loaded(**batch())
     assert ours.loss.item() == pytest.approx(theirs.loss.item(), rel=1e-5)
+    ids = batch()["input_ids"][:1]
+    tokens = [
+        each.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=6,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        for each in (model, loaded)
+    ]
+    assert torch.equal(tokens[0], tokens[1])
 
 
 def test_evaluation_has_the_same_loss(model: SwarmModelForCausalLM, checkpoint: Path, tmp_path: Path) -> None:
