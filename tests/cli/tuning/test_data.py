@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from petal_swarm.cli.tuning.data import read_corpus
 from petal_swarm.errors import ConfigError
@@ -50,6 +51,22 @@ def test_texts_in_lines_end_and_are_cut_into_windows(tmp_path):
 def test_only_the_completion_is_learned(tmp_path):
     found = corpus(tmp_path, lines({"prompt": "2+2=", "completion": "4"}))
     assert [shown(example) for example in found.examples] == ["2+2=<4$>"]
+
+
+def test_the_token_that_begins_a_text_comes_once_and_not_before_what_a_template_wrote(tmp_path):
+    tokenizer = characters()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<end> $A", special_tokens=[("<end>", END)]
+    )
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    records = {"text": "abc"}, {"prompt": "a", "completion": "b"}, {"messages": messages}
+    found = corpus(tmp_path, lines(*records), tokenizer=tokenizer)
+    assert [shown(example) for example in found.examples] == [
+        "<$abc$>",
+        "$a<b$>",
+        "[user]q[end][assistant]<a[end]>",
+    ]
+    assert not found.chats
 
 
 def test_only_answers_are_learned_as_the_template_writes_them(tmp_path):

@@ -139,6 +139,18 @@ def test_the_learning_rate_rises_and_falls():
     assert learning_rate_at(0, 1, 1.0) == 1.0
 
 
+def test_each_step_has_the_learning_rate_of_its_number():
+    run = tuner(Bigrams())
+    rates = []
+
+    class Reader(Watcher):
+        def on_step(self, step, *rest):
+            rates.append(run._optimizer.param_groups[0]["lr"])
+
+    run.run(Reader())
+    assert rates == [learning_rate_at(step, STEPS, SETTINGS["learning_rate"]) for step in range(STEPS)]
+
+
 def test_the_mean_loss_counts_every_prediction_alike():
     model, given = Bigrams(), examples(5)
     whole = loss_of(model, collate(given)).item()
