@@ -76,6 +76,8 @@ def servers(model: Path | str, spans: Sequence[str], *options: str) -> Iterator[
                 server.process.wait(STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 os.killpg(server.process.pid, signal.SIGKILL)
+            assert server.process.stdout is not None
+            server.process.stdout.close()
 
 
 def start_server(

@@ -82,6 +82,15 @@ class Trial:
             if other != peer_id:
                 self.swarm.network.cut(peer_id, other)
 
+    @property
+    def avoided(self) -> frozenset[str]:
+        """The peers that the client avoids now."""
+
+        async def look() -> frozenset[str]:
+            return self.model._swarm.view.avoidance.peers()
+
+        return self.swarm.run(look())
+
     def later(self, seconds: float) -> None:
         self.swarm.run(asyncio.sleep(seconds))
 

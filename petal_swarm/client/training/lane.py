@@ -421,11 +421,13 @@ class Lane:
     ) -> None:
         """What came to the hop is wrong: the fault of whoever sent it, maybe of this client."""
         index = self.members.index(member) + (1 if backward else -1)
-        if 0 <= index < len(self.members):
-            sender = self.members[index]
-            reason = f"what it sent on was refused: {error}"
-            self.lose(sender, HopLostError(reason, peer_id=sender.peer_id))
-        course.fail(error)
+        if not 0 <= index < len(self.members):
+            course.fail(error)
+            return
+        sender = self.members[index]
+        lost = HopLostError(f"what {sender.peer_id} sent on was refused: {error}", peer_id=sender.peer_id)
+        course.fail(lost)  # it is spoiled behind that hop: it goes again, under another number
+        self.lose(sender, lost)
 
     def _hear_lost(self, member: TrainMember, lost: Lost) -> None:
         if not lost.upstream and member.refused(lost):
@@ -445,5 +447,6 @@ class Lane:
                 self.fail(error)
                 return
             before = self.members[index - 1]
-            self.lose(before, HopLostError(f"what it sent on was refused: {error}", peer_id=before.peer_id))
+            reason = f"what {before.peer_id} sent on was refused: {error}"
+            self.lose(before, HopLostError(reason, peer_id=before.peer_id))
         self.lose(member, error)
