@@ -74,7 +74,13 @@ class Onward:
         self._on_change()
 
     def relink(self, following: Neighbour, epoch: int) -> None:
-        """As `connect`, in a task; the client hears `rerouted`, or that the link is lost."""
+        """As `connect`, in a task; the client hears `rerouted`, or that the link is lost.
+
+        Nothing goes to the hop of before any more, or comes from it.
+        """
+        self._way.disconnect()
+        self._gradients.leave()
+        self._on_change()
         if self._dialling is not None:
             self._dialling.cancel()
         now = self._loop.time()

@@ -178,7 +178,14 @@ class HostedRun:
         with contextlib.suppress(NetworkError):  # whoever reads from it hears of it too
             await self._client.drain()
         self._hushed = None
-        self._client.resume()
+        if not self._waits_for_us:
+            self._client.resume()
+
+    @property
+    def _waits_for_us(self) -> bool:
+        """Whether the client has to wait with rows, or gradients, until others are computed."""
+        ways_in = (self.rows, self._gradients)
+        return any(way_in.source is self._client and way_in.is_throttled for way_in in ways_in)
 
     def _relink(self, told: Relink) -> None:
         if told.epoch <= self._epoch:
@@ -271,9 +278,7 @@ class HostedRun:
         if not self._passes.computing and now - self._last_active > training.idle_timeout_s:
             self.fail(IdleError(f"the run was idle for {training.idle_timeout_s:g} s"))
             return
-        excused = self._hushed is not None or any(
-            way_in.source is self._client and way_in.is_throttled for way_in in (self.rows, self._gradients)
-        )
+        excused = self._hushed is not None or self._waits_for_us
         if self._slow_client.is_too_slow(now, self._client.incoming, excused=excused):
             self.fail(TooSlowError("a part of a message came, and its rest did not come in time"))
             return

@@ -63,19 +63,22 @@ class Client:
             complete &= set(self.found(Gradients, Span.parse(span)))
         return self.sent - complete
 
-    async def replace(self, places: list[int]) -> None:
-        """Kill these hops, and let others take their places; the rest stays."""
+    async def replace(self, places: list[int], *, kill: bool) -> None:
+        """Other hops take the places of these, which are killed, or left once it is done."""
         self.epoch += 1
         passes = tuple(sorted(self.missing()))
         hops: list[Hop] = []
         for place, line in enumerate(self.lines):
             hops.append(await self.bench.add_hop(SPANS[place]) if place in places else line.hop)
         for place in places:
-            self.bench.network.kill(self.lines[place].hop.peer_id)
+            if kill:
+                self.bench.network.kill(self.lines[place].hop.peer_id)
             self.lines[place].hop.compute.held = False
             self.lines[place].hop.compute.go_on()
             self.left.append(self.lines[place])
         await asyncio.gather(*(self._link(place, hops, places, passes) for place in range(len(hops))))
+        for line in self.left:
+            await line.channel.close()
         for number in passes:
             if 0 in places:
                 self.lines[0].send(forward(number, adapter="a:1"))
@@ -115,7 +118,8 @@ async def live(client: Client, rng: random.Random) -> None:
             if not compute.held:
                 compute.go_on()
         elif event < 0.85:
-            await client.replace(sorted(rng.sample(range(3), rng.choice([1, 1, 2]))))
+            places = sorted(rng.sample(range(3), rng.choice([1, 1, 2])))
+            await client.replace(places, kill=rng.random() < 0.6)
         elif event < 0.9:
             rng.choice(client.lines).send(Probe(0))
         await asyncio.sleep(rng.random() * 0.03)

@@ -327,3 +327,52 @@ def test_who_reads_no_results_is_let_go(bench: Bench) -> None:
         assert hop.host.num_runs == 0
 
     bench.run(check())
+
+
+def test_after_a_relink_nothing_goes_to_the_old_hop(bench: Bench) -> None:
+    """It is alive, and is to leave; what comes while the new one is dialled waits for that."""
+
+    async def check() -> None:
+        hops, lines = await three(bench)
+        lines[0].send(forward(0))
+        await asyncio.sleep(1)
+        hop = await bench.add_hop(SPANS[1])
+        bench.network.link(hops[0].peer_id, hop.peer_id).latency_s = 0.5
+        lines[2].send(Relink(1, upstream=hop.peer_id, passes=(0,)))
+        lines[0].send(Relink(1, next=neighbour(hop), passes=(0,)))
+        lines[0].send(forward(1))
+        line = await bench.open(hop, epoch=1, upstream=hops[0].peer_id, next=neighbour(hops[2]))
+        await asyncio.sleep(5)
+        for number in range(2):
+            lines[2].send(backward(number))
+        await asyncio.sleep(5)
+        check_results(lines, {0, 1})
+        assert sorted(hop.passes.backwards) == [0, 1]
+        assert hops[1].passes.forwards == [0]
+        assert not lines[0].of(Lost), "it was told to"
+        assert not line.of(Failed)
+
+    bench.run(check())
+
+
+def test_who_sends_faster_than_it_reads_is_not_read(bench: Bench) -> None:
+    """Rows wait while others are computed, even if the client has taken its answers meanwhile."""
+
+    async def check() -> None:
+        hop = await bench.add_hop("0:4")
+        (line,) = await bench.chain([hop])
+        hop.compute.held = True
+        for number in range(100):
+            line.send(forward(number, rows=64))
+        await asyncio.sleep(1)
+        (run,) = hop.host._runs.values()
+        assert 32 <= run.rows.in_flight < 64
+        run._hushed = asyncio.create_task(run._listen_again())
+        await asyncio.sleep(1)
+        assert run.rows.in_flight < 64
+        hop.compute.held = False
+        hop.compute.go_on()
+        await asyncio.sleep(1)
+        assert len(line.of(Forwarded)) == 100
+
+    bench.run(check())
