@@ -73,11 +73,10 @@ class AdapterLayout:
     def numbers(self, config: ModelConfig, blocks: Span) -> int:
         """How many numbers the adapter has for `blocks`."""
         of_prefix = 2 * config.num_kv_heads * self.prefix_tokens * config.head_dim
-        of_places = 0
-        for place in self.places:
-            if place.block in blocks.blocks():
-                rows, columns = _weight_shape(config, place)
-                of_places += place.rank * (rows + columns)
+        shapes = family_of(config).block_shapes(config)
+        of_places = sum(
+            place.rank * sum(shapes[f"{place.stem}.weight"]) for place in self.places if place.block in blocks
+        )
         return of_places + len(blocks) * of_prefix
 
     def bounds(self, config: ModelConfig, blocks: Span) -> tuple[int, int]:
@@ -106,21 +105,19 @@ class AdapterLayout:
             taken += math.prod(shape)
             return numbers[taken - math.prod(shape) : taken].view(shape)
 
+        shapes = family_of(config).block_shapes(config)
+        of_block: dict[int, list[LoraPlace]] = {}
+        for place in self.places:
+            of_block.setdefault(place.block, []).append(place)
         found: dict[int, BlockAdapter] = {}
         for block in blocks.blocks():
             lora: dict[str, LoraMatrices] = {}
-            for place in self.places:
-                if place.block == block:
-                    rows, columns = _weight_shape(config, place)
-                    a = take(place.rank, columns)
-                    lora[place.stem] = LoraMatrices(a, take(rows, place.rank), place.scale)
+            for place in of_block.get(block, ()):
+                rows, columns = shapes[f"{place.stem}.weight"]
+                a = take(place.rank, columns)
+                lora[place.stem] = LoraMatrices(a, take(rows, place.rank), place.scale)
             prefix = None
             if self.prefix_tokens:
                 prefix = take(2, config.num_kv_heads, self.prefix_tokens, config.head_dim)
             found[block] = BlockAdapter(lora, prefix)
         return found
-
-
-def _weight_shape(config: ModelConfig, place: LoraPlace) -> tuple[int, int]:
-    rows, columns = family_of(config).block_shapes(config)[f"{place.stem}.weight"]
-    return rows, columns

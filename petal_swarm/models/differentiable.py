@@ -1,8 +1,8 @@
 """The operations of blocks as autograd functions: frozen weights, and nothing kept that need not be.
 
-Torch would keep the inputs of products, though their weights have no gradients, and every intermediate result
-of a norm. Weights are attributes of a function's context, not saved tensors: who counts what is kept for
-the backward does not count them, and they may have been made in inference mode.
+Packed and quantized products have no backward in torch, and of norms, gates and rotations it would keep every
+intermediate result. Weights are attributes of a function's context, not saved tensors: who counts what is kept
+for the backward does not count them, and they may have been made in inference mode.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _AdaptedProduct(Function):
         *bs: Tensor,
     ) -> Tensor:
         out = _base_product(projection, x, residual)
-        reduced = x.to(a.dtype) @ a.t()
+        reduced = delta.reduce(x)
         delta.expand_into(out, reduced)
         ctx.projection = projection
         ctx.places = [piece[:4] for piece in delta.pieces]
@@ -98,17 +98,17 @@ class _AdaptedProduct(Function):
         b_grads, reduced_grads = [], []
         for (start, stop, first, last), b in zip(ctx.places, bs, strict=True):
             part = grad[:, start:stop].to(b.dtype)
-            b_grads.append(part.t() @ reduced[:, first:last])
-            reduced_grads.append(part @ b)
-        reduced_grad = reduced_grads[0] if len(bs) == 1 else torch.cat(reduced_grads, dim=1)
-        a_grad = reduced_grad.t() @ x.to(a.dtype)
+            b_grads.append((reduced[first:last] @ part).t())
+            reduced_grads.append(b.t() @ part.t())
+        reduced_grad = reduced_grads[0] if len(bs) == 1 else torch.cat(reduced_grads)
+        a_grad = reduced_grad @ x.to(a.dtype)
         x_grad = None
         if ctx.needs_input_grad[0]:
             x_grad = ctx.projection.back(grad)
             if x_grad.dtype is a.dtype:
-                x_grad.addmm_(reduced_grad, a)
+                x_grad.addmm_(reduced_grad.t(), a)
             else:
-                x_grad += reduced_grad @ a
+                x_grad += reduced_grad.t() @ a
         return x_grad, grad if ctx.needs_input_grad[1] else None, None, None, a_grad, *b_grads
 
 

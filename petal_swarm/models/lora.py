@@ -42,7 +42,7 @@ Project = Callable[[Sequence[Part], Projection], Projection]
 class LoraPiece(NamedTuple):
     """`b [stop - start, ranks]`, scaled, for the columns `start:stop` of the result, in their order.
 
-    It is multiplied by the columns `first:last` of `x @ a.T`.
+    It is multiplied by the rows `first:last` of `a @ x.T`.
     """
 
     start: int
@@ -80,24 +80,28 @@ class LoraDelta(NamedTuple):
 
     def add_to(self, out: Tensor, x: Tensor) -> None:
         """Adds what `x [tokens, in]` gives to `out [tokens, out]`, in place; computed in the dtype of `a`."""
-        self.expand_into(out, x.to(self.a.dtype) @ self.a.t())
+        self.expand_into(out, self.reduce(x))
+
+    def reduce(self, x: Tensor) -> Tensor:
+        """`a @ x.T`: `[ranks, tokens]`.
+
+        This way round because products with few columns are slow: `grad.T @ reduced` with 8 of them, for
+        1024 tokens and a projection of 1024 rows, takes 7.6 ms, its transpose 0.26 ms [measured on CPU].
+        """
+        return self.a @ x.to(self.a.dtype).t()
 
     def expand_into(self, out: Tensor, reduced: Tensor) -> None:
-        """As `add_to`, of `reduced`, which is `x @ a.T`."""
+        """As `add_to`, of what `reduce` gave."""
         for start, stop, first, last, b in self.pieces:
             if out.dtype is b.dtype:
-                out[:, start:stop].addmm_(reduced[:, first:last], b.t())
+                out[:, start:stop].addmm_(reduced[first:last].t(), b.t())
             else:
-                out[:, start:stop] += reduced[:, first:last] @ b.t()
+                out[:, start:stop] += reduced[first:last].t() @ b.t()
 
     def back(self, grad: Tensor) -> Tensor:
         """What it adds to the gradient `[tokens, in]` of `x`; `grad [tokens, out]` is that of the result."""
-        return self.reduced_grad(grad) @ self.a
-
-    def reduced_grad(self, grad: Tensor) -> Tensor:
-        """The gradient of `x @ a.T`, in the dtype of `a`."""
-        parts = [grad[:, piece.start : piece.stop].to(piece.b.dtype) @ piece.b for piece in self.pieces]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        parts = [p.b.t() @ grad[:, p.start : p.stop].to(p.b.dtype).t() for p in self.pieces]
+        return torch.cat(parts).t() @ self.a
 
     @property
     def nbytes(self) -> int:

@@ -146,11 +146,12 @@ def test_inputs_that_were_dropped_too_are_computed_once(bloom: Tiny, monkeypatch
     assert computed == [0, 1, 2, 3, 0, 1, 2, 3, 2, 1, 0]
 
 
-def test_bytes_of_graphs_are_those_of_the_tensors_that_they_need(bloom: Tiny) -> None:
+@pytest.mark.parametrize("piece_rows", [math.inf, 1])
+def test_bytes_of_graphs_are_those_of_the_tensors_that_they_need(bloom: Tiny, piece_rows: float) -> None:
     """BLOOM without LoRA: input, queries, keys, values, attended, middle, and the MLP's inner rows; besides
     mean and deviation of two norms, and a number for each head in attention, all for each token.
     """
-    passes = Passes(bloom.stack)
+    passes = Passes(bloom.stack, piece_rows=lambda: piece_rows)
     run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, keep=True))
     heads = bloom.stack.config.num_heads
     numbers = HIDDEN * (1 + 3 + 1 + 1 + 4) + 4 + heads
@@ -212,6 +213,23 @@ def test_passes_expire(bloom: Tiny) -> None:
     clock.now = 17.0
     passes.expire()
     assert passes.has("b"), "whoever runs a backward may have to run it again"
+    pieces = passes.backward("b", rows(COUNT))
+    next(pieces)
+    clock.now = 26.0
+    run(pieces)
+    clock.now = 35.0
+    passes.expire()
+    assert passes.has("b"), "the time counts from its end"
+
+
+def test_a_forward_that_stopped_expires(bloom: Tiny) -> None:
+    clock = Clock()
+    passes = Passes(bloom.stack, PassLimits(keep_s=10.0), clock=clock)
+    pieces = passes.forward("a", rows(COUNT), LENGTHS, WHOLE, keep=True)
+    next(pieces)
+    clock.now = 10.0
+    passes.expire()
+    assert not passes.has("a")
 
 
 def test_room_is_made_by_the_peer_that_has_most(bloom: Tiny) -> None:
@@ -224,6 +242,8 @@ def test_room_is_made_by_the_peer_that_has_most(bloom: Tiny) -> None:
     assert kept["modest"] == one
     assert kept["second"] == one
     assert kept["first"] == one // 2
+    (group,) = passes._passes["first"].groups
+    assert sorted(group.graphs) == [2, 3], "those that the backward needs first"
 
 
 def test_the_oldest_pass_goes_when_inputs_do_not_fit(bloom: Tiny) -> None:

@@ -102,12 +102,16 @@ def test_an_error_is_that_of_the_future(desk: Desk) -> None:
 
 
 def test_cancelled_work_ends_before_its_next_piece(desk: Desk) -> None:
-    future, other = desk.add("a", "A", 5), desk.add("b", "A")
+    future: Future[str] = Future()
+    pieces = desk.pieces("a", 5, 1.0, None)
+    desk.works.add(Work(pieces, future, "A"))
+    other = desk.add("b", "A")
     desk.works.advance(desk.clock)
     assert future.cancel()
     desk.drain()
     assert desk.log == ["a", "b", "b"]
-    assert desk.closed == ["a"]
+    assert desk.closed == ["a"], "though somebody may still hold the generator"
+    pieces.close()
     assert other.result(0) == "b is done"
     with pytest.raises(CancelledError):
         future.result(0)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from tiny_models import CONFIGS, TOLERANCE, Local, error, make, tokens
 
+from petal_swarm.models.linear import Linear
 from petal_swarm.models.lora import LoraDelta, LoraMatrices, Part, with_lora
 from petal_swarm.models.stack import BlockStack
+from petal_swarm.models.training import with_gradients
 
 LENGTH = 20
 IDS = tokens(LENGTH)
@@ -70,3 +72,16 @@ def test_parts_cover_the_rows_of_fused_projections(tmp_path):
     Local(tmp_path).stack._blocks[0].adapted(project)
     assert all(covered == rows for covered, rows in seen.values())
     assert ("mlp.gate_proj", "mlp.up_proj") in seen
+
+
+def test_the_gradient_of_an_adapted_projections_input():
+    generator = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(*shape, generator=generator) for shape in ((6, 8), (2, 8), (4, 2)))
+    parts = [Part("p", 2), Part("q", 4)]
+    adapted = with_lora({"q": LoraMatrices(a, b, 0.5)})(parts, Linear(weight))
+    whole = weight.clone()
+    whole[2:] += 0.5 * b @ a
+    grad = torch.randn(3, 6, generator=generator)
+    torch.testing.assert_close(adapted.back(grad), grad @ whole)
+    trained = with_gradients({"q": LoraMatrices(a, b, 0.5)})(parts, Linear(weight))
+    torch.testing.assert_close(trained.back(grad), grad @ whole)
