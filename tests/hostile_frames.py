@@ -5,6 +5,8 @@ Used by the suite, over the memory transport, and by `benchmarks/fuzz.py`, again
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 import struct
 from collections.abc import Callable
@@ -16,6 +18,7 @@ import msgpack
 from petal_swarm.span import Slice, Span
 from petal_swarm.wire.frames import MAX_HEADER_BYTES, MAX_PAYLOAD_BYTES, PREFIX
 from petal_swarm.wire.messages import Message, encode
+from petal_swarm.wire.messages.adapters import AdapterOffer, AdapterPart, Place
 from petal_swarm.wire.messages.directory import ListRequest, Ping
 from petal_swarm.wire.messages.opening import Open, PushOpen
 from petal_swarm.wire.messages.parts import Neighbour, TensorMeta
@@ -23,7 +26,7 @@ from petal_swarm.wire.messages.prefixes import FindPrefix, PageKeys
 from petal_swarm.wire.messages.repair import Probe
 from petal_swarm.wire.messages.steps import Step
 from petal_swarm.wire.messages.tuning import Backward, Finish, Forward, Relink, TrainOpen
-from petal_swarm.wire.protocols import DIRECTORY, PUSH, SESSION, TRAIN, TRAIN_PUSH
+from petal_swarm.wire.protocols import ADAPTER, DIRECTORY, PUSH, SESSION, TRAIN, TRAIN_PUSH
 
 MAX_LENGTH = 64
 #: How a stream may end; a held one is neither written nor read any more, and not ended.
@@ -69,8 +72,8 @@ class Hostile:
         """One stream's worth. `following` is a server that could be the next hop of a session there."""
         rng = self._rng
         ring = 1 if following else 0
-        kinds = ("session", "push", "directory", "ring", "train", "train-push", "chain")
-        kind = rng.choices(kinds, (4, 3, 2, ring, 2, 2, ring))[0]
+        kinds = ("session", "push", "directory", "adapter", "ring", "train", "train-push", "chain")
+        kind = rng.choices(kinds, (4, 3, 2, 2, ring, 2, 2, ring))[0]
         companion = None
         if kind == "push":
             opening = self._open(target, upstream=self._own_id)
@@ -91,6 +94,9 @@ class Hostile:
                 _bytes(rng.choice((Ping(), ListRequest(target.model)))) for _ in range(rng.randint(1, 6))
             ]
             protocol = DIRECTORY
+        elif kind == "adapter":
+            frames = [_bytes(message) for message in self._upload(target)]
+            protocol = ADAPTER
         else:
             hop = following if kind == "ring" else None
             opening = self._open(target, following=hop)
@@ -176,6 +182,25 @@ class Hostile:
         if self._rng.random() < 0.5:
             pushes.append(self._step(target, 30, (Slice(0, 0, 32),), keys=keys))
         return pushes
+
+    def _upload(self, target: Target) -> list[Message]:
+        """LoRA of rank 1 on one layer of a BLOOM, digested as the protocol's text says."""
+        span, width = target.span, target.hidden_size
+        place = Place(span.start, "self_attention.dense", 1, self._rng.choice((0.5, 2.0)))
+        numbers = struct.pack("<f", self._rng.gauss(0, 1)) * (2 * width)
+        shape = [span.start, span.end, 0, [list(place)]]
+        text = "petal-swarm/1/adapter\n" + json.dumps(shape, separators=(",", ":")) + "\n"
+        offer = AdapterOffer(
+            model=target.model,
+            span=span,
+            adapter=f"{self._rng.randrange(99)}",
+            numbers=2 * width,
+            digest=hashlib.sha256(text.encode() + numbers).digest(),
+            places=(place,),
+            eager=True,
+        )
+        cut = self._rng.randrange(1, len(numbers))
+        return [offer, AdapterPart(numbers[:cut]), AdapterPart(numbers[cut:])]
 
     def _step(self, target: Target, number: int, slices: tuple[Slice, ...], **fields: Any) -> Step:
         rows = sum(piece.length for piece in slices)

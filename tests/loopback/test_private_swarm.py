@@ -25,7 +25,7 @@ from petal_swarm.net.private import PrivateTransport
 from petal_swarm.net.swarm_key import SwarmKey
 from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
-from petal_swarm.wire.protocols import DIRECTORY, PUSH, SESSION
+from petal_swarm.wire.protocols import ADAPTER, DIRECTORY, PUSH, SESSION
 from tests.checkpoints import VOCABULARY, save_bloom
 from tests.cli.tokenizers_of_tests import save_words
 
@@ -152,7 +152,7 @@ def test_a_stranger_can_neither_write_nor_read_nor_open(swarms: Swarms, key: str
             assert stored is None
             assert await node.protocol.call_find(target, [place]) is None
             peer = PrivateTransport(transport, secret) if secret else transport
-            for protocol in (SESSION, PUSH, DIRECTORY):
+            for protocol in (SESSION, PUSH, ADAPTER, DIRECTORY):
                 await refused(peer, victim, protocol)
             with pytest.raises(PeerUnreachableError, match="cannot join the swarm: peer"):
                 await DhtDirectory.create(
@@ -167,13 +167,15 @@ def test_a_stranger_can_neither_write_nor_read_nor_open(swarms: Swarms, key: str
 
 async def refused(transport: Any, peer_id: str, protocol: str) -> None:
     from petal_swarm.net.channel import Channel
-    from petal_swarm.wire.connection import DIRECTORY_TABLE, PUSH_TABLE, SESSION_TABLE, Role
+    from petal_swarm.wire.connection import ADAPTER_TABLE, DIRECTORY_TABLE, PUSH_TABLE, SESSION_TABLE, Role
+    from petal_swarm.wire.messages.adapters import AdapterOffer, AdapterReady
     from petal_swarm.wire.messages.directory import Ping, Pong
     from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
 
     first: dict[str, tuple[Any, Any, type]] = {
         SESSION: (SESSION_TABLE, Open(b"s" * 16, 0, "model", Span(0, 1), 8), Opened),
         PUSH: (PUSH_TABLE, PushOpen(b"s" * 16, 0), Opened),
+        ADAPTER: (ADAPTER_TABLE, AdapterOffer("model", Span(0, 1), "x", 8, bytes(32)), AdapterReady),
         DIRECTORY: (DIRECTORY_TABLE, Ping(), Pong),
     }
     table, message, answer = first[protocol]

@@ -71,4 +71,7 @@ def test_damaged_frames_break_nothing(bloom: Path, caplog: pytest.LogCaptureFixt
             trainer = training._trainer
             assert (training.num_runs, len(training._arrivals), trainer.retained.nbytes) == (0, 0, 0)
             assert (len(trainer.quotas), trainer.quotas.nbytes, trainer.passes.stats().passes) == (0, 0, 0)
+            store = host.adapters.store
+            assert len(store) > 0, "those that were not damaged were taken"
+            assert store.nbytes == sum(held.nbytes for held in store._held.values())
         assert len(asyncio.all_tasks(swarm.loop)) <= tasks
