@@ -441,8 +441,10 @@ class SwarmModelForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[m
         self._closed = True
         atexit.unregister(self._at_exit)
         try:
-            self._blocks.close()
-            self._loop.run(self._swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
+            try:
+                self._blocks.close()
+            finally:
+                self._loop.run(self._swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
         finally:
             self._loop.close()
 

@@ -203,6 +203,30 @@ def test_a_server_that_nobody_replaces(small: Path) -> None:
             trial.step()
 
 
+@pytest.mark.parametrize("moment", ["before", "between"])
+def test_a_server_that_leaves(small: Path, moment: str) -> None:
+    """It goes as soon as no pass needs it, and is not waited for."""
+    trial = Trial(small, SPANS)
+    with trial.swarm:
+        expected = trial.step()
+        leaving = trial.lanes[0].members[1].peer_id
+        draining = []
+
+        def leave() -> None:
+            work = trial.swarm.server_of(leaving).drain(60.0)
+            draining.append(trial.swarm.loop.create_task(work))
+            trial.later(0.5)
+
+        if moment == "before":
+            leave()
+        assert_same(trial.step(leave if moment == "between" else lambda: None), expected)
+        trial.later(0.1)
+        assert draining[0].done()
+        assert_same(trial.step(), expected)
+        (lane,) = (lane for lane in trial.lanes if lane.error is None)
+        assert leaving not in {member.peer_id for member in lane.members}
+
+
 def test_what_servers_have_forgotten_is_sent_again(small: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The backward comes too late: the forward is done again, and nobody sees it."""
     trial = Trial(small, ["0:2", "2:4", "4:6"])

@@ -304,6 +304,14 @@ class Lane:
         numbers, self._finished = tuple(self._finished), []
         for member in self.members:
             member.send(Finish(numbers))
+        self._leave_if_done()
+
+    def _leave_if_done(self) -> None:
+        """A server that wants to leave may, once no pass needs it; others go along another lane."""
+        if self.is_leaving and not self.courses and not self.taken and self.error is None:
+            self.fail(StreamClosedError("a server of the lane leaves"))
+            for member in self.members:
+                member.channel.abort()
 
     def _wake(self) -> None:
         """There is something to repair, or to find out."""
@@ -364,6 +372,7 @@ class Lane:
             member.answered(message)
         elif isinstance(message, Leaving):
             self.is_leaving = True
+            self._leave_if_done()
         elif isinstance(message, Lost):
             self._hear_lost(member, message)
         elif isinstance(message, Error):

@@ -111,16 +111,20 @@ class Trainer:
         """
         self._drop_abandoned()
         pool = await self._pool(passes[0].blocks)
+        numbers = _OrderedSum()
+
+        async def part_of(index: int, each: Pass, part: Tensor) -> Tensor | None:
+            found = await self._backward(pool, each, part, inputs=inputs)
+            numbers.add(index, found.numbers)
+            return found.rows
+
         work, stop = [], gradient.shape[0]
         # What was computed last is what servers have kept, if they could not keep it all.
-        for each in reversed(passes):
-            part = gradient[stop - each.tokens : stop]
+        for index, each in enumerate(reversed(passes)):
+            work.append(part_of(index, each, gradient[stop - each.tokens : stop]))
             stop -= each.tokens
-            work.append(self._backward(pool, each, part, inputs=inputs))
-        parts = (await _all(work))[::-1]
-        rows = [part.rows.float() for part in parts if part.rows is not None]
-        numbers = [part.numbers for part in parts if part.numbers is not None]
-        return Gradient(torch.cat(rows) if rows else None, torch.stack(numbers).sum(0) if numbers else None)
+        rows = [part.float() for part in reversed(await _all(work)) if part is not None]
+        return Gradient(torch.cat(rows) if rows else None, numbers.total)
 
     async def close(self) -> None:
         """End all lanes. Idempotent."""
@@ -183,6 +187,23 @@ class Trainer:
     def _drop_abandoned(self) -> None:
         while self.abandoned:
             self.abandoned.popleft().drop()
+
+
+class _OrderedSum:
+    """Adds up what comes in any order as if it had come in its own, and holds no more than it must."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+        self._next = 0
+        self._early: dict[int, Tensor | None] = {}
+
+    def add(self, index: int, numbers: Tensor | None) -> None:
+        self._early[index] = numbers
+        while self._next in self._early:
+            numbers = self._early.pop(self._next)
+            self._next += 1
+            if numbers is not None:
+                self.total = numbers if self.total is None else self.total.add_(numbers)
 
 
 def _has_room(lane: Lane) -> bool:
