@@ -123,12 +123,16 @@ class Executor(Generic[T]):
     def wait_s(self) -> float | None:
         """How long `advance` will have nothing to do; None if nothing comes of itself."""
         scheduler = self._scheduler
-        if self._paused is not None or self._works or scheduler.decodes_ready or scheduler.prefill_ready:
+        if self._paused is not None or scheduler.decodes_ready or scheduler.prefill_ready:
             return 0.0
         deadlines = [self._deadline(job) for job in scheduler.parked]
+        if self._works:
+            if self._pace.spares_time(self._clock()):
+                return 0.0
+            deadlines.append(self._pace.work_due_s)
         if not deadlines:
             return None
-        if self.engine.kv_tokens_free > self._free_when_parked:
+        if scheduler.parked and self.engine.kv_tokens_free > self._free_when_parked:
             return 0.0
         return max(0.0, min(deadlines) - self._clock())
 
@@ -147,8 +151,9 @@ class Executor(Generic[T]):
         now = self._clock()
         self._retry_parked(now)
         decodes = self._scheduler.decodes_ready
-        if self._works and (self._pace.owes_work or not (decodes or self._prefill_waits)):
-            self._pace.worked(self._works.advance(self._clock))
+        if self._works and self._work_goes_first(now):
+            elapsed = self._works.advance(self._clock)
+            self._pace.worked(self._clock(), elapsed)
         elif decodes and not (self._pace.owes_prefill and self._prefill_waits):
             self._decode(now)
         else:
@@ -186,6 +191,12 @@ class Executor(Generic[T]):
     def _prefill_waits(self) -> bool:
         return self._paused is not None or self._scheduler.prefill_ready
 
+    def _work_goes_first(self, now: float) -> bool:
+        if self._pace.work_due_s <= now:
+            return True
+        idle = not self._scheduler.decodes_ready and not self._prefill_waits
+        return idle and self._pace.spares_time(now)
+
     def _decode(self, now: float) -> None:
         portions = self._place(self._scheduler.next_decodes(), now)
         if not portions:
@@ -198,8 +209,6 @@ class Executor(Generic[T]):
         now = self._clock()
         blocks = len(portions[0].job.request.blocks)
         self._pace.decoded(now, elapsed, blocks, prefill_waits=self._prefill_waits)
-        if self._works:
-            self._pace.owe_work(elapsed)
         self._company.decoded(now, [job.request.session for job, _ in portions])
         self._computed(portions, elapsed, now)
 
@@ -217,12 +226,9 @@ class Executor(Generic[T]):
         pace, scheduler = self._pace, self._scheduler
         try:
             while not batch.done:
-                elapsed = batch.advance()
-                pace.prefilled(elapsed, batch.rows)
-                if self._works:
-                    pace.owe_work(elapsed)
+                pace.prefilled(batch.advance(), batch.rows)
                 decode_first = scheduler.decodes_ready and not pace.owes_prefill
-                work_first = self._works and pace.owes_work
+                work_first = self._works and pace.work_due_s <= self._clock()
                 if not batch.done and (decode_first or work_first or interrupted()):
                     return
         except Exception as error:

@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable
 #: Of the time of a decode batch: what one block of prefill may take, and what prefill is owed after it.
 BLOCK_SHARE = 1 / 4
 PREFILL_SHARE = 1 / 3
-#: Of the time of decoding and prefill: what work that waits is owed besides.
+#: What a piece of work may take, of the time that decode and prefill had since the last one.
 WORK_SHARE = 1 / 3
 
 #: When nobody decoded for `ACTIVE_S`, a block may take this long, or this many times a decode step's block,
@@ -53,7 +53,10 @@ class Pace:
         self._max_rows = max_rows
         self._last_decode_s = float("-inf")
         self._owed_s = 0.0
-        self._work_owed_s = 0.0
+        self._piece_s = 0.0
+        self._decode_every_s = 0.0
+        #: When the next piece of work goes before decode and prefill.
+        self.work_due_s = float("-inf")
 
     @property
     def owes_prefill(self) -> bool:
@@ -62,6 +65,8 @@ class Pace:
 
     def decoded(self, now_s: float, elapsed_s: float, blocks: int, *, prefill_waits: bool) -> None:
         """A decode batch took `elapsed_s` until `now_s`."""
+        if now_s - self._last_decode_s < ACTIVE_S:
+            self._decode_every_s = smooth(self._decode_every_s, now_s - self._last_decode_s)
         self._last_decode_s = now_s
         self._owed_s = elapsed_s * PREFILL_SHARE if prefill_waits else 0.0
         self.decode_s = smooth(self.decode_s, elapsed_s)
@@ -72,18 +77,20 @@ class Pace:
         self._owed_s -= elapsed_s
         self.row_s = smooth(self.row_s, elapsed_s / rows)
 
-    @property
-    def owes_work(self) -> bool:
-        """Whether a piece of work, if there is any, goes before decode and prefill."""
-        return self._work_owed_s > 0.0
+    def worked(self, now_s: float, elapsed_s: float) -> None:
+        """A piece of work took `elapsed_s` until `now_s`."""
+        self._piece_s = elapsed_s
+        self.work_due_s = now_s + elapsed_s / WORK_SHARE
 
-    def owe_work(self, elapsed_s: float) -> None:
-        """Work waited while others were computed."""
-        self._work_owed_s = min(self._work_owed_s, 0.0) + elapsed_s * WORK_SHARE
+    def spares_time(self, now_s: float) -> bool:
+        """Whether a piece of work may run because nothing else waits now.
 
-    def worked(self, elapsed_s: float) -> None:
-        """A piece of work was done: the next waits until others had their share of the time."""
-        self._work_owed_s = -elapsed_s
+        The next decode step would wait for its end: that is of no account only if nobody decodes, or if steps
+        come much more seldom.
+        """
+        if now_s - self._last_decode_s >= ACTIVE_S:
+            return True
+        return self._piece_s <= self._decode_every_s * BLOCK_SHARE
 
     def chunk_rows(self, now_s: float) -> int:
         """How many rows the next prefill batch may have."""

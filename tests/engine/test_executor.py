@@ -772,46 +772,78 @@ def test_work_is_done_when_nothing_else_waits(bench: Bench) -> None:
     assert bench.executor.idle
 
 
-class Shares(Steps):
-    """What others computed counts a second, a piece of work `work_s`."""
+class Timed(Steps):
+    """Every batch, block and piece takes a second of the bench's clock; a piece counts `work_s`."""
 
-    def __init__(self, work_s: float, **options: int) -> None:
+    def __init__(self, work_s: float = 1.0, **options: int) -> None:
         super().__init__(**options)
         self.work_s = work_s
+        self.bench: Bench | None = None
 
-    def owe_work(self, elapsed_s: float) -> None:
-        super().owe_work(1.0)
+    def tick(self) -> None:
+        assert self.bench is not None
+        self.bench.now += 1.0
 
-    def worked(self, elapsed_s: float) -> None:
-        super().worked(self.work_s)
+    def decoded(self, now_s: float, elapsed_s: float, blocks: int, *, prefill_waits: bool) -> None:
+        self.tick()
+        Pace.decoded(self, now_s, 1.0, blocks, prefill_waits=prefill_waits)
+
+    def prefilled(self, elapsed_s: float, rows: int) -> None:
+        self.tick()
+        super().prefilled(elapsed_s, rows)
+
+    def worked(self, now_s: float, elapsed_s: float) -> None:
+        self.tick()
+        super().worked(now_s + 1.0, self.work_s)
 
 
-@pytest.mark.parametrize(("work_s", "decodes"), [(0.3, 1), (1.0, 4), (2.0, 7)])
+def timed_bench(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, work_s: float) -> Bench:
+    pace = Timed(work_s)
+    pace.bench = Bench(tiny, monkeypatch, pace)
+    return pace.bench
+
+
+@pytest.mark.parametrize(("work_s", "decodes"), [(0.3, 1), (1.0, 3), (2.0, 6)])
 def test_decoding_has_its_share_beside_work(
     bloom: Tiny, monkeypatch: pytest.MonkeyPatch, work_s: float, decodes: int
 ) -> None:
-    """After a piece of work, decode batches of three times that time."""
-    bench = Bench(bloom, monkeypatch, Shares(work_s))
+    """After a piece of work, decode batches for three times as long."""
+    bench = timed_bench(bloom, monkeypatch, work_s)
     bench.open("a")
     add_work(bench, 20)
     for number in range(20):
         bench.add(step("a", position=number), number)
         bench.advance()
-    kinds = ["work" if entry == "work" else "decode" for entry in bench.log]
-    assert kinds[:2] == ["decode", "work"]
-    between = "".join(kind[0] for kind in kinds[2:]).split("w")
-    assert {len(run) for run in between[:-1]} <= {decodes, decodes + 1} - {0}
+    kinds = ["w" if entry == "work" else "d" for entry in bench.log]
+    assert "".join(kinds).startswith(("w" + "d" * decodes) * 2)
 
 
 def test_prefill_pauses_for_a_piece_of_work(bloom: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    bench = Bench(bloom, monkeypatch, Shares(0.5))
+    bench = timed_bench(bloom, monkeypatch, 0.5)
     bench.open("a")
     add_work(bench, 2)
     bench.add(step("a", 70))
     bench.drain()
     blocks = [entry for entry in bench.log if isinstance(entry, str)]
-    assert blocks == ["block", "work", "block", "block", "work", "block"]
+    assert blocks == ["work", "block", "block", "work", "block", "block"]
     assert bench.error("a") is None
+
+
+def test_work_leaves_the_time_between_steps_alone_while_somebody_decodes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step would wait for the end of a piece that began just before it came."""
+    monkeypatch.setattr(bench.pace, "spares_time", lambda now_s: False)
+    add_work(bench, 2)
+    bench.advance()
+    bench.pace.work_due_s = bench.now + 3.0
+    assert bench.executor.wait_s() == 3.0
+    bench.advance()
+    assert bench.log == ["work"]
+    bench.now += 3.0
+    assert bench.executor.wait_s() == 0.0
+    bench.advance()
+    assert bench.log == ["work", "work"]
 
 
 def test_a_bug_ends_works_too(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -157,30 +157,30 @@ def test_smoothing() -> None:
     assert smooth(1.0, 2.0) == pytest.approx(1.1)
 
 
-def test_work_is_owed_a_share_and_pays_back_what_it_took() -> None:
+def test_work_waits_for_others_to_have_their_share() -> None:
     pace = Pace(1024)
-    assert not pace.owes_work
-    pace.owe_work(3.0)
-    assert pace.owes_work
-    pace.worked(5.0)
-    pace.owe_work(14.0)
-    assert not pace.owes_work
-    pace.owe_work(2.0)
-    assert pace.owes_work
+    assert pace.work_due_s < 0
+    pace.worked(10.0, 2.0)
+    assert pace.work_due_s == pytest.approx(16.0)
 
 
-def test_work_saves_up_no_time() -> None:
+def test_work_uses_idle_time_unless_steps_would_wait_for_it() -> None:
     pace = Pace(1024)
-    for _ in range(100):
-        pace.owe_work(3.0)
-    pace.worked(2.0)
-    pace.owe_work(3.0)
-    assert not pace.owes_work
+    pace.worked(0.0, 0.1)
+    assert pace.spares_time(0.0), "nobody decodes"
+    for number in range(60):
+        decoding(pace, number * 0.3, 0.01)
+    assert not pace.spares_time(60 * 0.3), "a piece takes a third of the time between steps"
+    pace.worked(60 * 0.3, 0.07)
+    assert pace.spares_time(60 * 0.3)
+    pace.worked(60 * 0.3, 0.1)
+    assert not pace.spares_time(59 * 0.3 + 0.9)
+    assert pace.spares_time(59 * 0.3 + ACTIVE_S), "nobody decodes any more"
 
 
-def test_work_that_was_in_nobodys_way_owes_only_its_last_piece() -> None:
+def test_a_pause_in_decoding_is_no_time_between_steps() -> None:
     pace = Pace(1024)
-    for _ in range(100):
-        pace.worked(1.0)
-    pace.owe_work(3.5)
-    assert pace.owes_work
+    for now_s in (0.0, 0.02, 0.04, 100.0, 100.02):
+        decoding(pace, now_s, 0.01)
+    pace.worked(100.02, 0.006)
+    assert not pace.spares_time(100.02)
