@@ -69,7 +69,7 @@ def models(path: str, calibrate: bool) -> list[Model]:
 
 def starts_of(model: Model) -> list[int]:
     last = model.config.num_blocks - 1
-    return sorted({0, 1, 2, last // 3, 2 * last // 3, last - 1})
+    return sorted({0, 1, 2, last // 3, 2 * last // 3, last - 1, last})
 
 
 def inputs_at(model: Model, prompt: int, travelled: torch.dtype) -> list[Tensor]:
@@ -145,7 +145,8 @@ def honest_audits(model: Model, rng: random.Random) -> dict[str, Ratios]:
 def _ways(size: int, rng: random.Random) -> Iterator[tuple[str, list[slice]]]:
     rows = rng.sample(range(size - DECODED, size), 3)
     yield "one row", [slice(row, row + 1) for row in rows]
-    yield f"{TOGETHER} rows", [slice(size - TOGETHER, size)]
+    firsts = range(size - DECODED, size - TOGETHER + 1)
+    yield f"{TOGETHER} rows", [slice(first, first + TOGETHER) for first in firsts]
     yield "prompt", [slice(0, size)]
 
 

@@ -99,8 +99,9 @@ class Lines:
         except OSError:
             writer.transport.abort()
             return
-        for each in (writer, back):
-            each.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(OSError):  # one of them is closed already: the pumps will see
+            for each in (writer, back):
+                each.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection = Connection(line, asyncio.Event(), (writer, back))
         connection.is_whole.set()
         line.connections.add(connection)

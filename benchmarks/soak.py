@@ -188,7 +188,8 @@ def soak(arguments: argparse.Namespace, folder: Path) -> bool:
         others = Processes(path, swarm, seconds, seeds[: arguments.processes], tally)
         watched = [Watched("clients (threads)", psutil.Process())]
         watched += [Watched("client (libp2p)", psutil.Process(each.pid)) for each in others.running]
-        watched += [Watched(f"server {m.span}", psutil.Process(m.pid)) for m in swarm.members(stay=True)]
+        staying = [Watched(f"server {m.span}", psutil.Process(m.pid)) for m in swarm.members(stay=True)]
+        watched += staying
         threads = [
             threading.Thread(target=client.run, args=(ended,), name=f"client {number}")
             for number, client in enumerate(clients)
@@ -223,6 +224,7 @@ def soak(arguments: argparse.Namespace, folder: Path) -> bool:
         _show_growth(watched, min(WARM_S, seconds / 3))
         for model in models:
             model.close()
+        _show_settled(staying, arguments.settle)
         stuck = [thread for thread in threads if thread.is_alive()]
         if stuck:
             print(f"{len(stuck)} clients hang")
@@ -238,6 +240,17 @@ def _show_growth(watched: Sequence[Watched], warm_s: float) -> None:
     print(f"{'':24} MB at {warm_s:2.0f} s   at end  a minute   fds at   at end  a minute")
     for each in watched:
         print("\n".join(each.rows(warm_s)))
+
+
+def _show_settled(watched: Sequence[Watched], settle_s: float) -> None:
+    """What servers hold on to when all clients have left, against what they held before the first came."""
+    time.sleep(settle_s)
+    print(f"{settle_s:.0f} s after the clients left  fds then    before  daemon then    before")
+    for each in watched:
+        each.sample(0.0)
+        _, _, own, _, of_daemons = each.samples[-1]
+        _, _, own_before, _, before = each.samples[0]
+        print(f"{each.name:26} {own:9} {own_before:9} {of_daemons:12} {before:9}")
 
 
 def _ends(samples: Sequence[tuple[float, ...]], column: int) -> tuple[float, float]:
@@ -261,6 +274,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=3, help="servers of each span, one of which stays")
     parser.add_argument("--every", type=float, default=4.0, help="mean seconds between two disturbances")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--settle", type=float, default=90.0, help="seconds from the last client to the end")
     parser.add_argument("--events", action="store_true", help="print what is done to the swarm")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from petal_swarm.version import __version__
 
 if TYPE_CHECKING:
+    from petal_swarm.cli.local_swarm import serve_locally as serve_locally
     from petal_swarm.client.auto import AutoSwarmModelForCausalLM as AutoSwarmModelForCausalLM
     from petal_swarm.client.auto import (
         AutoSwarmModelForSequenceClassification as AutoSwarmModelForSequenceClassification,
@@ -28,6 +29,7 @@ _LAZY = {
     "Prefix": "petal_swarm.models.adapter_settings",
     "SoftPrompt": "petal_swarm.models.adapter_settings",
     "Span": "petal_swarm.span",
+    "serve_locally": "petal_swarm.cli.local_swarm",
 }
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "SoftPrompt",
     "Span",
     "__version__",
+    "serve_locally",
 ]
 
 

@@ -29,7 +29,15 @@ def save_bloom(folder: Path, *, blocks: int = 8, hidden: int = 64, heads: int = 
     return _save(BloomForCausalLM, config, folder, seed)
 
 
-def save_llama(folder: Path, *, blocks: int = 8, hidden: int = 64, heads: int = 4, seed: int = 0) -> Path:
+def save_llama(
+    folder: Path,
+    *,
+    blocks: int = 8,
+    hidden: int = 64,
+    heads: int = 4,
+    seed: int = 0,
+    vocabulary: int = VOCABULARY,
+) -> Path:
     """A Llama with grouped-query attention and tied embeddings, random weights, in `folder`."""
     config = LlamaConfig(
         hidden_size=hidden,
@@ -37,7 +45,7 @@ def save_llama(folder: Path, *, blocks: int = 8, hidden: int = 64, heads: int = 
         num_hidden_layers=blocks,
         num_attention_heads=heads,
         num_key_value_heads=heads // 2,
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         tie_word_embeddings=True,
     )
     return _save(LlamaForCausalLM, config, folder, seed)

@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from petal_swarm.cli.common import (
+    add_adapter_option,
     add_client_options,
     add_loading_options,
     add_sampling_options,
@@ -35,6 +36,7 @@ def build_parser(prog: str = "petal-swarm chat") -> argparse.ArgumentParser:
     parser = new_parser(prog, "Talk with a model whose blocks are in a swarm.", EXAMPLES)
     add_client_options(parser)
     add_loading_options(parser)
+    add_adapter_option(parser)
     add_sampling_options(parser, temperature=0.7, max_new_tokens=512)
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_argument(

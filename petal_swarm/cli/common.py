@@ -94,17 +94,21 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         help="how long to wait for blocks that nobody serves yet (default: %(default)g)",
     )
     parser.add_argument(
-        "--adapter",
-        metavar="FOLDER|NAME",
-        help="use this adapter: a folder or Hugging Face id in PEFT's format, which is uploaded to the"
-        " servers, or the name of one that they offer (petal-swarm status lists those)",
-    )
-    parser.add_argument(
         "--threads",
         type=positive,
         default=default_threads(),
         metavar="N",
         help="CPU threads for embeddings and LM head (default: half of the cores, %(default)s here)",
+    )
+
+
+def add_adapter_option(parser: argparse.ArgumentParser) -> None:
+    """`--adapter`, for programs that use one as it is."""
+    parser.add_argument(
+        "--adapter",
+        metavar="FOLDER|NAME",
+        help="use this adapter: a folder or Hugging Face id in PEFT's format, which is uploaded to the"
+        " servers, or the name of one that they offer (petal-swarm status lists those)",
     )
 
 

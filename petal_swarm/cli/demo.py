@@ -13,7 +13,7 @@ from petal_swarm.cli.common import default_threads, load_client, new_parser, pos
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from petal_swarm.cli.local_swarm import ServerProcess
+    from petal_swarm.cli.local_swarm import LocalSwarm, ServerProcess
     from petal_swarm.span import Span
 
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -24,8 +24,6 @@ EXAMPLES = """\
   petal-swarm demo --model ./SmolLM2-135M-Instruct.Q4_1.gguf --servers 5 "Why is the sky blue?"
 
 Nobody else can reach these servers, and all of them end with the demo."""
-LOOPBACK = "/ip4/127.0.0.1/tcp/0"
-KV_TOKENS = 4096
 
 
 def build_parser(prog: str = "petal-swarm demo") -> argparse.ArgumentParser:
@@ -78,33 +76,25 @@ def run(arguments: argparse.Namespace) -> int:
         f" shared by {len(spans)} servers on this machine"
     )
     with ended_by_signals(), LocalSwarm() as swarm:
-        first = swarm.start("demo-1", server_arguments(arguments, 1, spans[0], None))
+        first = start(swarm, 1, spans[0], None, arguments)
         tokenizer = load_tokenizer(arguments.model)  # meanwhile
         address = await_servers([(first, spans[0])], started_s, arguments)
-        others = [
-            (swarm.start(f"demo-{i}", server_arguments(arguments, i, span, address)), span)
-            for i, span in enumerate(spans[1:], 2)
-        ]
+        others = [(start(swarm, i, span, address, arguments), span) for i, span in enumerate(spans[1:], 2)]
         await_servers(others, started_s, arguments)
         with load_client(client_arguments(arguments, address)) as model:
             ask(model, tokenizer, arguments)
     return 0
 
 
-def server_arguments(
-    arguments: argparse.Namespace, number: int, span: Span, address: str | None
-) -> list[str]:
-    """The command line of one server."""
-    return [
-        arguments.model,
-        *(["--initial-peers", address] if address else ["--new-swarm"]),
-        *("--name", f"demo-{number}"),
-        *("--blocks", str(span)),
-        *("--listen", LOOPBACK),
-        *("--threads", str(arguments.threads)),
-        *("--kv-tokens", str(KV_TOKENS)),
-        *("--drain-timeout", "2"),
-    ]
+def start(
+    swarm: LocalSwarm, number: int, span: Span, address: str | None, arguments: argparse.Namespace
+) -> ServerProcess:
+    """Start one server, which joins that at `address`."""
+    from petal_swarm.cli.local_swarm import server_arguments
+
+    name, threads = f"demo-{number}", arguments.threads
+    words = server_arguments(arguments.model, span, name=name, threads=threads, address=address)
+    return swarm.start(name, words)
 
 
 def await_servers(
@@ -130,6 +120,8 @@ def client_arguments(arguments: argparse.Namespace, address: str) -> argparse.Na
         model=arguments.model,
         initial_peers=[address],
         transport="auto",
+        swarm_key=None,
+        identity=None,
         wait_s=20.0,
         adapter=None,
         threads=arguments.threads,

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from petal_swarm.cli.common import (
+    add_adapter_option,
     add_client_options,
     add_loading_options,
     add_sampling_options,
@@ -35,6 +36,7 @@ def build_parser(prog: str = "petal-swarm generate") -> argparse.ArgumentParser:
     add_client_options(parser)
     parser.add_argument("prompt", metavar="PROMPT", nargs="?", help="the prompt; `-` or nothing: stdin")
     add_loading_options(parser)
+    add_adapter_option(parser)
     add_sampling_options(parser, temperature=0.0, max_new_tokens=128)
     parser.add_argument(
         "--num-beams", type=positive, default=1, metavar="N", help="search with N beams (default: 1)"

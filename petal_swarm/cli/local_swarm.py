@@ -18,6 +18,9 @@ from petal_swarm.errors import DeadlineError, SwarmError
 from petal_swarm.span import Span
 
 STOP_S = 5.0
+START_S = 300.0
+LOOPBACK = "/ip4/127.0.0.1/tcp/0"
+KV_TOKENS = 4096
 COMMAND = (sys.executable, "-m", "petal_swarm.cli.tethered")
 
 
@@ -26,6 +29,24 @@ def split_evenly(num_blocks: int, parts: int) -> list[Span]:
     parts = min(parts, num_blocks)
     ends = [num_blocks * part // parts for part in range(parts + 1)]
     return [Span(start, end) for start, end in itertools.pairwise(ends)]
+
+
+def server_arguments(
+    model: str, span: Span, *, name: str, threads: int, address: str | None = None
+) -> list[str]:
+    """The command line of a server that nobody outside this machine can reach; of a new swarm's first one
+    without `address`.
+    """
+    return [
+        model,
+        *(["--initial-peers", address] if address else ["--new-swarm"]),
+        *("--name", name),
+        *("--blocks", str(span)),
+        *("--listen", LOOPBACK),
+        *("--threads", str(threads)),
+        *("--kv-tokens", str(KV_TOKENS)),
+        *("--drain-timeout", "2"),
+    ]
 
 
 class ServerProcess:
@@ -107,6 +128,11 @@ class LocalSwarm:
         self._servers.append(server)
         return server
 
+    @property
+    def addresses(self) -> list[str]:
+        """Of the servers that serve: the `initial_peers` of clients."""
+        return [server.address.result() for server in self._servers if server.address.done()]
+
     def close(self) -> None:
         """End all servers: politely at first, for good after `stop_s`."""
         with _undisturbed():
@@ -143,6 +169,52 @@ def wait_ready(
         for address in done:
             address.result()
             on_ready(waiting.pop(address))
+
+
+def serve_locally(
+    model: str,
+    *,
+    servers: int = 2,
+    threads: int = 1,
+    timeout_s: float = START_S,
+    tell: Callable[[str], object] = print,
+    command: Sequence[str] = COMMAND,
+) -> LocalSwarm:
+    """A swarm of its own on this machine, for trying things out: each server has an equal part of the blocks.
+
+    It ends with `close`, as a context manager, or with this program. `tell` is called with a line for each
+    server that serves.
+
+    Raises:
+        UnknownModelError, UnsupportedArchitectureError, CheckpointError: the model cannot be read.
+        SwarmError, DeadlineError: a server did not start.
+    """
+    from petal_swarm.models.checkpoint import open_checkpoint
+
+    spans = split_evenly(open_checkpoint(model).config.num_blocks, servers)
+    swarm = LocalSwarm(command=command)
+    named = {f"local-{number}": span for number, span in enumerate(spans, 1)}
+
+    def on_ready(server: ServerProcess) -> None:
+        tell(f"{server.name} serves blocks {named[server.name]}")
+
+    def start(names: Sequence[str], address: str | None) -> None:
+        started = [
+            swarm.start(
+                name, server_arguments(model, named[name], name=name, threads=threads, address=address)
+            )
+            for name in names
+        ]
+        wait_ready(started, timeout_s=timeout_s, on_ready=on_ready)
+
+    try:
+        first, *others = named
+        start([first], None)
+        start(others, swarm.addresses[0])
+    except BaseException:
+        swarm.close()
+        raise
+    return swarm
 
 
 @contextlib.contextmanager

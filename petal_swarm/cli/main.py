@@ -14,6 +14,7 @@ COMMANDS = {
     "run-server": ("run_server", "host some blocks of a model for everybody"),
     "generate": ("generate", "answer one prompt with the swarm"),
     "chat": ("chat", "talk with the swarm"),
+    "tune": ("tune", "teach the model something, from a file of yours: LoRA"),
     "key": ("key", "make the key of a private swarm"),
     "doctor": ("doctor", "would a server work on this machine, and could others reach it"),
     "status": ("status", "who serves which blocks, how fast, how busy"),

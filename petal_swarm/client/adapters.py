@@ -13,6 +13,7 @@ from petal_swarm.errors import ConfigError
 from petal_swarm.models.adapter_digest import adapter_digest, adapter_id
 from petal_swarm.models.adapters import AdapterLayout
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.finite import all_finite
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
 from petal_swarm.routing.route import Hop
@@ -71,7 +72,7 @@ class StaticAdapter:
         if numbers.shape != (expected,):
             raise ConfigError(f"the adapter has {expected} numbers, got {list(numbers.shape)}")
         kept = numbers.detach().to(device="cpu", dtype=torch.float32, copy=True)
-        if not bool(kept.isfinite().all()):
+        if not all_finite(kept):
             raise ConfigError("the adapter has numbers that are not finite")
         return cls(adapter_id(layout, kept, config.num_blocks), layout, kept, config)
 

@@ -106,6 +106,14 @@ class LoopThread:
         self._ask_background_to_stop()
         if self._thread.ident is not None:
             self._thread.join(CLOSE_TIMEOUT_S)
+        if asyncio._get_running_loop() is None:
+            self._end_loop()
+        else:  # a notebook: this thread cannot run a second loop
+            ending = threading.Thread(target=self._end_loop)
+            ending.start()
+            ending.join(2 * CLOSE_TIMEOUT_S)
+
+    def _end_loop(self) -> None:
         # Kept for good: whoever came too late finds it taken, and then the loop closing.
         if self._driving.acquire(timeout=CLOSE_TIMEOUT_S):
             self._loop.run_until_complete(_cancel_others())

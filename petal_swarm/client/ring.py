@@ -106,6 +106,8 @@ class Ring:
         self.is_spoiled = False
         self._keeping: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
+        #: What hops said of links of the present epoch that are not in use yet.
+        self._early: dict[Member, Lost] = {}
         self._watch: asyncio.TimerHandle | None = None
         self._progress_s = self._loop.time()
         self._sent_bytes = 0
@@ -240,6 +242,9 @@ class Ring:
             self._send_to(members[0])
         self._progress_s = self._loop.time()
         self.is_quiet = False
+        early, self._early = self._early, {}
+        for member, lost in early.items():
+            self._hear_lost(member, lost)
 
     def mirror(self, member: Member) -> Link | None:
         """Send all steps to another first hop as well; None if the first ones are not known any more."""
@@ -404,6 +409,8 @@ class Ring:
         index = self.members.index(member) + (not lost.upstream)
         if index < len(self.members) and self.members[index].link_epoch == lost.epoch:
             self.cut(self.members[index])
+        elif lost.epoch == self.epoch:
+            self._early[member] = lost
 
     def _refused(self, member: Member, error: RemoteError) -> None:
         """A hop ended the session with an error."""

@@ -21,6 +21,7 @@ from petal_swarm.engine.works import Pieces
 from petal_swarm.errors import BadTensorError, NotFiniteError, PassGoneError
 from petal_swarm.models.adapters import AdapterLayout
 from petal_swarm.models.devices import to_device, wait_for
+from petal_swarm.models.finite import all_finite
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Span
 
@@ -231,7 +232,7 @@ class Passes:
         if count > self.limits.max_rows:
             limit = self.limits.max_rows
             raise BadTensorError(f"a pass of {count} tokens is over this server's limit of {limit}")
-        if not bool(rows.isfinite().all()):
+        if not all_finite(rows):
             raise BadTensorError(f"{what} of a training pass is not finite")
 
     def _own(self, rows: Tensor) -> Tensor:

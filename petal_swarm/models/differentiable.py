@@ -1,8 +1,8 @@
 """The operations of blocks as autograd functions: frozen weights, and nothing kept that need not be.
 
-Packed and quantized products have no backward in torch, and of norms, gates and rotations it would keep every
-intermediate result. Weights are attributes of a function's context, not saved tensors: who counts what is kept
-for the backward does not count them, and they may have been made in inference mode.
+Packed and quantized products have no backward in torch, and of norms, gates and rotations it would keep
+every intermediate result. Weights are attributes of a function's context, not saved tensors: who counts what
+is kept for the backward does not count them, and they may have been made in inference mode.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import contextlib
 import logging
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -322,8 +323,16 @@ def _import_hivemind() -> tuple[Any, type[Exception]]:
     return P2P, P2PDaemonError
 
 
+#: A terminal sends Ctrl-C to its whole foreground group, and a daemon in it would end at once, while its
+#: program still has steps to finish. It ends with its program in any case: it notices that it is alone.
+_APART = (
+    *(sys.executable, "-I", "-S", "-c"),
+    "import os, sys; os.setpgid(0, 0); os.execv(sys.argv[1], sys.argv[1:])",
+)
+
+
 def _with_arguments(p2p_class: Any, arguments: dict[str, Any]) -> Any:
-    """A `P2P` whose daemon gets arguments that `P2P.create` knows nothing of."""
+    """A `P2P` whose daemon gets arguments that `P2P.create` knows nothing of, and its own process group."""
 
     class Daemon(p2p_class):  # type: ignore[misc]
         last: Any = None
@@ -334,7 +343,7 @@ def _with_arguments(p2p_class: Any, arguments: dict[str, Any]) -> Any:
 
         @staticmethod
         def _make_process_args(*args: Any, **given: Any) -> list[str]:
-            return list(p2p_class._make_process_args(*args, **given, **arguments))
+            return [*_APART, *p2p_class._make_process_args(*args, **given, **arguments)]
 
     return Daemon
 

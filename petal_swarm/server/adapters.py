@@ -20,6 +20,7 @@ from petal_swarm.errors import (
 )
 from petal_swarm.models.adapter_digest import adapter_digest, adapter_id
 from petal_swarm.models.adapters import AdapterLayout, LoraPlace
+from petal_swarm.models.finite import all_finite
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream
@@ -180,7 +181,7 @@ def _digest_of(layout: AdapterLayout, numbers: Tensor, offer: AdapterOffer) -> b
     Raises:
         BadAdapterError: it is not what was offered, or not all of it are numbers.
     """
-    if not bool(numbers.isfinite().all()):
+    if not all_finite(numbers):
         raise BadAdapterError("the adapter has numbers that are not finite")
     digest = adapter_digest(layout, numbers, offer.span)
     if digest != offer.digest:

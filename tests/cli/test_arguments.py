@@ -78,6 +78,8 @@ def test_an_unknown_command_suggests_one(capsys):
         (["generate", "m", "hi", "--initial-peers", PEER, "--max-new-tokens", "0"], "--max-new-tokens"),
         (["generate", "m", "hi", "--initial-peers", PEER, "--transport", "pigeon"], "--transport"),
         (["chat", "m"], "--initial-peers"),
+        (["tune", "m", "--data", "d", "--initial-peers", PEER], "--out"),
+        (["tune", "m", "--data", "d", "--out", "o", "--rank", "0", "--initial-peers", PEER], "--rank"),
         (["status"], "MODEL, --initial-peers"),
         (["demo", "--servers", "0"], "--servers"),
         (["run-server", "m"], "--new-swarm"),
@@ -107,14 +109,18 @@ def unusable(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("command", [["generate", "hi"], ["chat"], ["demo"], ["status"], ["run-server"]])
+@pytest.mark.parametrize(
+    "command", [["generate", "hi"], ["chat"], ["demo"], ["status"], ["run-server"], ["tune"]]
+)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("nowhere", "nowhere"), ("empty", "config.json"), ("gpt2", "GPT2LMHeadModel is not supported")],
 )
 def test_models_that_cannot_be_used(capsys, unusable, command, name, expected):
     model = str(unusable / name)
+    files = ["--data", str(unusable / "data"), "--out", str(unusable / "out")]
     options = {"demo": ["--model", model], "run-server": [model, "--new-swarm"]}
+    options["tune"] = [model, *files, "--initial-peers", PEER]
     argv = options.get(command[0], [model, *command[1:], "--initial-peers", PEER])
     assert expected in refused(capsys, command[0], *argv)
 

@@ -9,10 +9,20 @@ import sys
 import psutil
 import pytest
 
-from petal_swarm.cli.demo import ask, build_parser, server_arguments
-from petal_swarm.cli.local_swarm import LocalSwarm, ServerProcess, ended_by_signals, split_evenly, wait_ready
+from petal_swarm.cli.common import add_adapter_option, add_client_options, add_loading_options, new_parser
+from petal_swarm.cli.demo import ask, build_parser, client_arguments
+from petal_swarm.cli.local_swarm import (
+    LocalSwarm,
+    ServerProcess,
+    ended_by_signals,
+    serve_locally,
+    server_arguments,
+    split_evenly,
+    wait_ready,
+)
 from petal_swarm.errors import DeadlineError, SwarmError
 from petal_swarm.span import Span
+from tests.checkpoints import save_llama
 from tests.cli.fakes import FakeModel
 from tests.cli.tokenizers_of_tests import characters
 
@@ -133,6 +143,38 @@ def test_a_swarm_ends_its_servers_even_when_interrupted():
     await_end(*pids)
 
 
+#: A server that says what it was told: its peers' address, name and blocks.
+TALKATIVE = """
+import sys
+words = sys.argv[1:]
+print("ready", "/" + "-".join(words[words.index(option) + 1] for option in ("--name", "--blocks")
+      + ("--initial-peers",) * ("--initial-peers" in words)), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_local_swarm_shares_out_the_blocks_and_all_join_the_first(tmp_path):
+    model = str(save_llama(tmp_path / "model", blocks=5))
+    told = []
+    with serve_locally(model, servers=3, tell=told.append, command=_program(TALKATIVE)) as swarm:
+        first, *others = swarm.addresses
+    assert first == "/local-1-0:1"
+    assert sorted(others) == [f"/local-2-1:3-{first}", f"/local-3-3:5-{first}"]
+    assert sorted(told) == [
+        f"local-{n} serves blocks {span}" for n, span in enumerate(("0:1", "1:3", "3:5"), 1)
+    ]
+
+
+def test_a_local_swarm_that_cannot_start_leaves_nothing(tmp_path):
+    model = str(save_llama(tmp_path / "model", blocks=2))
+    with pytest.raises(SwarmError, match="local-1 did not start: no such model"):
+        serve_locally(model, command=_program(FAILS))
+
+
+def _program(text):
+    return [sys.executable, "-c", text]
+
+
 def test_sigterm_unwinds():
     earlier = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended, ended_by_signals():
@@ -154,15 +196,24 @@ def test_split_evenly(blocks, parts, expected):
     assert [str(span) for span in split_evenly(blocks, parts)] == expected
 
 
-def test_servers_of_the_demo_stay_on_this_machine():
-    arguments = build_parser().parse_args(["--model", "m", "--threads", "1"])
-    first = server_arguments(arguments, 1, Span(0, 4), None)
-    second = server_arguments(arguments, 2, Span(4, 8), "/ip4/addr")
+def test_servers_of_a_local_swarm_stay_on_this_machine():
+    first = server_arguments("m", Span(0, 4), name="demo-1", threads=1)
+    second = server_arguments("m", Span(4, 8), name="demo-2", threads=1, address="/ip4/addr")
     for words in (first, second):
         assert words[words.index("--listen") + 1] == "/ip4/127.0.0.1/tcp/0"
     assert "--new-swarm" in first
     assert second[second.index("--initial-peers") + 1] == "/ip4/addr"
     assert second[second.index("--name") + 1] == "demo-2"
+
+
+def test_the_client_of_the_demo_has_all_options_of_a_client():
+    client = client_arguments(build_parser().parse_args([]), "/ip4/addr")
+    parser = new_parser("client", "", "")
+    add_client_options(parser)
+    add_loading_options(parser)
+    add_adapter_option(parser)
+    known = vars(parser.parse_args(["m", "--initial-peers", "/ip4/127.0.0.1/tcp/1/p2p/12D3Koo"]))
+    assert set(vars(client)) == set(known)
 
 
 def test_the_demo_shows_question_answer_route_and_speed(capsys):

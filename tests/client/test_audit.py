@@ -141,8 +141,9 @@ def skipped() -> Tensor:
 
 
 def swapped() -> Tensor:
-    first, second, *rest = server("bfloat16", "none")
-    return run(PLAIN, inputs(), (second, first, *rest))
+    """Not neighbours: of these what one adds hardly changes what the other does."""
+    first, second, third, last = server("bfloat16", "none")
+    return run(PLAIN, inputs(), (third, second, first, last))
 
 
 def stale(noise: float) -> Tensor:

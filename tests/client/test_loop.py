@@ -165,6 +165,24 @@ def test_from_a_notebook(loop: LoopThread) -> None:
     assert loop.run(echo("after"), timeout_s=TIMEOUT_S) == "after"
 
 
+def test_closed_from_a_notebook() -> None:
+    loop = LoopThread()
+    started, ended = threading.Event(), threading.Event()
+
+    async def cell() -> None:
+        thread, outcome = in_thread(lambda: loop.run(for_ever(started, ended), timeout_s=TIMEOUT_S))
+        assert started.wait(TIMEOUT_S)
+        loop.close()
+        assert ended.is_set()
+        thread.join(TIMEOUT_S)
+        assert isinstance(outcome[0], StreamClosedError)
+        with pytest.raises(StreamClosedError):
+            loop.run(echo(1), timeout_s=TIMEOUT_S)
+
+    asyncio.run(cell())
+    assert loop._loop.is_closed()
+
+
 def test_not_from_the_loop_itself(loop: LoopThread) -> None:
     async def nested() -> Any:
         return loop.run(echo(1), timeout_s=TIMEOUT_S)

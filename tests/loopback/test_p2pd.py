@@ -9,6 +9,8 @@ import logging
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import suppress
@@ -528,6 +530,38 @@ def test_closing_leaves_nothing_behind(run: Run) -> None:
         await stream.close()
 
     run(scenario)
+
+
+def test_ctrl_c_in_a_terminal_does_not_reach_the_daemons(run: Run) -> None:
+    """A terminal signals its foreground process group."""
+
+    async def scenario(pair: Pair) -> None:
+        groups = {os.getpgid(transport.p2p._child.pid) for transport in (pair.me, pair.peer)}
+        assert os.getpgrp() not in groups
+
+    run(scenario)
+
+
+#: Prints the pid of its daemon.
+ALONE = """
+import asyncio
+from petal_swarm.net.p2pd import P2pdTransport
+async def main():
+    transport = await P2pdTransport.create(listen=())
+    print(transport.p2p._child.pid, flush=True)
+    await asyncio.Event().wait()
+asyncio.run(main())
+"""
+
+
+def test_a_daemon_ends_with_its_program_even_after_kill_9() -> None:
+    program = subprocess.Popen([sys.executable, "-c", ALONE], stdout=subprocess.PIPE)
+    with program:
+        assert program.stdout is not None
+        daemon = psutil.Process(int(program.stdout.readline()))
+        program.kill()
+    _, alive = psutil.wait_procs([daemon], timeout=TIMEOUT_S)
+    assert all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
 def test_a_daemon_that_dies_is_noticed_by_both(run: Run) -> None:

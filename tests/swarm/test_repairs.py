@@ -11,7 +11,9 @@ import torch
 
 import petal_swarm.net.channel
 import petal_swarm.net.memory
+from petal_swarm.client.members import Member
 from petal_swarm.engine.steps import StepRequest, StepResult
+from petal_swarm.routing.route import Route
 from petal_swarm.server.hosted import HostedSession
 from petal_swarm.server.server import Server
 from petal_swarm.span import Slice
@@ -105,6 +107,38 @@ def test_a_hop_that_says_again_and_again_that_its_link_is_lost(swarm: LocalSwarm
 
     outcome = greedy(swarm, bloom8, disturb, within_s=2)
     assert outcome.victims[0] not in {member.peer_id for member in outcome.ring.members}
+
+
+def test_a_new_link_that_is_lost_before_the_repair_is_done(swarm: LocalSwarm, bloom8: Path) -> None:
+    """The hop before says so while the client still waits for others; the hop behind does not notice."""
+    told: list[int] = []
+
+    def disturb(disturber: Disturber) -> None:
+        def act(peer_id: str) -> None:
+            ring = disturber.session._ring
+            assert ring is not None
+            hosted = hosted_by(swarm.server_of(ring.members[0].peer_id))
+            adopt = ring.adopt
+
+            def late(members: list[Member], route: Route) -> None:
+                if not told:
+                    told.append(ring.epoch)
+                    ring._hear(
+                        ring.members[0], Lost(ring.epoch, upstream=False, replayable=True, reason="gone")
+                    )
+                    assert hosted._downstream is not None
+                    for link in list(hosted._downstream.outbox.links):
+                        link.channel.abort = lambda: None  # type: ignore[method-assign]
+                        hosted._downstream.outbox.drop(link)
+                adopt(members, route)
+
+            ring.adopt = late  # type: ignore[method-assign, assignment]
+            swarm.network.kill(peer_id)
+
+        disturber.at(0.2, act, 1)
+
+    assert greedy(swarm, bloom8, disturb, within_s=0.5).ring.repairs == 2
+    assert told == [1]
 
 
 def test_a_last_hop_that_computes_and_does_not_answer(swarm: LocalSwarm, bloom8: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from petal_swarm.errors import ConfigError
 from petal_swarm.models.adapters import AdapterLayout
 from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.finite import all_finite
 from petal_swarm.span import Span
 
 RUN_ID_BYTES = 8
@@ -63,7 +64,7 @@ class AdapterVersions:
         if numbers.shape != (expected,):
             raise ConfigError(f"the adapter has {expected} numbers, got {list(numbers.shape)}")
         kept = numbers.to(device="cpu", dtype=torch.float32, copy=True)
-        if not kept.isfinite().all():
+        if not all_finite(kept):
             raise ConfigError("the adapter has numbers that are not finite: a smaller learning rate may help")
         self._version += 1
         self._last = TrainedAdapter(f"{self._run}:{self._version}", layout, kept, self._config)

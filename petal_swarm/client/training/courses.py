@@ -11,6 +11,7 @@ from torch import Tensor
 
 from petal_swarm.client.training.adapters import TrainedAdapter
 from petal_swarm.errors import PetalSwarmError, RemoteProtocolError
+from petal_swarm.models.finite import all_finite
 from petal_swarm.span import Span
 from petal_swarm.wire.messages.tuning import Backward, Backwarded, Forward, Forwarded, Gradients
 from petal_swarm.wire.tensors import decode_tensor
@@ -149,7 +150,7 @@ class Course:
         if message.first != received:
             raise RemoteProtocolError(f"peer {peer_id} sent a part of the gradients out of its turn")
         part = decode_tensor(message.tensor, message.payload).view(-1)
-        if not part.isfinite().all():
+        if not all_finite(part):
             raise RemoteProtocolError(f"peer {peer_id} sent gradients that are not finite")
         begin = self.adapter.bounds(span)[0] + received
         numbers[begin : begin + len(part)] = part
@@ -178,6 +179,6 @@ class Course:
                 f" expected {list(self.forward.tensor.shape)}"
             )
         rows = decode_tensor(message.tensor, message.payload)
-        if not rows.isfinite().all():
+        if not all_finite(rows):
             raise RemoteProtocolError(f"peer {peer_id} answered with numbers that are not finite")
         return rows

@@ -1,0 +1,1 @@
+"""What `petal-swarm tune` is made of; none of it knows a swarm, only a model with a loss."""
