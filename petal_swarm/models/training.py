@@ -114,8 +114,9 @@ class TrainingPlan:
 
     def _run(self, length: int, count: int, qkv: Tensor, pair: Tensor) -> Tensor:
         heads = self._heads
-        split = qkv.view(count, length, -1, heads.size).transpose(1, 2)
-        query, keys, values = torch.split(split, [heads.query, heads.kv, heads.kv], dim=1)
+        # Cut before they are transposed: so their gradients are joined as `qkv` lies in memory.
+        kinds = torch.split(qkv.view(count, length, -1, heads.size), [heads.query, heads.kv, heads.kv], dim=2)
+        query, keys, values = (kind.transpose(1, 2) for kind in kinds)
         prefix = pair.shape[2]
         if prefix:
             shape = (count, heads.kv, prefix, heads.size)
