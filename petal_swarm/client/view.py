@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -83,11 +84,13 @@ class View:
         avoid: frozenset[str],
         span: Span | None = None,
         trains: bool = False,
+        min_batch_tokens: int = 0,
     ) -> Route:
         """The fastest route; waits up to `wait_for_blocks_s` for blocks that nobody serves yet.
 
         Peers that failed lately are used only where nobody else is left, those in `avoid` never. The route
         is through the whole model, or `span`. If it `trains`, it is of servers that take part in training.
+        Those that take less than `min_batch_tokens` at once are used only where nobody else is left, too.
 
         Raises:
             MissingBlocksError: still nobody does.
@@ -98,12 +101,12 @@ class View:
             known = _able(offering(model, await self.announcements(model.key)), trains)
             usable = self._without(known, avoid | self.avoidance.banned)
             rtts = await self.measure(usable)
+            wide = [a for a in usable if a.max_batch_tokens >= min_batch_tokens]
             try:
-                try:
-                    fresh = self._without(usable, self.avoidance.peers())
-                    return self._fastest(model, fresh, rtts, kv_tokens=kv_tokens, span=span)
-                except MissingBlocksError:
-                    return self._fastest(model, usable, rtts, kv_tokens=kv_tokens, span=span)
+                for those in (self._without(wide, self.avoidance.peers()), wide):
+                    with contextlib.suppress(MissingBlocksError):
+                        return self._fastest(model, those, rtts, kv_tokens=kv_tokens, span=span)
+                return self._fastest(model, usable, rtts, kv_tokens=kv_tokens, span=span)
             except MissingBlocksError as error:
                 if avoid or _now() >= deadline:
                     raise MissingBlocksError(

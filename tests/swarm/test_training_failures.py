@@ -14,7 +14,7 @@ from torch import Tensor
 
 from petal_swarm.client.model import SwarmModelForCausalLM
 from petal_swarm.client.training.lane import Lane
-from petal_swarm.errors import PetalSwarmError
+from petal_swarm.errors import MissingBlocksError, PetalSwarmError
 from petal_swarm.models.adapter_settings import Lora
 from petal_swarm.span import Span
 from tests.checkpoints import save_bloom, save_llama
@@ -225,6 +225,32 @@ def test_a_server_that_leaves(small: Path, moment: str) -> None:
         assert_same(trial.step(), expected)
         (lane,) = (lane for lane in trial.lanes if lane.error is None)
         assert leaving not in {member.peer_id for member in lane.members}
+
+
+def test_servers_that_do_not_train_are_left_out(small: Path) -> None:
+    """Neither for the first route, nor to take the place of a hop; nor those that take smaller passes."""
+    trial = Trial(small, ["0:2", "2:4", "4:6"])
+    with trial.swarm:
+        others = [
+            trial.swarm.add_server("0:6", training_mib=0).announcement().peer_id,
+            trial.swarm.add_server("2:4", max_batch_tokens=8).announcement().peer_id,
+        ]
+        expected = trial.step()
+        assert not {member.peer_id for member in trial.lanes[0].members} & {others[0]}
+        trial.swarm.network.kill(others[1])
+        last = trial.swarm.add_server("2:4").announcement().peer_id
+        others.append(trial.swarm.add_server("2:4", max_batch_tokens=8).announcement().peer_id)
+        trial.at(0.02, trial.kill, [m.hop.span.start for m in trial.lanes[0].members].index(2))
+        assert_same(trial.step(), expected)
+        assert last in {member.peer_id for member in trial.lanes[-1].members}
+
+
+def test_nobody_trains(small: Path) -> None:
+    trial = Trial(small, [], wait_for_blocks_s=1.0)
+    with trial.swarm:
+        trial.swarm.add_server("0:6", training_mib=0)
+        with pytest.raises(MissingBlocksError, match="nobody serves"):
+            trial.step()
 
 
 def test_what_servers_have_forgotten_is_sent_again(small: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,16 @@ def test_bad_gradients_of_the_client(small: Path) -> None:
         lane: Lane
         for lane in trial.model._blocks._trainer._pools[Span(0, 6)].lanes:
             assert lane.repairs == 0
+
+
+def test_who_computes_nothing_is_replaced_in_the_end(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be busy with others, so that takes a while."""
+    trial = Trial(small, SPANS)
+    with trial.swarm:
+        expected = trial.step()
+        idle = trial.lanes[0].members[1].peer_id
+        compute = trial.swarm.server_of(idle)._compute
+        assert compute is not None
+        monkeypatch.setattr(compute, "run_work", lambda *_: Future())
+        assert_same(trial.step(), expected)
+        assert idle in trial.avoided

@@ -71,6 +71,8 @@ class Course:
     _wants_rows: bool = True
     _missing: set[int] = field(default_factory=set)
     _received: dict[str, int] = field(default_factory=dict)
+    _where: tuple[int, ...] = ()
+    _there_s: float = 0.0
 
     @property
     def tokens(self) -> int:
@@ -93,6 +95,12 @@ class Course:
             self._collected.numbers = torch.zeros_like(self.adapter.numbers)
             self._missing = {block for block in blocks.blocks() if self._numbers_of(Span(block, block + 1))}
         return self.gradient
+
+    def stood_s(self, where: tuple[int, ...], now: float) -> float:
+        """For how long it has been seen at this place, which is a state at each hop."""
+        if where != self._where:
+            self._where, self._there_s = where, now
+        return now - self._there_s
 
     def fail(self, error: PetalSwarmError) -> None:
         """Nothing more will come: whoever waits gets the error, or will when the backward begins."""

@@ -53,8 +53,8 @@ logger = logging.getLogger(__name__)
 QUIET_PASSES = 4.0
 MIN_QUIET_S = 0.5
 MAX_QUIET_S = 5.0
-#: What is being uploaded may take as long as over a slow home connection.
-SLOW_UPLOAD_BYTES_PER_S = 1.25e6
+#: What is on its way may take as long as over a slow home connection.
+SLOW_BYTES_PER_S = 1.25e6
 _SMOOTHING = 0.3
 _SIXTEEN_BIT = ("bfloat16", "float16")
 
@@ -230,10 +230,19 @@ class Lane:
     @property
     def quiet_s(self) -> float:
         """How long no answer may come before somebody asks why: it follows from the passes so far."""
-        tokens = max((course.tokens for course in self.courses.values()), default=0)
-        pass_s = tokens * max(self.forward_s, self.backward_s) * (len(self.members) + 1)
-        unsent = sum(member.channel.unsent_bytes for member in self.members)
-        return min(MAX_QUIET_S, max(MIN_QUIET_S, QUIET_PASSES * pass_s)) + unsent / SLOW_UPLOAD_BYTES_PER_S
+        pass_s = self.largest_pass * max(self.forward_s, self.backward_s) * (len(self.members) + 1)
+        return min(MAX_QUIET_S, max(MIN_QUIET_S, QUIET_PASSES * pass_s)) + self.way_s
+
+    @property
+    def largest_pass(self) -> int:
+        """Tokens of the largest pass under way."""
+        return max((course.tokens for course in self.courses.values()), default=0)
+
+    @property
+    def way_s(self) -> float:
+        """What passes under way may take on each link, if that is slow."""
+        nbytes = sum(c.forward.tensor.nbytes for c in self.courses.values() if c.is_waited_for)
+        return nbytes / SLOW_BYTES_PER_S
 
     def adapters(self) -> list[TrainedAdapter]:
         """Those of passes under way."""

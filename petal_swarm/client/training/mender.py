@@ -133,6 +133,7 @@ class Mender:
                 Span(run[0].hop.span.start, run[-1].hop.span.end),
                 avoid=frozenset(avoid),
                 like=[member.hop for member in run],
+                min_batch_tokens=lane.largest_pass,
                 fresh=fresh,
                 before=plan[-1].peer_id if plan else None,
                 after=after,
@@ -208,12 +209,24 @@ class Mender:
         known = [states or {} for states in found]
         now = asyncio.get_running_loop().time()
         for number, course in list(lane.courses.items()):
-            if not course.is_waited_for or now - course.sent_s < STUCK_S:
+            where = tuple(states.get(number, -1) for states in known)
+            stood_s = course.stood_s(where, now) - lane.way_s  # on a slow link it may only be on its way
+            if not course.is_waited_for or stood_s < STUCK_S:
                 continue
-            where = [states.get(number, -1) for states in known]
             self._unstick(lane, members, where, backward=course.backward is not None)
+            if stood_s >= self._openings.config.step_timeout_s:
+                await self._give_up_on(lane, members, where)
 
-    def _unstick(self, lane: Lane, members: list[TrainMember], where: list[int], *, backward: bool) -> None:
+    async def _give_up_on(self, lane: Lane, members: list[TrainMember], where: tuple[int, ...]) -> None:
+        """Replace hops that have what they need for a pass, and compute nothing."""
+        idle = [m for m, state in zip(members, where, strict=True) if state in (ARRIVED, BACKWARD_ARRIVED)]
+        if idle and await self._can_do_without(lane, idle):
+            for member in idle:
+                lane.lose(member, HopLostError(f"peer {member.peer_id} computes nothing"))
+
+    def _unstick(
+        self, lane: Lane, members: list[TrainMember], where: tuple[int, ...], *, backward: bool
+    ) -> None:
         """Cut links over which a pass should have gone long ago, and drop ends that do not answer."""
         for (_, one), (member, other) in pairwise(zip(members, where, strict=True)):
             if (FORWARD_DONE <= one <= BACKWARD_DONE and other < ARRIVED) or (
@@ -221,8 +234,8 @@ class Mender:
             ):
                 lane.cut(member)
         end = 0 if backward else -1
-        if where[end] == (BACKWARD_DONE if backward else FORWARD_DONE):
-            mute = members[end]
+        mute = members[end]
+        if where[end] == (BACKWARD_DONE if backward else FORWARD_DONE) and not mute.channel.receiving:
             lane.lose(mute, HopLostError(f"peer {mute.peer_id} does not answer", peer_id=mute.peer_id))
 
     async def _ask(self, member: TrainMember) -> dict[int, int] | None:
@@ -249,6 +262,7 @@ class Mender:
                 lane.blocks,
                 avoid=frozenset(member.peer_id for member in silent),
                 like=[member.hop for member in silent],
+                min_batch_tokens=lane.largest_pass,
                 fresh=False,
                 before=None,
                 after=None,

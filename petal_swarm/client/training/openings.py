@@ -29,13 +29,21 @@ class LaneOpenings:
         self._transport = transport
         self._model = model
 
-    async def find_route(self, blocks: Span, *, avoid: frozenset[str]) -> Route:
-        """See `View.find_route`; servers that do not train are left out.
+    async def find_route(self, blocks: Span, *, avoid: frozenset[str], pass_tokens: int) -> Route:
+        """See `View.find_route`; servers that do not train are left out, and those that take only smaller
+        passes if possible.
 
         Raises:
             MissingBlocksError: nobody trains some of the blocks.
         """
-        return await self.view.find_route(self._model, kv_tokens=0, avoid=avoid, span=blocks, trains=True)
+        return await self.view.find_route(
+            self._model,
+            kv_tokens=0,
+            avoid=avoid,
+            span=blocks,
+            trains=True,
+            min_batch_tokens=pass_tokens,
+        )
 
     async def find_part(
         self,
@@ -43,6 +51,7 @@ class LaneOpenings:
         *,
         avoid: frozenset[str],
         like: Collection[Hop],
+        min_batch_tokens: int,
         fresh: bool,
         before: str | None,
         after: str | None,
@@ -58,7 +67,7 @@ class LaneOpenings:
             kv_tokens=0,
             avoid=avoid,
             like=like,
-            min_batch_tokens=0,
+            min_batch_tokens=min_batch_tokens,
             fresh=fresh,
             before=before,
             after=after,

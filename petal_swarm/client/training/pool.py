@@ -39,42 +39,39 @@ class LanePool:
         """Those that take passes."""
         return [lane for lane in self._lanes if lane.error is None and not lane.is_leaving]
 
-    async def prepare(self, passes: int) -> list[Lane]:
-        """Lanes for so many passes: one at least, more where the swarm has further routes.
+    async def prepare(self, passes: int, tokens: int) -> list[Lane]:
+        """Lanes that take passes of so many tokens: one at least, more where the swarm has further routes.
 
         Raises:
+            ConfigError: no server takes so many.
             MissingBlocksError: nobody trains some of the blocks.
             PetalSwarmError: what the last attempt to open a route failed with.
         """
         async with self._opening:
             self._tidy()
-            if not self.lanes:
-                self._lanes.append(await self._open(frozenset()))
+            if not self._wide(tokens):
+                await self._add(await self._open(frozenset(), tokens), tokens)
                 self._look_s = 0.0
             now = asyncio.get_running_loop().time()
             wanted = min(passes, self._openings.config.training_lanes)
             while len(self.lanes) < wanted and now >= self._look_s:
                 taken = frozenset(m.peer_id for lane in self._lanes for m in lane.members)
                 try:
-                    self._lanes.append(await self._open(taken))
+                    await self._add(await self._open(taken, tokens), tokens)
                 except PetalSwarmError as error:
                     logger.debug("no further route for training: %s", error)
                     self._look_s = now + LOOK_AGAIN_S
-            return self.lanes
+            return self._wide(tokens)
 
     @contextlib.asynccontextmanager
     async def lane(self, tokens: int) -> AsyncIterator[Lane]:
         """The lane that will probably be done first with a pass of so many tokens, once it has a place.
 
         Raises:
-            ConfigError: no lane takes passes of so many tokens.
-            MissingBlocksError, PetalSwarmError: as `prepare`.
+            ConfigError, MissingBlocksError, PetalSwarmError: as `prepare`.
         """
         while True:
-            lanes = self.lanes or await self.prepare(1)
-            able = [lane for lane in lanes if lane.max_pass_tokens >= tokens]
-            if not able:
-                raise ConfigError(f"no server takes a pass of {tokens} tokens any more; cut the sequences")
+            able = self._wide(tokens) or await self.prepare(1, tokens)
             best = _soonest(able)
             if best.taken < best.window:
                 break
@@ -106,6 +103,18 @@ class LanePool:
         lanes, self._lanes = self._lanes, []
         await asyncio.gather(*(lane.close() for lane in lanes), *self._closing)
 
+    def _wide(self, tokens: int) -> list[Lane]:
+        return [lane for lane in self.lanes if lane.max_pass_tokens >= tokens]
+
+    async def _add(self, lane: Lane, tokens: int) -> None:
+        if lane.max_pass_tokens < tokens:
+            await lane.close()
+            raise ConfigError(
+                f"a sequence of {tokens} tokens is longer than the {lane.max_pass_tokens} that these servers"
+                " take at once in training; cut it, or start servers with a larger --max-batch-tokens"
+            )
+        self._lanes.append(lane)
+
     def _tidy(self) -> None:
         """Leave lanes that have failed, and those of servers that leave once their passes are done."""
         kept: list[Lane] = []
@@ -118,7 +127,7 @@ class LanePool:
             closing.add_done_callback(self._closing.discard)
         self._lanes = kept
 
-    async def _open(self, taken: frozenset[str]) -> Lane:
+    async def _open(self, taken: frozenset[str], tokens: int) -> Lane:
         """A lane along the fastest route without those peers, around servers that fail or refuse.
 
         Where no other lane is, and servers cannot be reached, it tries again for `wait_for_blocks_s`.
@@ -131,7 +140,9 @@ class LanePool:
         while attempts < config.open_attempts or (last and last.is_unreachable and loop.time() < deadline):
             attempts += 1
             try:
-                route = await self._openings.find_route(self._blocks, avoid=taken | failed)
+                route = await self._openings.find_route(
+                    self._blocks, avoid=taken | failed, pass_tokens=tokens
+                )
                 run, members = await self._openings.open_route(route.hops)
             except MissingBlocksError:
                 if last is None:

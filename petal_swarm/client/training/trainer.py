@@ -87,9 +87,8 @@ class Trainer:
         """
         self._drop_abandoned()
         pool = await self._pool(blocks)
-        lanes = await pool.prepare(len(lengths))
-        limits = [lane.max_pass_tokens for lane in lanes]
-        most = min(limits) if max(lengths) <= min(limits) else max(limits)
+        lanes = await pool.prepare(len(lengths), max(lengths))
+        most = min(lane.max_pass_tokens for lane in lanes)
         cut = cut_batch(
             lengths,
             max_tokens=max(1, min(most, MAX_PAYLOAD_BYTES // (rows.shape[1] * 4))),
