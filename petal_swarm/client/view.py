@@ -15,6 +15,7 @@ from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import Pinger, measure_rtt
 from petal_swarm.errors import BusyError, CacheFullError, IdleError, MissingBlocksError, PetalSwarmError
 from petal_swarm.net.transport import Transport
+from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.routing.links import Measurements
 from petal_swarm.routing.route import Hop, Route, find_route
 from petal_swarm.span import Span
@@ -98,7 +99,8 @@ class View:
         deadline = _now() + self.config.wait_for_blocks_s
         waiting = False
         while True:
-            known = _able(offering(model, await self.announcements(model.key)), trains)
+            offered = offering(model, await self.announcements(model.key))
+            known = _able(offered, trains)
             usable = self._without(known, avoid | self.avoidance.banned)
             rtts = await self.measure(usable)
             wide = [a for a in usable if a.max_batch_tokens >= min_batch_tokens]
@@ -108,12 +110,13 @@ class View:
                         return self._fastest(model, those, rtts, kv_tokens=kv_tokens, span=span)
                 return self._fastest(model, usable, rtts, kv_tokens=kv_tokens, span=span)
             except MissingBlocksError as error:
+                told = _why(error, offered) if trains else str(error)
                 if avoid or _now() >= deadline:
                     raise MissingBlocksError(
-                        f"{error} (waited {self.config.wait_for_blocks_s:g} s)", error.blocks
+                        f"{told} (waited {self.config.wait_for_blocks_s:g} s)", error.blocks
                     ) from None
                 if not waiting:
-                    logger.warning("%s; waiting up to %g s", error, self.config.wait_for_blocks_s)
+                    logger.warning("%s; waiting up to %g s", told, self.config.wait_for_blocks_s)
                 waiting = True
             await asyncio.sleep(RETRY_LOOKUP_S)
 
@@ -205,6 +208,14 @@ def offering(model: ModelRef, known: list[Announcement]) -> list[Announcement]:
 
 def _able(known: list[Announcement], trains: bool) -> list[Announcement]:
     return [announcement for announcement in known if announcement.trains] if trains else known
+
+
+def _why(error: MissingBlocksError, known: list[Announcement]) -> str:
+    """Of a search among servers that train: where others serve the blocks, that is what is missing."""
+    idle = [one for one in known if not one.trains]
+    if not all(any(block in one.span for one in idle) for block in error.blocks):
+        return str(error)
+    return f"nobody trains {format_blocks(error.blocks)}: who serves them was started with --training-mib 0"
 
 
 def _now() -> float:
