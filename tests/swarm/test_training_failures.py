@@ -249,7 +249,7 @@ def test_nobody_trains(small: Path) -> None:
     trial = Trial(small, [], wait_for_blocks_s=1.0)
     with trial.swarm:
         trial.swarm.add_server("0:6", training_mib=0)
-        with pytest.raises(MissingBlocksError, match="nobody trains blocks? .*training-mib"):
+        with pytest.raises(MissingBlocksError, match=r"nobody trains blocks? .*training-mib"):
             trial.step()
 
 
