@@ -1,6 +1,6 @@
 """LoRA through a swarm against the same run with peft in one process: the losses of every step.
 
-    python -m benchmarks.fine_tuning MODEL [--steps 200] [--servers 3] [--batch-size 4] [--tokens 64]
+    python -m benchmarks.fine_tuning MODEL [--steps 200] [--servers 3] [--batch-size 4] [--tokens 64] [--control]
 
 MODEL is a GGUF file that transformers can read, such as the one that scripts/fetch-model gets. Both runs
 have the same text, initial adapter, optimizer, dtype (float32) and batches.
@@ -28,8 +28,6 @@ from petal_swarm import AutoSwarmModelForCausalLM
 from petal_swarm.client.adapter import Lora
 from petal_swarm.models.checkpoint import open_checkpoint
 
-LEARNING_RATE = 5e-4
-
 
 def batches(ids: torch.Tensor, batch_size: int, tokens: int) -> Iterator[torch.Tensor]:
     """Windows of the text, one after the other, from the start again at its end."""
@@ -39,18 +37,19 @@ def batches(ids: torch.Tensor, batch_size: int, tokens: int) -> Iterator[torch.T
 
 
 def train(
-    model: Any, ids: torch.Tensor, arguments: argparse.Namespace, name: str
+    model: Any, ids: torch.Tensor, arguments: argparse.Namespace, name: str, *, turned: bool = False
 ) -> tuple[list[float], float]:
-    """The loss of each step, and seconds a step."""
+    """The loss of each step, and seconds a step; `turned` takes the sequences of each batch last to first."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(trained, lr=arguments.learning_rate)
     every = itertools.islice(batches(ids, arguments.batch_size, arguments.tokens), arguments.steps)
     losses = []
     started = time.perf_counter()
     with tqdm(every, total=arguments.steps, desc=name, disable=not sys.stderr.isatty()) as bar:
         for batch in bar:
             optimizer.zero_grad()
-            loss = model(input_ids=batch, labels=batch).loss
+            given = batch.flip(0) if turned else batch
+            loss = model(input_ids=given, labels=given).loss
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
@@ -67,7 +66,9 @@ def main() -> None:
     parser.add_argument("--servers", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--control", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     path = arguments.model
@@ -87,14 +88,33 @@ def main() -> None:
             swarm.add_adapter(Lora(rank=8, alpha=16, targets=("q_proj", "v_proj")))
             swarm.save_pretrained(folder)
             ours, our_s = train(swarm, ids, arguments, f"swarm of {arguments.servers}")
-        local = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-        theirs, their_s = train(
-            PeftModel.from_pretrained(local, folder, is_trainable=True), ids, arguments, "peft"
-        )
-    worst = max(range(len(ours)), key=lambda step: abs(ours[step] - theirs[step]))
-    print(f"loss: {theirs[0]:.4f} at first, {sum(theirs[-10:]) / 10:.4f} over the last ten steps")
-    print(f"largest difference of {len(ours)} steps: {abs(ours[worst] - theirs[worst]):.1e}, at step {worst}")
+        theirs, their_s = train(with_peft(path, folder), ids, arguments, "peft")
+        again = []
+        if arguments.control:
+            again, _ = train(with_peft(path, folder), ids, arguments, "peft, turned", turned=True)
+    last = min(10, len(theirs))
+    print(f"loss: {theirs[0]:.4f} at first, {sum(theirs[-last:]) / last:.4f} over the last {last} steps")
+    print(f"swarm against peft: {differences(ours, theirs)}")
+    if again:
+        print(f"peft against peft:  {differences(again, theirs)}")
     print(f"seconds a step: swarm {our_s:.2f}, peft {their_s:.2f}")
+
+
+def with_peft(path: Path, adapter: str) -> Any:
+    """The model in this process, with the adapter to be trained."""
+    local = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+    return PeftModel.from_pretrained(local, adapter, is_trainable=True)
+
+
+def differences(ours: list[float], theirs: list[float]) -> str:
+    """The largest difference of the losses, and where they first differ by so much."""
+    found = [abs(a - b) for a, b in zip(ours, theirs, strict=True)]
+    firsts = [
+        f"over {bound:g} from step {next(step for step, value in enumerate(found) if value > bound)}"
+        for bound in (1e-5, 1e-4, 1e-3)
+        if max(found) > bound
+    ]
+    return f"largest difference {max(found):.1e}, at step {found.index(max(found))}; {', '.join(firsts)}"
 
 
 if __name__ == "__main__":
