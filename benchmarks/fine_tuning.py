@@ -1,6 +1,6 @@
 """LoRA through a swarm against the same run with peft in one process: the losses of every step.
 
-    python -m benchmarks.fine_tuning MODEL [--steps 200] [--servers 3] [--batch-size 4] [--tokens 64] [--control]
+    python -m benchmarks.fine_tuning MODEL [--steps 200] [--servers 3] [--batch-size 4] [--control]
 
 MODEL is a GGUF file that transformers can read, such as the one that scripts/fetch-model gets. Both runs
 have the same text, initial adapter, optimizer, dtype (float32) and batches.
