@@ -160,6 +160,8 @@ class Gradient:
                 self.numbers = torch.zeros_like(kept.numbers)
             self._targets = kept.layout.split(kept.stack.config, self.numbers, kept.blocks)
         self._narrow = kept.stack.dtype is torch.float16
+        #: That in which `begin` takes gradients: they must not lose their range before they are scaled.
+        self.dtype = torch.float32 if self._narrow else kept.stack.dtype
         self._scale: Tensor | None = None
 
     def begin(self, grad: Tensor) -> Tensor:

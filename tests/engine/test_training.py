@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
@@ -16,7 +17,7 @@ from petal_swarm.models.adapters import AdapterLayout, LoraPlace
 from petal_swarm.models.families import family_of
 from petal_swarm.span import Span
 
-from .tiny import HIDDEN, WHOLE, Tiny, close, rows
+from .tiny import HIDDEN, WHOLE, Tiny, close, make, rows
 
 T = TypeVar("T")
 LENGTHS = (5, 9, 9)
@@ -336,3 +337,15 @@ def test_the_block_is_named_whose_gradient_is_not_finite(tiny: Tiny, monkeypatch
     edge.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(NotFiniteError, match="gradient of block 1"):
         run(passes.backward("a", rows(COUNT)))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e5])
+def test_gradients_outside_the_range_of_float16(scale: float, tmp_path: Path) -> None:
+    """Those of a mean over many tokens are small; nothing of them may be lost on the way in."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        passes = Passes(make("llama", tmp_path, dtype).stack)
+        run(passes.forward("a", rows(COUNT, 1), LENGTHS, WHOLE, keep=True))
+        found.append(run(passes.backward("a", rows(COUNT, 2) * scale))[0])
+    assert found[1].dtype is torch.float32
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
