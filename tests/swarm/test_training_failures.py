@@ -194,6 +194,23 @@ def test_a_server_that_restarts_is_waited_for(small: Path) -> None:
         assert_same(trial.step(), expected)
 
 
+@pytest.mark.parametrize("hop", [0, 1, 2])
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_replacement_that_takes_smaller_passes(small: Path, hop: int, others: int) -> None:
+    """Another takes its place if there is one; else what was under way is cut again."""
+    trial = Trial(small, ["0:2", "2:4", "4:6"])
+    with trial.swarm:
+        expected = trial.step()
+        span = trial.lanes[0].members[hop].hop.span
+        for tokens in (24, 64)[:others]:
+            trial.swarm.add_server(str(span), max_batch_tokens=tokens)
+        trial.later(10.0)
+        trial.at(0.02, trial.kill, hop)
+        assert_same(trial.step(), expected)
+        assert trial.done
+        assert_same(trial.step(), expected)
+
+
 def test_a_server_that_nobody_replaces(small: Path) -> None:
     trial = Trial(small, ["0:2", "2:4", "4:6"], wait_for_blocks_s=3.0)
     with trial.swarm:

@@ -228,10 +228,14 @@ class Lane:
         return any(course.is_waited_for for course in self.courses.values())
 
     @property
+    def tokens(self) -> int:
+        """Rows of the largest pass that is not finished."""
+        return max((course.tokens for course in self.courses.values()), default=0)
+
+    @property
     def quiet_s(self) -> float:
         """How long no answer may come before somebody asks why: it follows from the passes so far."""
-        tokens = max((course.tokens for course in self.courses.values()), default=0)
-        pass_s = tokens * max(self.forward_s, self.backward_s) * (len(self.members) + 1)
+        pass_s = self.tokens * max(self.forward_s, self.backward_s) * (len(self.members) + 1)
         unsent = sum(member.channel.unsent_bytes for member in self.members)
         return min(MAX_QUIET_S, max(MIN_QUIET_S, QUIET_PASSES * pass_s)) + unsent / SLOW_UPLOAD_BYTES_PER_S
 

@@ -43,11 +43,12 @@ class LaneOpenings:
         *,
         avoid: frozenset[str],
         like: Collection[Hop],
+        tokens: int,
         fresh: bool,
         before: str | None,
         after: str | None,
     ) -> Route:
-        """See `View.find_part`.
+        """See `View.find_part`; all take passes of so many tokens.
 
         Raises:
             MissingBlocksError: nobody else trains some of the blocks.
@@ -58,7 +59,7 @@ class LaneOpenings:
             kv_tokens=0,
             avoid=avoid,
             like=like,
-            min_batch_tokens=0,
+            min_batch_tokens=tokens,
             fresh=fresh,
             before=before,
             after=after,

@@ -21,6 +21,10 @@ LOOK_AGAIN_S = 30.0
 RETRY_S = 0.5
 
 
+class TooManyTokensError(ConfigError):
+    """No lane takes so large a pass; several smaller ones may go through."""
+
+
 class LanePool:
     """Opens lanes as they are needed, and closes those that are done. Lives in the event loop."""
 
@@ -67,14 +71,16 @@ class LanePool:
         """The lane that will probably be done first with a pass of so many tokens, once it has a place.
 
         Raises:
-            ConfigError: no lane takes passes of so many tokens.
+            TooManyTokensError: no lane takes passes of so many tokens.
             MissingBlocksError, PetalSwarmError: as `prepare`.
         """
         while True:
             lanes = self.lanes or await self.prepare(1)
             able = [lane for lane in lanes if lane.max_pass_tokens >= tokens]
             if not able:
-                raise ConfigError(f"no server takes a pass of {tokens} tokens any more; cut the sequences")
+                raise TooManyTokensError(
+                    f"no server takes a pass of {tokens} tokens any more; cut the sequences"
+                )
             best = _soonest(able)
             if best.taken < best.window:
                 break
