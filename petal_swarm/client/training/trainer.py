@@ -97,7 +97,13 @@ class Trainer:
             passes=sum(choose_passes(rows.shape[0] // len(lanes), lane.hops) for lane in lanes),
         )
         passes = [Pass(rows[each.start : each.stop], each.lengths, blocks, adapter) for each in cut]
-        found = await _all([self._forward(pool, each, keep=keep) for each in passes])
+        made = list(passes)
+        try:
+            found = await _all([self._forward(pool, each, made, keep=keep) for each in passes])
+        except BaseException:
+            for each in made:  # nobody will ask for their backward
+                each.drop()
+            raise
         done = [part for parts in found for part in parts]
         return torch.cat([output.float() for _, output in done]), [each for each, _ in done]
 
@@ -134,15 +140,18 @@ class Trainer:
 
     # -- one pass --------------------------------------------------------------------------------
 
-    async def _forward(self, pool: LanePool, each: Pass, *, keep: bool) -> list[tuple[Pass, Tensor]]:
-        """What comes out, in more than one pass if only servers are left that take no such large ones."""
+    async def _forward(
+        self, pool: LanePool, each: Pass, made: list[Pass], *, keep: bool
+    ) -> list[tuple[Pass, Tensor]]:
+        """What comes out; of several passes, added to `made`, if no server is left that takes it as one."""
         try:
             return [(each, await self._insist(lambda: self._forward_once(pool, each, keep=keep)))]
         except TooManyTokensError:
             halves = each.halves()
             if not halves:
                 raise
-        return [part for half in halves for part in await self._forward(pool, half, keep=keep)]
+        made += halves
+        return [part for half in halves for part in await self._forward(pool, half, made, keep=keep)]
 
     async def _forward_once(self, pool: LanePool, each: Pass, *, keep: bool) -> Tensor:
         async with pool.lane(each.tokens) as lane:
