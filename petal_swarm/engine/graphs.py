@@ -133,7 +133,7 @@ def trained_block(kept: Pass, group: Group, block: int, hidden: Tensor) -> tuple
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # attention keeps what it results in, which would hold its own graph for ever
 
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(count, _same):
         hidden = hidden.detach().requires_grad_()

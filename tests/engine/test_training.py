@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -349,3 +351,15 @@ def test_gradients_outside_the_range_of_float16(scale: float, tmp_path: Path) ->
         found.append(run(passes.backward("a", rows(COUNT, 2) * scale))[0])
     assert found[1].dtype is torch.float32
     assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
+
+
+def test_a_graph_that_is_dropped_is_gone(tmp_path: Path) -> None:
+    """What attention results in is saved in its graph, and must not hold that in turn."""
+    passes = Passes(make("llama", tmp_path).stack)
+    run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, keep=True))
+    (group,) = passes._passes["a"].groups
+    rotation = weakref.ref(group.sequences[None]._rotation)  # which graphs refer to
+    del group
+    passes.forget("a")
+    gc.collect()
+    assert rotation() is None
