@@ -152,6 +152,7 @@ class Passes:
                 self._trim()
                 yield
             _check_sums(sums, list(reversed(kept.blocks.blocks())), "the gradient")
+            group.drop_masks()
             outs.append(gradient.end(part))
         self._touch(kept)
         return outs[0] if len(outs) == 1 else torch.cat(outs), gradient.numbers
