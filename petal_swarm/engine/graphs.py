@@ -14,6 +14,8 @@ from petal_swarm.models.lora import LoraMatrices
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Span
 
+#: What the graph of a block costs besides its tensors. Measured.
+GRAPH_BYTES = 24 << 10
 # Gradients in float16 are kept near this size: those of a mean over many tokens would vanish.
 _FLOAT16_SIZE = 64.0
 
@@ -43,6 +45,18 @@ class Group:
         self.sequences = stack.sequences(lengths, prefix_tokens)
         self.graphs: dict[int, BlockGraph] = {}
         self.inputs: dict[int, Tensor] = {}
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of graphs, and of the masks that they share."""
+        masks = sum(plan.mask_bytes for plan in self.sequences.values()) if self.graphs else 0
+        return masks + sum(graph.nbytes + GRAPH_BYTES for graph in self.graphs.values())
+
+    def drop_masks(self) -> None:
+        """Unless graphs need them."""
+        if not self.graphs:
+            for plan in self.sequences.values():
+                plan.drop_masks()
 
 
 class Pass:
@@ -90,7 +104,7 @@ class Pass:
     @property
     def activation_bytes(self) -> int:
         """Of graphs."""
-        return sum(graph.nbytes for group in self.groups for graph in group.graphs.values())
+        return sum(group.activation_bytes for group in self.groups)
 
     @property
     def input_bytes(self) -> int:
@@ -116,6 +130,7 @@ class Pass:
         """Drop the graph that the backward needs last."""
         group = next(group for group in reversed(self.groups) if group.graphs)
         del group.graphs[min(group.graphs)]
+        group.drop_masks()
 
     def drop_inner_inputs(self) -> None:
         for group in self.groups:
@@ -133,7 +148,7 @@ def trained_block(kept: Pass, group: Group, block: int, hidden: Tensor) -> tuple
     def count(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # attention keeps what it results in, which would hold its own graph for ever
 
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(count, _same):
         hidden = hidden.detach().requires_grad_()
@@ -160,6 +175,8 @@ class Gradient:
                 self.numbers = torch.zeros_like(kept.numbers)
             self._targets = kept.layout.split(kept.stack.config, self.numbers, kept.blocks)
         self._narrow = kept.stack.dtype is torch.float16
+        #: That in which `begin` takes gradients: they must not lose their range before they are scaled.
+        self.dtype = torch.float32 if self._narrow else kept.stack.dtype
         self._scale: Tensor | None = None
 
     def begin(self, grad: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class Passes:
         try:
             outs = []
             for group in started.groups:
-                out = self._own(hidden[group.row : group.row + group.rows])
+                out = self._own(hidden[group.row : group.row + group.rows], self._stack.dtype)
                 sums = []
                 for block in blocks.blocks():
                     out = self._forward(key, started, group, block, out)
@@ -136,7 +136,7 @@ class Passes:
         gradient = Gradient(kept)
         outs = []
         for group in kept.groups:
-            part = gradient.begin(self._own(grad[group.row : group.row + group.rows]))
+            part = gradient.begin(self._own(grad[group.row : group.row + group.rows], gradient.dtype))
             sums = []
             inputs: dict[int, Tensor] = {}
             for block in reversed(kept.blocks.blocks()):
@@ -152,6 +152,7 @@ class Passes:
                 self._trim()
                 yield
             _check_sums(sums, list(reversed(kept.blocks.blocks())), "the gradient")
+            group.drop_masks()
             outs.append(gradient.end(part))
         self._touch(kept)
         return outs[0] if len(outs) == 1 else torch.cat(outs), gradient.numbers
@@ -235,10 +236,10 @@ class Passes:
         if not all_finite(rows):
             raise BadTensorError(f"{what} of a training pass is not finite")
 
-    def _own(self, rows: Tensor) -> Tensor:
-        """On the device and in the dtype of the blocks; nothing made in inference mode can have gradients."""
+    def _own(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """On the device of the blocks; nothing made in inference mode can have gradients."""
         with torch.inference_mode(False):
-            moved = to_device(rows, self._stack.device).to(self._stack.dtype)
+            moved = to_device(rows, self._stack.device).to(dtype)
             return moved.clone() if moved.is_inference() else moved.detach()
 
     def _synchronize(self) -> None:

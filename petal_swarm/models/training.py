@@ -112,6 +112,15 @@ class TrainingPlan:
         masks = (self._masks.table, *self._kept.values())
         return {mask.untyped_storage().data_ptr() for mask in masks}
 
+    @property
+    def mask_bytes(self) -> int:
+        """Of the masks that all passes of this plan through blocks share."""
+        return sum(mask.untyped_storage().nbytes() for mask in self._kept.values())
+
+    def drop_masks(self) -> None:
+        """They are written again where they are needed."""
+        self._kept.clear()
+
     def _run(self, length: int, count: int, qkv: Tensor, pair: Tensor) -> Tensor:
         heads = self._heads
         # Cut before they are transposed: so their gradients are joined as `qkv` lies in memory.

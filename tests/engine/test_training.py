@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
+from petal_swarm.engine.graphs import GRAPH_BYTES
 from petal_swarm.engine.training import Passes, PassLimits
 from petal_swarm.errors import BadTensorError, ConfigError, NotFiniteError, PassGoneError
 from petal_swarm.models.adapters import AdapterLayout, LoraPlace
 from petal_swarm.models.families import family_of
 from petal_swarm.span import Span
 
-from .tiny import HIDDEN, WHOLE, Tiny, close, rows
+from .tiny import HIDDEN, WHOLE, Tiny, close, make, rows
 
 T = TypeVar("T")
 LENGTHS = (5, 9, 9)
@@ -155,7 +159,11 @@ def test_bytes_of_graphs_are_those_of_the_tensors_that_they_need(bloom: Tiny, pi
     run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, keep=True))
     heads = bloom.stack.config.num_heads
     numbers = HIDDEN * (1 + 3 + 1 + 1 + 4) + 4 + heads
-    assert passes.stats().activation_bytes == len(WHOLE) * COUNT * numbers * 4
+    groups = passes._passes["a"].groups
+    masks = sum(plan.mask_bytes for group in groups for plan in group.sequences.values())
+    graphs = len(WHOLE) * (COUNT * numbers * 4 + len(groups) * GRAPH_BYTES)
+    assert passes.stats().activation_bytes == graphs + masks
+    assert masks > 0
 
 
 def test_memory_is_freed_as_the_backward_goes(bloom: Tiny) -> None:
@@ -234,14 +242,14 @@ def test_a_forward_that_stopped_expires(bloom: Tiny) -> None:
 
 def test_room_is_made_by_the_peer_that_has_most(bloom: Tiny) -> None:
     one = kept_bytes(bloom, None)
-    passes = Passes(bloom.stack, PassLimits(activation_bytes=2 * one + one // 2))
+    passes = Passes(bloom.stack, PassLimits(activation_bytes=2 * one + one * 5 // 8))
     run(passes.forward("modest", rows(COUNT), LENGTHS, WHOLE, keep=True, peer="A"))
     run(passes.forward("first", rows(COUNT), LENGTHS, WHOLE, keep=True, peer="B"))
     run(passes.forward("second", rows(COUNT), LENGTHS, WHOLE, keep=True, peer="B"))
     kept = {key: own.activation_bytes for key, own in passes._passes.items()}
     assert kept["modest"] == one
     assert kept["second"] == one
-    assert kept["first"] == one // 2
+    assert one // 2 < kept["first"] <= one * 5 // 8, "two of four graphs, and the masks"
     (group,) = passes._passes["first"].groups
     assert sorted(group.graphs) == [2, 3], "those that the backward needs first"
 
@@ -336,3 +344,46 @@ def test_the_block_is_named_whose_gradient_is_not_finite(tiny: Tiny, monkeypatch
     edge.register_hook(lambda grad: grad * math.inf)
     with pytest.raises(NotFiniteError, match="gradient of block 1"):
         run(passes.backward("a", rows(COUNT)))
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e5])
+def test_gradients_outside_the_range_of_float16(scale: float, tmp_path: Path) -> None:
+    """Those of a mean over many tokens are small; nothing of them may be lost on the way in."""
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        passes = Passes(make("llama", tmp_path, dtype).stack)
+        run(passes.forward("a", rows(COUNT, 1), LENGTHS, WHOLE, keep=True))
+        found.append(run(passes.backward("a", rows(COUNT, 2) * scale))[0])
+    assert found[1].dtype is torch.float32
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < 0.02
+
+
+def test_a_graph_that_is_dropped_is_gone(tmp_path: Path) -> None:
+    """What attention results in is saved in its graph, and must not hold that in turn."""
+    passes = Passes(make("llama", tmp_path).stack)
+    run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, keep=True))
+    (group,) = passes._passes["a"].groups
+    rotation = weakref.ref(group.sequences[None]._rotation)  # which graphs refer to
+    del group
+    passes.forget("a")
+    gc.collect()
+    assert rotation() is None
+
+
+def test_masks_are_counted_and_go_with_the_graphs(bloom: Tiny) -> None:
+    """A long prefix has masks that are larger than all that is kept of a short sequence."""
+    layout = AdapterLayout((), 1000)
+    adapter = layout, torch.randn(layout.numbers(bloom.stack.config, WHOLE))
+    passes = Passes(bloom.stack, PassLimits(activation_bytes=1 << 20))
+    for key in range(20):
+        run(passes.forward(key, rows(8), (8,), WHOLE, adapter, keep=True))
+    masks = [
+        plan.mask_bytes
+        for kept in passes._passes.values()
+        for group in kept.groups
+        for plan in group.sequences.values()
+    ]
+    assert len(masks) == 20
+    assert 0 < sum(masks) <= passes.stats().activation_bytes <= 1 << 20
+    found = [run(passes.backward(key, rows(8)))[0] for key in (0, 19)]
+    assert close(found[0], found[1])

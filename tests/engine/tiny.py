@@ -68,7 +68,7 @@ class Tiny:
         return found[0].view(hidden.shape)
 
 
-def make(kind: str, folder: Path) -> Tiny:
+def make(kind: str, folder: Path, dtype: torch.dtype = torch.float32) -> Tiny:
     with torch.random.fork_rng():
         torch.manual_seed(len(kind))
         model = transformers.AutoModelForCausalLM.from_config(_CONFIGS[kind]()).eval()
@@ -79,7 +79,7 @@ def make(kind: str, folder: Path) -> Tiny:
                 else:
                     parameter.add_(torch.randn_like(parameter) * 0.3)
     model.save_pretrained(folder)
-    stack = load_blocks(open_checkpoint(str(folder)), WHOLE, dtype=torch.float32)
+    stack = load_blocks(open_checkpoint(str(folder)), WHOLE, dtype=dtype)
     return Tiny(stack, model)
 
 

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from petal_swarm.client.model import SwarmModelForCausalLM
+from petal_swarm.client.training.courses import Pass
 from petal_swarm.client.training.lane import Lane
-from petal_swarm.errors import MissingBlocksError, PetalSwarmError
+from petal_swarm.client.training.pool import LanePool
+from petal_swarm.client.training.trainer import Trainer
+from petal_swarm.errors import ConfigError, MissingBlocksError, PetalSwarmError
 from petal_swarm.models.adapter_settings import Lora
 from petal_swarm.span import Span
 from tests.checkpoints import save_bloom, save_llama
@@ -191,6 +194,44 @@ def test_a_server_that_restarts_is_waited_for(small: Path) -> None:
             await trial.swarm.start_server("2:4")
 
         trial.swarm.loop.create_task(restart())
+        assert_same(trial.step(), expected)
+
+
+def test_one_pass_that_fails_leaves_none_of_the_others(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody will ask for their backward."""
+    once = Trainer._forward_once
+
+    async def failing(trainer: Trainer, pool: LanePool, each: Pass, *, keep: bool) -> Tensor:
+        if each.lengths[-1] == 18:  # the last sequence
+            await asyncio.sleep(1.0)
+            raise ConfigError("it cannot be")
+        return await once(trainer, pool, each, keep=keep)
+
+    trial = Trial(small, ["0:2", "2:4", "4:6"])
+    with trial.swarm:
+        expected = trial.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_forward_once", failing)
+            with pytest.raises(ConfigError):
+                trial.step()
+        assert not any(lane.courses for lane in trial.lanes)
+        assert_same(trial.step(), expected)
+
+
+@pytest.mark.parametrize("hop", [0, 1, 2])
+@pytest.mark.parametrize("others", [1, 2])
+def test_a_replacement_that_takes_smaller_passes(small: Path, hop: int, others: int) -> None:
+    """Another takes its place if there is one; else what was under way is cut again."""
+    trial = Trial(small, ["0:2", "2:4", "4:6"])
+    with trial.swarm:
+        expected = trial.step()
+        span = trial.lanes[0].members[hop].hop.span
+        for tokens in (24, 64)[:others]:
+            trial.swarm.add_server(str(span), max_batch_tokens=tokens)
+        trial.later(10.0)
+        trial.at(0.02, trial.kill, hop)
+        assert_same(trial.step(), expected)
+        assert trial.done
         assert_same(trial.step(), expected)
 
 

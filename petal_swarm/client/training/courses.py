@@ -38,6 +38,13 @@ class Pass:
     def tokens(self) -> int:
         return self.rows.shape[0]
 
+    def halves(self) -> list[Pass]:
+        """The same as two passes, which have not gone anywhere; none if it is a single sequence."""
+        middle = len(self.lengths) // 2
+        row = sum(self.lengths[:middle])
+        parts = (self.rows[:row], self.lengths[:middle]), (self.rows[row:], self.lengths[middle:])
+        return [Pass(*part, self.blocks, self.adapter) for part in parts] if middle else []
+
     def drop(self) -> None:
         """The backward is not wanted any more, or must begin with the forward again."""
         if self.lane is not None:
@@ -51,6 +58,15 @@ class Gradient:
 
     rows: Tensor | None = None
     numbers: Tensor | None = None
+
+    def joined(self, other: Gradient) -> Gradient:
+        """That of both passes, the rows of `other` behind these."""
+        rows, numbers = self.rows, self.numbers
+        if rows is not None and other.rows is not None:
+            rows = torch.cat([rows.float(), other.rows.float()])
+        if numbers is not None and other.numbers is not None:
+            numbers = numbers + other.numbers
+        return Gradient(rows, numbers)
 
 
 @dataclass(eq=False, slots=True)

@@ -128,7 +128,7 @@ class _Function(torch.autograd.Function):
         output, passes = call.remote.forward(rows, call, keep=keep)
         if keep:
             call.keep(passes)
-            ctx.call = call
+            ctx.call, ctx.numbers_device = call, None if numbers is None else numbers.device
         return output.to(device=hidden.device, dtype=hidden.dtype)
 
     @staticmethod
@@ -140,4 +140,7 @@ class _Function(torch.autograd.Function):
             call.passes, gradient.detach().cpu().float().contiguous(), inputs=wants_rows
         )
         rows = found.rows.to(gradient) if wants_rows and found.rows is not None else None
-        return rows, found.numbers if wants_numbers else None, None
+        numbers = (
+            found.numbers.to(ctx.numbers_device) if wants_numbers and found.numbers is not None else None
+        )
+        return rows, numbers, None

@@ -228,6 +228,11 @@ class Lane:
         return any(course.is_waited_for for course in self.courses.values())
 
     @property
+    def tokens(self) -> int:
+        """Rows of the largest pass that is not finished."""
+        return max((course.tokens for course in self.courses.values()), default=0)
+
+    @property
     def quiet_s(self) -> float:
         """How long no answer may come before somebody asks why: it follows from the passes so far."""
         pass_s = self.largest_pass * max(self.forward_s, self.backward_s) * (len(self.members) + 1)

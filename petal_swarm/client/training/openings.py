@@ -56,7 +56,7 @@ class LaneOpenings:
         before: str | None,
         after: str | None,
     ) -> Route:
-        """See `View.find_part`.
+        """See `View.find_part`; all take passes of so many tokens.
 
         Raises:
             MissingBlocksError: nobody else trains some of the blocks.

@@ -21,6 +21,10 @@ LOOK_AGAIN_S = 30.0
 RETRY_S = 0.5
 
 
+class TooManyTokensError(ConfigError):
+    """No lane takes so large a pass; several smaller ones may go through."""
+
+
 class LanePool:
     """Opens lanes as they are needed, and closes those that are done. Lives in the event loop."""
 
@@ -43,7 +47,7 @@ class LanePool:
         """Lanes that take passes of so many tokens: one at least, more where the swarm has further routes.
 
         Raises:
-            ConfigError: no server takes so many.
+            TooManyTokensError: no servers take so many.
             MissingBlocksError: nobody trains some of the blocks.
             PetalSwarmError: what the last attempt to open a route failed with.
         """
@@ -68,7 +72,7 @@ class LanePool:
         """The lane that will probably be done first with a pass of so many tokens, once it has a place.
 
         Raises:
-            ConfigError, MissingBlocksError, PetalSwarmError: as `prepare`.
+            TooManyTokensError, MissingBlocksError, PetalSwarmError: as `prepare`.
         """
         while True:
             able = self._wide(tokens) or await self.prepare(1, tokens)
@@ -109,7 +113,7 @@ class LanePool:
     async def _add(self, lane: Lane, tokens: int) -> None:
         if lane.max_pass_tokens < tokens:
             await lane.close()
-            raise ConfigError(
+            raise TooManyTokensError(
                 f"a sequence of {tokens} tokens is longer than the {lane.max_pass_tokens} that these servers"
                 " take at once in training; cut it, or start servers with a larger --max-batch-tokens"
             )

@@ -16,7 +16,7 @@ from petal_swarm.client.training.courses import Gradient, Pass
 from petal_swarm.client.training.lane import Lane
 from petal_swarm.client.training.microbatches import choose_passes, cut_batch
 from petal_swarm.client.training.openings import LaneOpenings
-from petal_swarm.client.training.pool import LanePool
+from petal_swarm.client.training.pool import LanePool, TooManyTokensError
 from petal_swarm.errors import (
     AdapterFullError,
     AdapterMissingError,
@@ -96,8 +96,15 @@ class Trainer:
             passes=sum(choose_passes(rows.shape[0] // len(lanes), lane.hops) for lane in lanes),
         )
         passes = [Pass(rows[each.start : each.stop], each.lengths, blocks, adapter) for each in cut]
-        outputs = await _all([self._forward(pool, each, keep=keep) for each in passes])
-        return torch.cat([output.float() for output in outputs]), passes
+        made = list(passes)
+        try:
+            found = await _all([self._forward(pool, each, made, keep=keep) for each in passes])
+        except BaseException:
+            for each in made:  # nobody will ask for their backward
+                each.drop()
+            raise
+        done = [part for parts in found for part in parts]
+        return torch.cat([output.float() for _, output in done]), [each for each, _ in done]
 
     async def backward(self, passes: Sequence[Pass], gradient: Tensor, *, inputs: bool) -> Gradient:
         """The gradients that follow from `gradient [tokens, hidden]` of what came out of `passes`.
@@ -132,8 +139,18 @@ class Trainer:
 
     # -- one pass --------------------------------------------------------------------------------
 
-    async def _forward(self, pool: LanePool, each: Pass, *, keep: bool) -> Tensor:
-        return await self._insist(lambda: self._forward_once(pool, each, keep=keep))
+    async def _forward(
+        self, pool: LanePool, each: Pass, made: list[Pass], *, keep: bool
+    ) -> list[tuple[Pass, Tensor]]:
+        """What comes out; of several passes, added to `made`, if no server is left that takes it as one."""
+        try:
+            return [(each, await self._insist(lambda: self._forward_once(pool, each, keep=keep)))]
+        except TooManyTokensError:
+            halves = each.halves()
+            if not halves:
+                raise
+        made += halves
+        return [part for half in halves for part in await self._forward(pool, half, made, keep=keep)]
 
     async def _forward_once(self, pool: LanePool, each: Pass, *, keep: bool) -> Tensor:
         async with pool.lane(each.tokens) as lane:
@@ -142,7 +159,16 @@ class Trainer:
             return await lane.forward(each, keep=keep and _has_room(lane))
 
     async def _backward(self, pool: LanePool, each: Pass, gradient: Tensor, *, inputs: bool) -> Gradient:
-        return await self._insist(lambda: self._backward_once(pool, each, gradient, inputs=inputs))
+        try:
+            return await self._insist(lambda: self._backward_once(pool, each, gradient, inputs=inputs))
+        except TooManyTokensError:
+            halves = each.halves()
+            if not halves:
+                raise
+        each.drop()
+        parts = zip(halves, torch.split(gradient, [half.tokens for half in halves]), strict=True)
+        first, second = [await self._backward(pool, half, part, inputs=inputs) for half, part in parts]
+        return first.joined(second)
 
     async def _backward_once(self, pool: LanePool, each: Pass, gradient: Tensor, *, inputs: bool) -> Gradient:
         lane = each.lane
