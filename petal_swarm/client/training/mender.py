@@ -220,7 +220,7 @@ class Mender:
     async def _give_up_on(self, lane: Lane, members: list[TrainMember], where: tuple[int, ...]) -> None:
         """Replace hops that have what they need for a pass, and compute nothing."""
         idle = [m for m, state in zip(members, where, strict=True) if state in (ARRIVED, BACKWARD_ARRIVED)]
-        if idle and await self._can_do_without(lane, idle):
+        if idle and await self.can_do_without(lane, idle):
             for member in idle:
                 lane.lose(member, HopLostError(f"peer {member.peer_id} computes nothing"))
 
