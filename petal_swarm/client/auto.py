@@ -147,13 +147,17 @@ def load_model(
         raise
     try:
         client = SwarmModelForCausalLM(checkpoint.hf_config(), ends, loop, swarm, ref)
+    except BaseException:
+        loop.run(swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
+        loop.close()
+        raise
+    try:
         client.generation_config = checkpoint.generation_config()
         client.eval()
         if adapter is not None:
             _use_adapter(client, adapter, _of_adapters(hub))
     except BaseException:
-        loop.run(swarm.close(), timeout_s=CLOSE_TIMEOUT_S)
-        loop.close()
+        client.close()
         raise
     return client, checkpoint
 

@@ -118,10 +118,9 @@ class Swarm:
                     f"several adapters are called {name!r}; give one's id: {', '.join(sorted(found))}"
                 )
             if loop.time() >= deadline:
-                others = ", ".join(sorted({called for called, _ in offered})) or "none at all"
-                raise ConfigError(
-                    f"{name!r} is no folder, and no server offers such an adapter, only: {others}"
-                )
+                others = ", ".join(sorted({called for called, _ in offered}))
+                such = f"such an adapter, only: {others}" if others else "any adapter"
+                raise ConfigError(f"{name!r} is no folder, and no server offers {such}")
             await asyncio.sleep(RETRY_S)
 
     async def open_ring(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import product
 
@@ -99,8 +99,8 @@ class View:
         deadline = _now() + self.config.wait_for_blocks_s
         waiting = False
         while True:
-            offered = offering(model, await self.announcements(model.key))
-            known = _able(offered, trains)
+            heard = await self.announcements(model.key)
+            known = _able(offering(model, heard), trains)
             usable = self._without(known, avoid | self.avoidance.banned)
             rtts = await self.measure(usable)
             wide = [a for a in usable if a.max_batch_tokens >= min_batch_tokens]
@@ -110,7 +110,7 @@ class View:
                         return self._fastest(model, those, rtts, kv_tokens=kv_tokens, span=span)
                 return self._fastest(model, usable, rtts, kv_tokens=kv_tokens, span=span)
             except MissingBlocksError as error:
-                told = _why(error, offered) if trains else str(error)
+                told = _why(error, model, heard, trains)
                 if avoid or _now() >= deadline:
                     raise MissingBlocksError(
                         f"{told} (waited {self.config.wait_for_blocks_s:g} s)", error.blocks
@@ -210,12 +210,21 @@ def _able(known: list[Announcement], trains: bool) -> list[Announcement]:
     return [announcement for announcement in known if announcement.trains] if trains else known
 
 
-def _why(error: MissingBlocksError, known: list[Announcement]) -> str:
-    """Of a search among servers that train: where others serve the blocks, that is what is missing."""
-    idle = [one for one in known if not one.trains]
-    if not all(any(block in one.span for one in idle) for block in error.blocks):
-        return str(error)
-    return f"nobody trains {format_blocks(error.blocks)}: who serves them was started with --training-mib 0"
+def _why(error: MissingBlocksError, model: ModelRef, heard: list[Announcement], trains: bool) -> str:
+    """What is missing; where others serve the blocks, that is that they train, or offer the adapter."""
+    blocks = format_blocks(error.blocks)
+    offered = offering(model, heard)
+    if trains and _serve(offered, error.blocks):
+        return f"nobody trains {blocks}: who serves them was started with --training-mib 0"
+    if model.offered is not None and _serve(heard, error.blocks):
+        named = (name for one in offered for name, adapter in one.adapters if adapter == model.offered)
+        called = min(named, default=model.offered)
+        return f"nobody offers the adapter {called} for {blocks}: start a server of them with --adapters"
+    return str(error)
+
+
+def _serve(known: list[Announcement], blocks: Iterable[int]) -> bool:
+    return all(any(block in one.span for one in known) for block in blocks)
 
 
 def _now() -> float:

@@ -141,9 +141,14 @@ def _silent_progress() -> type[Any]:
 
 
 def open_folder(
-    model: str, *, revision: str | None = None, cache_dir: str | None = None, token: str | None = None
+    model: str,
+    *,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+    kind: str = "checkpoint",
 ) -> Folder:
-    """The folder at the path `model`, otherwise the Hub repository of that id.
+    """The folder at the path `model`, otherwise the Hub repository of that id; `kind` is for errors.
 
     Raises:
         UnknownModelError: `model` is neither a folder nor something that can be a Hub id.
@@ -154,7 +159,7 @@ def open_folder(
     if path.is_file():
         raise UnknownModelError(f"{model} is neither a folder nor a .gguf file")
     if not _HUB_ID.fullmatch(model) or model.endswith(".gguf"):
-        raise UnknownModelError(f"there is no checkpoint at {model}")
+        raise UnknownModelError(f"there is no {kind} at {model}")
     return HubFolder(model, revision=revision, cache_dir=cache_dir, token=token)
 
 

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from petal_swarm.errors import AdapterError, CheckpointError
+from petal_swarm.errors import AdapterError, CheckpointError, UnknownModelError
 from petal_swarm.models.adapter_settings import Lora, Prefix, Settings, settings_of, to_peft
 from petal_swarm.models.adapters import AdapterLayout
 from petal_swarm.models.config import ModelConfig
@@ -71,7 +71,11 @@ def read_adapter(
         AdapterError: there is no adapter in it, it is damaged or not finite, is of a kind that is not
             supported, or is for a model of another shape.
     """
-    opened = open_folder(os.fspath(folder), revision=revision, cache_dir=cache_dir, token=token)
+    if Path(folder).expanduser().is_file():
+        raise UnknownModelError(f"{os.fspath(folder)} is a file: an adapter is a folder with {CONFIG_FILE}")
+    opened = open_folder(
+        os.fspath(folder), revision=revision, cache_dir=cache_dir, token=token, kind="adapter"
+    )
     try:
         stated = read_json(opened, CONFIG_FILE)
         if stated is None:

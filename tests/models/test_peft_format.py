@@ -271,8 +271,11 @@ def test_damaged_files(folder: Path, shape: ModelConfig) -> None:
     (folder / "adapter_config.json").unlink()
     with pytest.raises(AdapterError, match="not an adapter"):
         read_adapter(folder, shape)
-    with pytest.raises(UnknownModelError):
+    with pytest.raises(UnknownModelError, match="no adapter at"):
         read_adapter(folder / "nothing" / "here" / "at-all", shape)
+    weights.write_bytes(b"")
+    with pytest.raises(UnknownModelError, match="is a file: an adapter is a folder"):
+        read_adapter(weights, shape)
 
 
 def test_old_weights_are_read(folder: Path, shape: ModelConfig) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from petal_swarm.client.auto import _use_adapter
 from petal_swarm.client.model import SwarmModelForCausalLM
-from petal_swarm.errors import AdapterFullError, AdapterMissingError, ConfigError
+from petal_swarm.errors import AdapterFullError, AdapterMissingError, ConfigError, MissingBlocksError
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.memory import MemoryTransport
 from petal_swarm.span import Span
@@ -180,6 +180,16 @@ def test_servers_offer_adapters_to_everybody(adapted: Adapted) -> None:
             with_adapter(swarm, "manners", wait_for_blocks_s=1.0)
         with pytest.raises(ConfigError, match="of your own"):
             model(inputs_embeds=torch.randn(1, 3, 32, requires_grad=True))
+
+
+def test_an_adapter_that_is_offered_for_some_blocks_only(adapted: Adapted) -> None:
+    """Who serves the others is there, so the error must not say that nobody is."""
+    with LocalSwarm(adapted.checkpoint, ["2:4"]) as swarm:
+        with pytest.raises(ConfigError, match="no server offers any adapter"):
+            with_adapter(swarm, "manners", wait_for_blocks_s=1.0)
+        swarm.add_server("0:2", adapters=(f"tone={adapted.folders['lora']}",))
+        with pytest.raises(MissingBlocksError, match="nobody offers the adapter tone for blocks 2-3"):
+            tokens(with_adapter(swarm, "tone", wait_for_blocks_s=1.0))
 
 
 def test_a_swarm_whose_servers_take_no_adapters(adapted: Adapted) -> None:

@@ -89,7 +89,7 @@ def _of_lines(path: Path, text: str, tokenizer: Any, max_length: int) -> Corpus:
         cut += was_cut
         chats = chats and "messages" in record
     if wrong:
-        others = f" (and {len(wrong) - 1} more lines are wrong)" if len(wrong) > 1 else ""
+        others = f" ({len(wrong)} lines are wrong)" if len(wrong) > 1 else ""
         raise ConfigError(wrong[0] + others)
     return Corpus(examples, cut, chats)
 

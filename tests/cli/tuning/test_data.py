@@ -138,7 +138,7 @@ def test_a_wrong_line_is_named(tmp_path, line, reason):
 
 
 def test_of_several_wrong_lines_the_first_is_named_and_the_others_are_counted(tmp_path):
-    with pytest.raises(ConfigError, match=r"line 2: .* \(and 2 more lines are wrong\)"):
+    with pytest.raises(ConfigError, match=r"line 2: .* \(3 lines are wrong\)"):
         corpus(tmp_path, '{"text": "good"}\n{}\n{}\n{}\n')
 
 
