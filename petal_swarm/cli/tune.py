@@ -239,6 +239,8 @@ def resume_command(arguments: argparse.Namespace) -> str:
         arguments.out,
         "--resume",
     ]
+    if arguments.transport != "auto":
+        words += ["--transport", arguments.transport]
     for option in ("swarm_key", "identity", "sample"):
         if getattr(arguments, option) is not None:
             words += ["--" + option.replace("_", "-"), getattr(arguments, option)]

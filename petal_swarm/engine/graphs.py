@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ class BlockGraph:
         self.nbytes = nbytes
 
 
+class Kept(NamedTuple):
+    """Bytes of graphs, of inputs of blocks without one, and of those inputs that others would give."""
+
+    activation_bytes: int = 0
+    input_bytes: int = 0
+    inner_bytes: int = 0
+
+
 class Group:
     """Some sequences of a pass, which go through the blocks together: `rows` from `row` on."""
 
@@ -60,7 +69,7 @@ class Group:
 
 
 class Pass:
-    """One pass; made at its forward."""
+    """One pass; made at its forward. Its adapter may be on the device already, for one of `others`."""
 
     def __init__(
         self,
@@ -70,21 +79,30 @@ class Pass:
         adapter: tuple[AdapterLayout, Tensor] | None,
         piece_rows: float,
         peer: str,
+        others: Iterable[Pass] = (),
     ) -> None:
         self.stack = stack
         self.blocks = blocks
         self.peer = peer
         self.until_s = math.inf
+        #: As of the last `count`, which takes a while.
+        self.counted = Kept()
         self.layout: AdapterLayout | None = None
         self.numbers: Tensor | None = None
+        self._given: Tensor | None = None
         self._adapters: dict[int, BlockAdapter] = {}
         prefix_tokens = 0
         if adapter is not None:
             self.layout, numbers = adapter
             prefix_tokens = self.layout.prefix_tokens
-            with torch.inference_mode(False):
-                numbers = numbers.to(stack.device, torch.float32)
-                self.numbers = numbers.clone() if numbers.is_inference() else numbers.detach()
+            self._given = numbers
+            self.numbers = next(
+                (found for each in others if (found := each._same(numbers)) is not None), None
+            )
+            if self.numbers is None:
+                with torch.inference_mode(False):
+                    numbers = numbers.to(stack.device, torch.float32)
+                    self.numbers = numbers.clone() if numbers.is_inference() else numbers.detach()
             self._adapters = self.layout.split(stack.config, self.numbers, blocks)
         self.groups: list[Group] = []
         row = 0
@@ -92,6 +110,13 @@ class Pass:
             self.groups.append(Group(stack, row, own, prefix_tokens))
             row += self.groups[-1].rows
         self.rows = row
+
+    def _same(self, numbers: Tensor) -> Tensor | None:
+        """What is computed with here, if it was made of these very numbers."""
+        given = self._given
+        if given is None or (given.data_ptr(), given.numel()) != (numbers.data_ptr(), numbers.numel()):
+            return None
+        return self.numbers
 
     def adapter(self, block: int) -> BlockAdapter:
         return self._adapters.get(block, _NOTHING)
@@ -101,25 +126,16 @@ class Pass:
         with torch.inference_mode(False), torch.no_grad():
             return self.stack.forward_trained(block, hidden, group.sequences, self.adapter(block))
 
-    @property
-    def activation_bytes(self) -> int:
-        """Of graphs."""
-        return sum(group.activation_bytes for group in self.groups)
-
-    @property
-    def input_bytes(self) -> int:
-        """Of inputs of blocks without graphs: a graph keeps its input anyway."""
-        return sum(
-            hidden.nbytes
-            for group in self.groups
-            for block, hidden in group.inputs.items()
-            if block not in group.graphs
-        )
-
-    @property
-    def inner_bytes(self) -> int:
-        """As `input_bytes`, of those that could be computed from others."""
-        return sum(group.inputs[block].nbytes for group in self.groups for block in self._inner(group))
+    def count(self) -> Kept:
+        """What is kept now. A graph keeps its input anyway."""
+        inner = inputs = 0
+        for group in self.groups:
+            for block, hidden in group.inputs.items():
+                if block not in group.graphs:
+                    inputs += hidden.nbytes
+                    inner += hidden.nbytes if block > self.blocks.start else 0
+        self.counted = Kept(sum(group.activation_bytes for group in self.groups), inputs, inner)
+        return self.counted
 
     def clear(self) -> None:
         for group in self.groups:

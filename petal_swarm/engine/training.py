@@ -31,11 +31,12 @@ class PassLimits:
     """What passes may keep between their forward and their backward, all together, and how large one may be.
 
     `activation_bytes` are for graphs, `input_bytes` for the inputs of blocks whose graphs were dropped; none
-    is kept for longer than `keep_s`.
+    is kept for longer than `keep_s`. `adapter_bytes` are for numbers of adapters, each state of them once.
     """
 
     activation_bytes: int = 1 << 30
     input_bytes: int = 1 << 28
+    adapter_bytes: int = 1 << 29
     max_rows: int = 4096
     keep_s: float = 600.0
 
@@ -68,6 +69,7 @@ class Passes:
         self._piece_rows = piece_rows
         self._clock = clock
         self._passes: dict[Hashable, Pass] = {}  # the oldest first
+        self._activation_bytes = self._input_bytes = 0
 
     def forward(
         self,
@@ -92,11 +94,12 @@ class Passes:
         """
         self.expire()
         self._check(hidden, sum(lengths), "hidden")
-        started = Pass(self._stack, blocks, lengths, adapter, self._piece_rows(), peer)
+        started = Pass(self._stack, blocks, lengths, adapter, self._piece_rows(), peer, self._passes.values())
         self.forget(key)
         if keep:
             self._passes[key] = started
             self._touch(started)
+            self._trim_adapters(started)
         try:
             outs = []
             for group in started.groups:
@@ -141,12 +144,14 @@ class Passes:
             inputs: dict[int, Tensor] = {}
             for block in reversed(kept.blocks.blocks()):
                 graph = group.graphs.pop(block, None)
+                self._count(kept)
                 if graph is None:
                     yield from self._recompute(key, kept, group, block, inputs)
                     graph = trained_block(kept, group, block, inputs.pop(block))[1]
                 part = gradient.through(block, graph, part)
                 if block != kept.blocks.start:
                     group.inputs.pop(block, None)
+                    self._count(kept)
                 sums.append(part.sum(dtype=torch.float32))
                 self._synchronize()
                 self._trim()
@@ -162,6 +167,7 @@ class Passes:
         kept = self._passes.pop(key, None)
         if kept is not None:
             kept.clear()
+            self._count(kept)
 
     def has(self, key: Hashable) -> bool:
         """Whether a backward of this pass could be run. Any thread may ask."""
@@ -174,10 +180,7 @@ class Passes:
             self.forget(key)
 
     def stats(self) -> PassStats:
-        kept = self._passes.values()
-        return PassStats(
-            len(kept), sum(each.activation_bytes for each in kept), sum(each.input_bytes for each in kept)
-        )
+        return PassStats(len(self._passes), self._activation_bytes, self._input_bytes)
 
     def _forward(self, key: Hashable, kept: Pass, group: Group, block: int, hidden: Tensor) -> Tensor:
         if self._passes.get(key) is not kept:  # not to be kept, or too large, or forgotten meanwhile
@@ -185,6 +188,7 @@ class Passes:
         out, graph = trained_block(kept, group, block, hidden)
         group.inputs[block] = hidden
         group.graphs[block] = graph
+        self._count(kept)
         self._trim()
         return out
 
@@ -206,14 +210,45 @@ class Passes:
         """Drop what is over the limits: graphs, then inputs of inner blocks, then passes; of the peer that
         has most, the oldest first.
         """
-        while sum(kept.activation_bytes for kept in self._passes.values()) > self.limits.activation_bytes:
-            self._heaviest(lambda kept: kept.activation_bytes)[1].drop_graph()
-        while sum(kept.input_bytes for kept in self._passes.values()) > self.limits.input_bytes:
-            inner = [kept for kept in self._passes.values() if kept.inner_bytes]
-            if inner:
-                self._heaviest(lambda kept: kept.inner_bytes)[1].drop_inner_inputs()
+        while self._activation_bytes > self.limits.activation_bytes:
+            _, kept = self._heaviest(lambda kept: kept.counted.activation_bytes)
+            kept.drop_graph()
+            self._count(kept)
+        while self._input_bytes > self.limits.input_bytes:
+            if any(kept.counted.inner_bytes for kept in self._passes.values()):
+                _, kept = self._heaviest(lambda kept: kept.counted.inner_bytes)
+                kept.drop_inner_inputs()
+                self._count(kept)
             else:
-                self.forget(self._heaviest(lambda kept: kept.input_bytes)[0])
+                self.forget(self._heaviest(lambda kept: kept.counted.input_bytes)[0])
+
+    def _count(self, kept: Pass) -> None:
+        """What the pass keeps has changed."""
+        before, now = kept.counted, kept.count()
+        self._activation_bytes += now.activation_bytes - before.activation_bytes
+        self._input_bytes += now.input_bytes - before.input_bytes
+
+    def _trim_adapters(self, newest: Pass) -> None:
+        """Forget passes whose adapters are too much together: of the peer that has most, the oldest first."""
+        while sum(self._adapters().values()) > self.limits.adapter_bytes:
+            of_peers: dict[str, int] = {}
+            for (peer, _), nbytes in self._adapters().items():
+                of_peers[peer] = of_peers.get(peer, 0) + nbytes
+            old = [
+                key for key, kept in self._passes.items() if kept.numbers is not None and kept is not newest
+            ]
+            if not old:
+                return
+            key = max(old, key=lambda key: of_peers[self._passes[key].peer])
+            self.forget(key)
+
+    def _adapters(self) -> dict[tuple[str, int], int]:
+        """Bytes of the states of adapters that passes hold, by peer and place."""
+        return {
+            (kept.peer, kept.numbers.data_ptr()): kept.numbers.nbytes
+            for kept in self._passes.values()
+            if kept.numbers is not None
+        }
 
     def _heaviest(self, weight: Callable[[Pass], int]) -> tuple[Hashable, Pass]:
         """Of the peer whose passes weigh most together, the oldest that weighs anything."""

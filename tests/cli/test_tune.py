@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shlex
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -198,3 +199,21 @@ def test_a_damaged_run_is_left_as_it_is(place: Workplace) -> None:
     assert (status, len(err)) == (2, 1)
     assert "is damaged and cannot be resumed" in err[0]
     assert tensors.read_bytes() == b"nonsense"
+
+
+def test_the_command_that_goes_on_joins_in_the_same_way() -> None:
+    given = ["m", "--data", "d.txt", "--out", "o", "--initial-peers", PEER, "--transport", "libp2p"]
+    command = tune.resume_command(tune.build_parser().parse_args([*given, "--swarm-key", "a key"]))
+    expected = [
+        "petal-swarm",
+        "tune",
+        "m",
+        "--data",
+        "d.txt",
+        "--out",
+        "o",
+        "--resume",
+        "--transport",
+        "libp2p",
+    ]
+    assert shlex.split(command) == [*expected, "--swarm-key", "a key", "--initial-peers", PEER]

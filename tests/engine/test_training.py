@@ -246,7 +246,7 @@ def test_room_is_made_by_the_peer_that_has_most(bloom: Tiny) -> None:
     run(passes.forward("modest", rows(COUNT), LENGTHS, WHOLE, keep=True, peer="A"))
     run(passes.forward("first", rows(COUNT), LENGTHS, WHOLE, keep=True, peer="B"))
     run(passes.forward("second", rows(COUNT), LENGTHS, WHOLE, keep=True, peer="B"))
-    kept = {key: own.activation_bytes for key, own in passes._passes.items()}
+    kept = {key: own.counted.activation_bytes for key, own in passes._passes.items()}
     assert kept["modest"] == one
     assert kept["second"] == one
     assert one // 2 < kept["first"] <= one * 5 // 8, "two of four graphs, and the masks"
@@ -387,3 +387,19 @@ def test_masks_are_counted_and_go_with_the_graphs(bloom: Tiny) -> None:
     assert 0 < sum(masks) <= passes.stats().activation_bytes <= 1 << 20
     found = [run(passes.backward(key, rows(8)))[0] for key in (0, 19)]
     assert close(found[0], found[1])
+
+
+def test_numbers_of_adapters_are_bounded(bloom: Tiny) -> None:
+    """The numbers of each step of a client that finishes no pass; those of one step are there once."""
+    layout, numbers = adapter_for(bloom)
+    passes = Passes(bloom.stack, PassLimits(adapter_bytes=3 * numbers.nbytes))
+    run(passes.forward("other", rows(COUNT), LENGTHS, WHOLE, (layout, numbers.clone()), keep=True, peer="B"))
+    for step in range(4):
+        of_step = numbers.clone()
+        for half in "ab":
+            adapter = layout, of_step.view(-1)  # a tensor of its own
+            run(passes.forward((step, half), rows(COUNT), LENGTHS, WHOLE, adapter, keep=True, peer="A"))
+        one, other = (passes._passes[step, half].numbers for half in "ab")
+        assert one is other
+    assert [key for key in passes._passes if key != "other"] == [(2, "a"), (2, "b"), (3, "a"), (3, "b")]
+    assert passes.has("other")

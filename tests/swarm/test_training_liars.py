@@ -104,6 +104,24 @@ def test_who_cannot_be_replaced_is_named(
             trial.step()
 
 
+@pytest.mark.parametrize("code", ["pass-gone", "busy", "adapter-missing"])
+@pytest.mark.parametrize(("hop", "kind"), [(2, Forwarded), (1, Gradients)])
+def test_who_can_never_do_it_is_replaced(
+    small: Path, code: str, hop: int, kind: type[Message], lies: dict[str, tuple[type[Message], Lie]]
+) -> None:
+    """And however long it says to wait, it is not waited for."""
+    trial = Trial(small, SPANS)
+    with trial.swarm:
+        expected = trial.step()
+        idle = trial.lanes[0].members[hop].peer_id
+        lies[idle] = (kind, lambda m: Failed(m.number, code, "not now", kind is Gradients, 3600.0))
+        started_s = trial.swarm.loop.time()
+        assert_same(trial.step(), expected)
+        assert trial.swarm.loop.time() - started_s < 100
+        (lane,) = (lane for lane in trial.lanes if lane.error is None)
+        assert idle not in {member.peer_id for member in lane.members}
+
+
 def test_who_always_forgets(small: Path, lies: dict[str, tuple[type[Message], Lie]]) -> None:
     """A pass is not sent for ever."""
     trial = Trial(small, SPANS[::2])

@@ -201,7 +201,7 @@ class Mender:
         members = list(lane.members)
         found = await asyncio.gather(*(self._ask(member) for member in members))
         silent = [member for member, states in zip(members, found, strict=True) if states is None]
-        if silent and lane.is_waiting and await self._can_do_without(lane, silent):
+        if silent and lane.is_waiting and await self.can_do_without(lane, silent):
             for member in silent:
                 lane.lose(member, HopLostError(f"peer {member.peer_id} is silent", peer_id=member.peer_id))
         if lane.is_broken or not lane.is_waiting or silent:
@@ -220,7 +220,7 @@ class Mender:
     async def _give_up_on(self, lane: Lane, members: list[TrainMember], where: tuple[int, ...]) -> None:
         """Replace hops that have what they need for a pass, and compute nothing."""
         idle = [m for m, state in zip(members, where, strict=True) if state in (ARRIVED, BACKWARD_ARRIVED)]
-        if idle and await self._can_do_without(lane, idle):
+        if idle and await self.can_do_without(lane, idle):
             for member in idle:
                 lane.lose(member, HopLostError(f"peer {member.peer_id} computes nothing"))
 
@@ -255,8 +255,8 @@ class Mender:
             pinging.cancel()
             await asyncio.gather(probing, pinging, return_exceptions=True)
 
-    async def _can_do_without(self, lane: Lane, silent: Sequence[TrainMember]) -> bool:
-        """Whether others could take their place. If not, they may be too busy to answer: better to wait."""
+    async def can_do_without(self, lane: Lane, silent: Sequence[TrainMember]) -> bool:
+        """Whether others could take their place. If not, they may just be too busy: better to wait."""
         try:
             await self._openings.find_part(
                 lane.blocks,
@@ -268,7 +268,7 @@ class Mender:
                 after=None,
             )
         except MissingBlocksError:
-            logger.info("%s silent, and nobody else trains those blocks", [str(m.hop) for m in silent])
+            logger.info("nobody else trains the blocks of %s", [str(m.hop) for m in silent])
             return False
         return True
 

@@ -11,7 +11,7 @@ from petal_swarm.client.dialling import OpenFailedError
 from petal_swarm.client.training.lane import Lane
 from petal_swarm.client.training.mender import Mender
 from petal_swarm.client.training.openings import LaneOpenings
-from petal_swarm.errors import ConfigError, MissingBlocksError, PetalSwarmError
+from petal_swarm.errors import ConfigError, HopLostError, MissingBlocksError, PetalSwarmError
 from petal_swarm.span import Span
 
 logger = logging.getLogger(__name__)
@@ -96,6 +96,15 @@ class LanePool:
         finally:
             lane.taken -= 1
             self._freed.set()
+
+    async def replace(self, peer_id: str, error: PetalSwarmError) -> None:
+        """Do without a server that fails again and again, if others can take its place."""
+        lost = HopLostError(f"peer {peer_id} fails again and again: {error}", peer_id=peer_id)
+        for lane in list(self._lanes):
+            for member in list(lane.members):
+                if member.peer_id == peer_id and await self._mender.can_do_without(lane, [member]):
+                    self._openings.view.blame(peer_id, lost)
+                    lane.lose(member, lost)
 
     @property
     def is_idle(self) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
@@ -41,6 +41,10 @@ T = TypeVar("T")
 #: A pass that fails so often fails for good.
 PASS_ATTEMPTS = 5
 RETRY_S = 0.2
+#: Whatever a hop says of when to try again.
+MAX_RETRY_S = 30.0
+#: Others take the place of a hop, if there are any, where so many attempts at one pass have failed in a row.
+PATIENCE = 2
 #: Lanes over so many different spans of blocks are kept open.
 MAX_POOLS = 8
 #: Failures of one pass that say nothing of the next attempt, there or elsewhere.
@@ -144,7 +148,7 @@ class Trainer:
     ) -> list[tuple[Pass, Tensor]]:
         """What comes out; of several passes, added to `made`, if no server is left that takes it as one."""
         try:
-            return [(each, await self._insist(lambda: self._forward_once(pool, each, keep=keep)))]
+            return [(each, await self._insist(pool, lambda: self._forward_once(pool, each, keep=keep)))]
         except TooManyTokensError:
             halves = each.halves()
             if not halves:
@@ -160,7 +164,7 @@ class Trainer:
 
     async def _backward(self, pool: LanePool, each: Pass, gradient: Tensor, *, inputs: bool) -> Gradient:
         try:
-            return await self._insist(lambda: self._backward_once(pool, each, gradient, inputs=inputs))
+            return await self._insist(pool, lambda: self._backward_once(pool, each, gradient, inputs=inputs))
         except TooManyTokensError:
             halves = each.halves()
             if not halves:
@@ -185,12 +189,13 @@ class Trainer:
             await lane.forward(each, keep=True)
             return await lane.backward(each, gradient, inputs=inputs)
 
-    async def _insist(self, attempt: Callable[[], Awaitable[T]]) -> T:
+    async def _insist(self, pool: LanePool, attempt: Callable[[], Awaitable[T]]) -> T:
         """Try a few times, since another lane or another moment may do.
 
         Raises:
             PetalSwarmError: what the last attempt failed with.
         """
+        failures: Counter[str] = Counter()
         for number in range(1, PASS_ATTEMPTS):
             try:
                 return await attempt()
@@ -198,7 +203,13 @@ class Trainer:
                 if not _is_worth_another(error):
                     raise
                 logger.info("a pass failed, attempt %d: %s", number, error)
-                await asyncio.sleep(getattr(error, "retry_after_s", None) or RETRY_S * number)
+                wait_s = min(getattr(error, "retry_after_s", None) or RETRY_S * number, MAX_RETRY_S)
+                if isinstance(error, RemoteError) and error.peer_id is not None:
+                    failures[error.peer_id] += 1
+                    if failures[error.peer_id] == PATIENCE:
+                        await pool.replace(error.peer_id, error)
+                        wait_s = RETRY_S
+                await asyncio.sleep(wait_s)
         return await attempt()
 
     async def _pool(self, blocks: Span) -> LanePool:

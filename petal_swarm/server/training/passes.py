@@ -126,6 +126,10 @@ class RunPasses:
             self._tell_failed(number, _gone("the gradient of this pass"), backward=True)
         return held.gradient
 
+    def known(self, numbers: Iterable[int]) -> list[int]:
+        """Those of these passes that are here and not finished."""
+        return [number for number in numbers if self._ledger.find(number) is not None]
+
     def states(self, number: int) -> PassStates:
         """The answer to the probe of that number."""
         return PassStates(number, tuple((held.number, held.state) for held in self._ledger))

@@ -196,9 +196,10 @@ class HostedRun:
             raise BadMessageError("the last hop has no next one")
         self._epoch = told.epoch
         self._passes.tell_failed_of(told.passes)
+        passes = self._passes.known(told.passes)  # others are sent on when they are computed
         if told.upstream is not None:
             self._up.disconnect()
-            self._up.owe(told.passes)
+            self._up.owe(passes)
             self.rows.reroute(told.upstream, told.epoch)
             self._on_relink()
             self._links_changed()
@@ -206,7 +207,7 @@ class HostedRun:
             self._tell(Rerouted(told.epoch))
         else:
             assert self._onward is not None
-            self._down.owe(told.passes)
+            self._down.owe(passes)
             self._onward.relink(told.next, told.epoch)
 
     async def take_rows(self, source: Channel) -> None:

@@ -267,6 +267,26 @@ def test_relinks_that_cannot_be(bench: Bench, index: int, told: Relink) -> None:
     bench.run(check())
 
 
+def test_passes_that_never_came_are_not_remembered(bench: Bench) -> None:
+    """A client may name as many as it likes, and a neighbour that is never there."""
+
+    async def check() -> None:
+        hops, lines = await three(bench)
+        lines[0].send(forward(0))
+        await asyncio.sleep(1)
+        bench.network.kill(hops[1].peer_id)
+        await asyncio.sleep(1)
+        for epoch in range(1, 4):
+            first = epoch * 4000
+            nobody = Neighbour("nobody")
+            lines[0].send(Relink(epoch, next=nobody, passes=(0, *range(first, first + 4000))))
+            await asyncio.sleep(1)
+        (run,) = hops[0].host._runs.values()
+        assert list(run._down._owed) == [0]
+
+    bench.run(check())
+
+
 def test_who_is_not_replaced_ends_the_run(bench: Bench) -> None:
     async def check() -> None:
         hops, lines = await three(bench)
