@@ -297,7 +297,7 @@ def test_nobody_trains(small: Path) -> None:
 def test_what_servers_have_forgotten_is_sent_again(small: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The backward comes too late: the forward is done again, and nobody sees it."""
     trial = Trial(small, ["0:2", "2:4", "4:6"])
-    with trial.swarm, caplog.at_level(logging.INFO):
+    with trial.swarm, caplog.at_level(logging.INFO, logger="petal_swarm"):
         expected = trial.step()
         assert_same(trial.step(lambda: trial.later(1500.0)), expected)
         assert "begins again" in caplog.text
