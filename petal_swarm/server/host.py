@@ -19,8 +19,6 @@ from petal_swarm.errors import (
     IdleError,
     PetalSwarmError,
     UnknownSessionError,
-    WrongModelError,
-    WrongSpanError,
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, Transport
@@ -33,9 +31,12 @@ from petal_swarm.server.hosted import HostedSession
 from petal_swarm.server.quotas import Quotas
 from petal_swarm.server.results import Overhead, answering_errors
 from petal_swarm.server.streams import (
+    LEAVING,
     MAX_OPENING_PAYLOAD_BYTES,
     Arrivals,
+    check_hosted,
     dial_next,
+    until_one_ends,
     while_there,
 )
 from petal_swarm.server.waiting_room import LOOK_S, WaitingRoom
@@ -49,8 +50,6 @@ from petal_swarm.wire.tensors import dtype_name
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
-
-_LEAVING = "this server is leaving the swarm"
 
 
 class SessionHost:
@@ -101,7 +100,7 @@ class SessionHost:
 
         Set `draining` first, or new ones will keep coming.
         """
-        self._room.refuse_all(BusyError(_LEAVING))
+        self._room.refuse_all(BusyError(LEAVING))
         for session in self._sessions.values():
             session.announce_leaving()
         while self._sessions:
@@ -264,30 +263,18 @@ class SessionHost:
 
     async def _run(self, session: HostedSession) -> None:
         """Serve the session until the client leaves or something fails."""
-        work = [
-            asyncio.create_task(session.serve_client()),
-            asyncio.create_task(session.wait_ended()),
-            asyncio.create_task(session.watch_idle()),
-        ]
-        try:
-            if self.draining:  # it has come while that was said to the others
-                session.announce_leaving()
-            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in work:
-                task.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
-        for task in done:
-            task.result()
+        if self.draining:  # it has come while that was said to the others
+            session.announce_leaving()
+        await until_one_ends(session.serve_client(), session.wait_ended(), session.watch_idle())
 
     def _check(self, opening: Open) -> None:
-        if self.draining:
-            raise BusyError(_LEAVING)
-        if opening.model != self._model_key:
-            raise WrongModelError(f"this server hosts {self._model_key}, not {opening.model}")
-        span = self._compute.engine.stack.span
-        if not span.covers(opening.span):
-            raise WrongSpanError(f"this server hosts blocks {span}, not {opening.span}")
+        check_hosted(
+            opening.model,
+            opening.span,
+            hosted_model=self._model_key,
+            hosted_blocks=self._compute.engine.stack.span,
+            draining=self.draining,
+        )
         if opening.session in self._sessions:
             raise BadMessageError("a session of this id is open already")
 

@@ -7,9 +7,17 @@ import logging
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from petal_swarm.errors import HopLostError, PetalSwarmError, StreamClosedError
+from petal_swarm.errors import (
+    BusyError,
+    HopLostError,
+    PetalSwarmError,
+    StreamClosedError,
+    WrongModelError,
+    WrongSpanError,
+)
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
+from petal_swarm.span import Span
 from petal_swarm.wire.connection import Role, Table
 from petal_swarm.wire.messages.opening import PushOpen
 from petal_swarm.wire.messages.parts import Neighbour
@@ -19,6 +27,35 @@ T = TypeVar("T")
 
 #: Nothing that opens a stream has a payload; what comes with it is read and forgotten.
 MAX_OPENING_PAYLOAD_BYTES = 64 << 10
+
+LEAVING = "this server is leaving the swarm"
+
+
+def check_hosted(model: str, blocks: Span, *, hosted_model: str, hosted_blocks: Span, draining: bool) -> None:
+    """Whether what an `open` asks for is here.
+
+    Raises:
+        BusyError, WrongModelError, WrongSpanError: it is not, or this server is leaving.
+    """
+    if draining:
+        raise BusyError(LEAVING)
+    if model != hosted_model:
+        raise WrongModelError(f"this server hosts {hosted_model}, not {model}")
+    if not hosted_blocks.covers(blocks):
+        raise WrongSpanError(f"this server hosts blocks {hosted_blocks}, not {blocks}")
+
+
+async def until_one_ends(*work: Coroutine[Any, Any, None]) -> None:
+    """Run all of `work` until the first is done, whose error is raised; the others are cancelled."""
+    tasks = [asyncio.create_task(each) for each in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+    for task in done:
+        task.result()
 
 
 class Arrivals:

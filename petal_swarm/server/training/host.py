@@ -13,8 +13,6 @@ from petal_swarm.errors import (
     BusyError,
     PetalSwarmError,
     UnknownSessionError,
-    WrongModelError,
-    WrongSpanError,
 )
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream, Transport
@@ -23,7 +21,14 @@ from petal_swarm.server.config import SessionLimits
 from petal_swarm.server.gate import Shares, StreamGate
 from petal_swarm.server.quotas import Quotas
 from petal_swarm.server.results import answering_errors
-from petal_swarm.server.streams import MAX_OPENING_PAYLOAD_BYTES, Arrivals, dial_next, while_there
+from petal_swarm.server.streams import (
+    MAX_OPENING_PAYLOAD_BYTES,
+    Arrivals,
+    check_hosted,
+    dial_next,
+    until_one_ends,
+    while_there,
+)
 from petal_swarm.server.training.ledger import Retained
 from petal_swarm.server.training.limits import TrainingLimits
 from petal_swarm.server.training.passes import AdapterOf, Trainer
@@ -36,7 +41,6 @@ from petal_swarm.wire.messages.tuning import TrainOpen, TrainOpened
 from petal_swarm.wire.protocols import TRAIN_PUSH
 from petal_swarm.wire.tensors import dtype_name
 
-_LEAVING = "this server is leaving the swarm"
 #: Runs are long: who finds none free need not ask again soon.
 RETRY_AFTER_S = 30.0
 
@@ -157,26 +161,18 @@ class TrainingHost:
 
     async def _serve(self, run: HostedRun) -> None:
         """Until the client leaves or something fails."""
-        work = [asyncio.create_task(run.serve_client()), asyncio.create_task(run.wait_ended())]
-        try:
-            if self.draining:  # it has come while that was said to the others
-                run.announce_leaving()
-            done, _ = await asyncio.wait(work, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in work:
-                task.cancel()
-            await asyncio.gather(*work, return_exceptions=True)
-        for task in done:
-            task.result()
+        if self.draining:  # it has come while that was said to the others
+            run.announce_leaving()
+        await until_one_ends(run.serve_client(), run.wait_ended())
 
     def _check(self, opening: TrainOpen) -> None:
-        if self.draining:
-            raise BusyError(_LEAVING)
-        if opening.model != self._model_key:
-            raise WrongModelError(f"this server hosts {self._model_key}, not {opening.model}")
-        span = self._trainer.compute.engine.stack.span
-        if not span.covers(opening.span):
-            raise WrongSpanError(f"this server hosts blocks {span}, not {opening.span}")
+        check_hosted(
+            opening.model,
+            opening.span,
+            hosted_model=self._model_key,
+            hosted_blocks=self._trainer.compute.engine.stack.span,
+            draining=self.draining,
+        )
         if opening.run in self._runs:
             raise BadMessageError("a run of this id is open already")
 
