@@ -12,12 +12,13 @@ import logging
 import secrets
 from collections import Counter
 from collections.abc import Awaitable, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 from petal_swarm.client.dialling import OpenFailedError
 from petal_swarm.client.members import LinkFailedError, Member
 from petal_swarm.client.openings import Openings, named, neighbour_of, route_of
 from petal_swarm.client.relief import Relief
+from petal_swarm.client.replacement import plan_replacement
 from petal_swarm.client.ring import Ring
 from petal_swarm.client.silence import Silence
 from petal_swarm.errors import (
@@ -30,7 +31,6 @@ from petal_swarm.errors import (
     PetalSwarmError,
 )
 from petal_swarm.routing.route import Hop, Route
-from petal_swarm.span import Span
 from petal_swarm.wire.messages.opening import SESSION_ID_BYTES
 from petal_swarm.wire.messages.repair import Reroute
 
@@ -155,7 +155,9 @@ class Repairer:
 
     async def _mend(self, ring: Ring, *, fresh: bool) -> None:
         """Replace what is gone, and only that."""
-        plan = await self._plan(ring, fresh=fresh)
+        plan = await plan_replacement(
+            ring.members, self._openings.find_part, min_batch_tokens=ring.log.max_rows, fresh=fresh
+        )
         try:
             await self._openings.prepare([node for node in plan if isinstance(node, Hop)])
         except OpenFailedError as error:
@@ -190,33 +192,6 @@ class Repairer:
         opened = iter(await self._all(ring, work))
         members = [next(opened) if isinstance(node, Hop) else node for node in plan]
         ring.adopt(members, route_of(members))
-
-    async def _plan(self, ring: Ring, *, fresh: bool) -> list[Member | Hop]:
-        """The new ring: hops that live, and between them those that are to be opened.
-
-        Raises:
-            MissingBlocksError: nobody else serves the blocks of a hop that is gone.
-        """
-        plan: list[Member | Hop] = []
-        avoid = {member.peer_id for member in ring.members if not isinstance(member.error, IdleError)}
-        runs = [(gone, list(run)) for gone, run in groupby(ring.members, lambda m: m.error is not None)]
-        for number, (gone, run) in enumerate(runs):
-            if not gone:
-                plan += run
-                continue
-            after = runs[number + 1][1][0].peer_id if number + 1 < len(runs) else None
-            route = await self._openings.find_part(
-                Span(run[0].hop.span.start, run[-1].hop.span.end),
-                avoid=frozenset(avoid),
-                like=[member.hop for member in run],
-                min_batch_tokens=ring.log.max_rows,
-                fresh=fresh,
-                before=plan[-1].peer_id if plan else None,
-                after=after,
-            )
-            plan += route.hops
-            avoid.update(hop.peer_id for hop in route.hops)
-        return plan
 
     async def _reroute(self, ring: Ring, member: Member, told: Reroute, after: Member | Hop | None) -> None:
         timeout_s = self._openings.timeout_s

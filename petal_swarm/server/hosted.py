@@ -29,6 +29,7 @@ from petal_swarm.server.quotas import Usage
 from petal_swarm.server.recall import Receipts, answer
 from petal_swarm.server.results import OVERHEAD_TOKENS, Overhead, encode_result, error_message
 from petal_swarm.server.slow_peers import SlowReader, SlowWriter
+from petal_swarm.server.streams import ends
 from petal_swarm.server.upstream import Upstream
 from petal_swarm.wire.frames import Buffer
 from petal_swarm.wire.messages import Message
@@ -154,16 +155,8 @@ class HostedSession:
             if not self.ended:
                 self._hear(message)
 
-        def on_end(error: Exception | None) -> None:
-            if ended.done():
-                return
-            if error is None:
-                ended.set_result(None)
-            else:
-                ended.set_exception(error)
-
         first = self.upstream.source is self._client
-        self._client.subscribe(on_message, on_end, self.upstream.part_came if first else None)
+        self._client.subscribe(on_message, ends(ended), self.upstream.part_came if first else None)
         await ended
 
     def _hear(self, message: Message) -> None:

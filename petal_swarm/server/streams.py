@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from petal_swarm.errors import (
@@ -43,6 +43,20 @@ def check_hosted(model: str, blocks: Span, *, hosted_model: str, hosted_blocks: 
         raise WrongModelError(f"this server hosts {hosted_model}, not {model}")
     if not hosted_blocks.covers(blocks):
         raise WrongSpanError(f"this server hosts blocks {hosted_blocks}, not {blocks}")
+
+
+def ends(ended: asyncio.Future[None]) -> Callable[[Exception | None], None]:
+    """What settles `ended` when a stream that is subscribed to ends: with its error, if it has one."""
+
+    def on_end(error: Exception | None) -> None:
+        if ended.done():
+            return
+        if error is None:
+            ended.set_result(None)
+        else:
+            ended.set_exception(error)
+
+    return on_end
 
 
 async def until_one_ends(*work: Coroutine[Any, Any, None]) -> None:

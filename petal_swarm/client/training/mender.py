@@ -9,16 +9,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Sequence
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 from petal_swarm.client.dialling import OpenFailedError
 from petal_swarm.client.members import LinkFailedError
+from petal_swarm.client.replacement import plan_replacement
 from petal_swarm.client.training.lane import Lane
 from petal_swarm.client.training.members import TrainMember
 from petal_swarm.client.training.openings import LaneOpenings, next_of
-from petal_swarm.errors import DeadlineError, HopLostError, IdleError, MissingBlocksError, PetalSwarmError
+from petal_swarm.errors import DeadlineError, HopLostError, MissingBlocksError, PetalSwarmError
 from petal_swarm.routing.route import Hop
-from petal_swarm.span import Span
 from petal_swarm.wire.messages.tuning import ARRIVED, BACKWARD_ARRIVED, BACKWARD_DONE, FORWARD_DONE, Relink
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,9 @@ class Mender:
 
     async def _mend(self, lane: Lane, *, fresh: bool) -> None:
         """Replace what is gone, and link again what is cut."""
-        plan = await self._plan(lane, fresh=fresh)
+        plan = await plan_replacement(
+            lane.members, self._openings.find_part, min_batch_tokens=lane.largest_pass, fresh=fresh
+        )
         await self._upload(lane, [node for node in plan if isinstance(node, Hop)])
         lane.epoch += 1
         lane.is_held = True
@@ -114,33 +116,6 @@ class Mender:
             work.append(self._expect_there(lane, node))
         opened = iter(await self._all(work))
         lane.adopt([next(opened) if isinstance(node, Hop) else node for node in plan])
-
-    async def _plan(self, lane: Lane, *, fresh: bool) -> list[TrainMember | Hop]:
-        """The new lane: hops that live, and between them those that are to be opened.
-
-        Raises:
-            MissingBlocksError: nobody else trains the blocks of a hop that is gone.
-        """
-        plan: list[TrainMember | Hop] = []
-        avoid = {member.peer_id for member in lane.members if not isinstance(member.error, IdleError)}
-        runs = [(gone, list(run)) for gone, run in groupby(lane.members, lambda m: m.error is not None)]
-        for number, (gone, run) in enumerate(runs):
-            if not gone:
-                plan += run
-                continue
-            after = runs[number + 1][1][0].peer_id if number + 1 < len(runs) else None
-            route = await self._openings.find_part(
-                Span(run[0].hop.span.start, run[-1].hop.span.end),
-                avoid=frozenset(avoid),
-                like=[member.hop for member in run],
-                min_batch_tokens=lane.largest_pass,
-                fresh=fresh,
-                before=plan[-1].peer_id if plan else None,
-                after=after,
-            )
-            plan += route.hops
-            avoid.update(hop.peer_id for hop in route.hops)
-        return plan
 
     async def _upload(self, lane: Lane, hops: Sequence[Hop]) -> None:
         """The hops that are to be opened have all adapters of passes under way."""

@@ -16,6 +16,7 @@ from petal_swarm.errors import (
 from petal_swarm.net.channel import Channel
 from petal_swarm.server.results import error_message
 from petal_swarm.server.slow_peers import SlowReader, SlowWriter
+from petal_swarm.server.streams import ends
 from petal_swarm.server.training.onward import Dial, Onward
 from petal_swarm.server.training.passes import RunPasses, Trainer, Ways
 from petal_swarm.server.training.ways import Outputs, Way
@@ -137,15 +138,7 @@ class HostedRun:
             if not self.ended:
                 self._hear(message)
 
-        def on_end(error: Exception | None) -> None:
-            if ended.done():
-                return
-            if error is None:
-                ended.set_result(None)
-            else:
-                ended.set_exception(error)
-
-        self._client.subscribe(on_message, on_end, on_part)
+        self._client.subscribe(on_message, ends(ended), on_part)
         await ended
 
     def _hear(self, message: Message) -> None:

@@ -12,7 +12,15 @@ from petal_swarm.wire import fields
 from petal_swarm.wire.announcement import span_from_list
 from petal_swarm.wire.frames import Frame
 from petal_swarm.wire.messages.adapters import adapter_id
-from petal_swarm.wire.messages.parts import DTYPE_BYTES, MAX_POSITION, MAX_STEP, NO_STEP, Neighbour
+from petal_swarm.wire.messages.parts import (
+    DTYPE_BYTES,
+    MAX_POSITION,
+    MAX_STEP,
+    NO_STEP,
+    Neighbour,
+    optional_neighbour,
+    optional_peer,
+)
 from petal_swarm.wire.protocols import VERSION
 
 SESSION_ID_BYTES = 16
@@ -76,10 +84,8 @@ class Open:
             model=fields.text(header, "model", limit=256),
             span=span_from_list(header.get("span")),
             max_length=fields.integer(header, "max_length", 1, MAX_POSITION),
-            upstream=fields.optional(header, "upstream", lambda: fields.text(header, "upstream", limit=128)),
-            next=fields.optional(
-                header, "next", lambda: Neighbour.from_header(fields.mapping(header, "next"))
-            ),
+            upstream=optional_peer(header, "upstream"),
+            next=optional_neighbour(header, "next"),
             share_prefixes=fields.flag(header, "share_prefixes", False),
             wait_s=fields.number(header, "wait_s", 0, MAX_WAIT_S, 0.0),
             answered=fields.integer(header, "answered", NO_STEP, MAX_STEP, NO_STEP),

@@ -101,3 +101,13 @@ def as_sequence(value: Any) -> int:
 
 def _is_extent(value: Any) -> bool:
     return type(value) is int and 0 <= value <= MAX_EXTENT
+
+
+def optional_peer(header: Mapping[str, Any], name: str) -> str | None:
+    """A peer id, or None."""
+    return fields.optional(header, name, lambda: fields.text(header, name, limit=128))
+
+
+def optional_neighbour(header: Mapping[str, Any], name: str) -> Neighbour | None:
+    """A neighbour in the ring, or None."""
+    return fields.optional(header, name, lambda: Neighbour.from_header(fields.mapping(header, name)))

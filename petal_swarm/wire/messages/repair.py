@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeAlias
 
 from petal_swarm.wire import fields
 from petal_swarm.wire.frames import Frame
-from petal_swarm.wire.messages.parts import MAX_STEP, NO_STEP, Neighbour
+from petal_swarm.wire.messages.parts import MAX_STEP, NO_STEP, Neighbour, optional_neighbour, optional_peer
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +42,8 @@ class Reroute:
         header = frame.header
         return cls(
             epoch=fields.integer(header, "epoch", 0, MAX_STEP),
-            upstream=fields.optional(header, "upstream", lambda: fields.text(header, "upstream", limit=128)),
-            next=fields.optional(
-                header, "next", lambda: Neighbour.from_header(fields.mapping(header, "next"))
-            ),
+            upstream=optional_peer(header, "upstream"),
+            next=optional_neighbour(header, "next"),
             also=fields.flag(header, "also", False),
             answered=fields.optional(
                 header, "answered", lambda: fields.integer(header, "answered", NO_STEP, MAX_STEP)

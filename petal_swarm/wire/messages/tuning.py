@@ -20,6 +20,8 @@ from petal_swarm.wire.messages.parts import (
     MAX_STEP,
     Neighbour,
     TensorMeta,
+    optional_neighbour,
+    optional_peer,
 )
 from petal_swarm.wire.messages.steps import MAX_HOPS, seconds
 from petal_swarm.wire.protocols import VERSION
@@ -67,8 +69,8 @@ class TrainOpen:
             epoch=fields.integer(header, "epoch", 0, MAX_STEP),
             model=fields.text(header, "model", limit=256),
             span=span_from_list(header.get("span")),
-            upstream=_peer(header, "upstream"),
-            next=_neighbour(header, "next"),
+            upstream=optional_peer(header, "upstream"),
+            next=optional_neighbour(header, "next"),
         )
 
 
@@ -284,8 +286,8 @@ class Relink:
         header = frame.header
         return cls(
             epoch=fields.integer(header, "epoch", 0, MAX_STEP),
-            upstream=_peer(header, "upstream"),
-            next=_neighbour(header, "next"),
+            upstream=optional_peer(header, "upstream"),
+            next=optional_neighbour(header, "next"),
             passes=fields.items(header, "passes", _number, limit=MAX_PASSES),
         )
 
@@ -378,14 +380,6 @@ def _rows(frame: Frame) -> tuple[int, TensorMeta, Buffer]:
 
 def _trace(header: Mapping[str, Any]) -> tuple[float, ...]:
     return fields.items(header, "trace", seconds, limit=MAX_HOPS)
-
-
-def _peer(header: Mapping[str, Any], name: str) -> str | None:
-    return fields.optional(header, name, lambda: fields.text(header, name, limit=128))
-
-
-def _neighbour(header: Mapping[str, Any], name: str) -> Neighbour | None:
-    return fields.optional(header, name, lambda: Neighbour.from_header(fields.mapping(header, name)))
 
 
 def _length(value: Any) -> int:
