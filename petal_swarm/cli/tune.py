@@ -180,6 +180,7 @@ def tune(model: Any, tokenizer: Any, plan: Plan, material: Material, arguments: 
     prompt = sample_prompt(tokenizer, material, arguments.sample)
     state = plan.first_state
     if plan.saved is None:
+        say("looking at what the model does before it learns")
         before = continuation(model, tokenizer, prompt) if prompt is not None else None
         state = replace(state, held_out_loss=held_out_loss(model, plan, material), sample=before)
     tuner = Tuner(
@@ -206,6 +207,7 @@ def tune(model: Any, tokenizer: Any, plan: Plan, material: Material, arguments: 
         asked = tokenizer.decode(prompt[0], skip_special_tokens=True)
         after = continuation(model, tokenizer, prompt)
         print(f"prompt: {asked}\nbefore: {state.sample}\nafter:  {after}")
+    say(f"to use it:\n  {use_command(arguments)}")
     return 0
 
 
@@ -239,12 +241,25 @@ def resume_command(arguments: argparse.Namespace) -> str:
         arguments.out,
         "--resume",
     ]
+    if arguments.sample is not None:
+        words += ["--sample", arguments.sample]
+    return _command(words, arguments)
+
+
+def use_command(arguments: argparse.Namespace) -> str:
+    """What to type to see what was learned."""
+    return _command(["petal-swarm", "chat", arguments.model, "--adapter", arguments.out], arguments)
+
+
+def _command(words: list[str], arguments: argparse.Namespace) -> str:
+    """`words`, and how to reach the same swarm."""
+    words = [*map(str, words)]
     if arguments.transport != "auto":
         words += ["--transport", arguments.transport]
-    for option in ("swarm_key", "identity", "sample"):
+    for option in ("swarm_key", "identity"):
         if getattr(arguments, option) is not None:
-            words += ["--" + option.replace("_", "-"), getattr(arguments, option)]
-    return shlex.join([*map(str, words), "--initial-peers", *arguments.initial_peers])
+            words += ["--" + option.replace("_", "-"), str(getattr(arguments, option))]
+    return shlex.join([*words, "--initial-peers", *arguments.initial_peers])
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -42,6 +42,8 @@ _PREFILL_SHARE = 0.6
 _PREFILL_SAMPLES = 5
 _DECODE_SAMPLES = 25
 _MIN_DECODE_SAMPLES = 3
+#: Kept figures this much slower than a few steps now were measured while the machine was busy.
+_DOUBTFUL_RATIO = 1.5
 
 #: `step(position, length)` computes and returns how long that took, in seconds.
 Step: TypeAlias = Callable[[int, int], float]
@@ -58,23 +60,23 @@ class Capacity:
 def calibrate(engine: Engine, *, quant: str, kv_dtype: str, kept: CapacityFile | None) -> None:
     """Set the engine's figures: those in `kept`, or, where there are none, measured ones, which are kept.
 
-    Either way a few steps run, so that no client gets the slow first ones. An engine too small for that has
-    no figures until its first real steps.
+    Either way a few steps run, so that no client gets the slow first ones; where these are much faster than
+    what was kept, it is measured again. An engine too small for that has no figures until its first real
+    steps.
     """
     room = min(_CHUNK_TOKENS, engine.max_batch_tokens, engine.stats().kv_tokens_free - 1)
     key = capacity_key(engine, quant=quant, kv_dtype=kv_dtype, chunk=room)
     if room < 1:
         return
     with _steps(engine, room) as step:
+        blocks = len(engine.stack.span)
         capacity = kept.load(key) if kept is not None else None
+        if capacity is not None and capacity.block_time_s > _DOUBTFUL_RATIO * _glance(step, room) / blocks:
+            capacity = None
         if capacity is None:
-            capacity = measure(step, blocks=len(engine.stack.span), chunk=room)
+            capacity = measure(step, blocks=blocks, chunk=room)
             if kept is not None:
                 kept.save(key, capacity)
-        else:
-            warm = min(room, _FIRST_CHUNK_TOKENS)
-            step(0, warm)
-            step(warm, 1)
     engine.seed(capacity.block_time_s, capacity.prefill_tokens_per_s)
 
 
@@ -110,6 +112,13 @@ def measure(step: Step, *, blocks: int, chunk: int, budget_s: float = BUDGET_S) 
             break
         decode.append(timed(length, 1))
     return Capacity(statistics.median(decode) / blocks, length / statistics.median(prefill))
+
+
+def _glance(step: Step, room: int) -> float:
+    """Seconds of the fastest of a few steps of one token; warms up, too."""
+    warm = min(room, _FIRST_CHUNK_TOKENS)
+    step(0, warm)
+    return min(step(warm, 1) for _ in range(_MIN_DECODE_SAMPLES))
 
 
 @contextlib.contextmanager

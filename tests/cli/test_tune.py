@@ -102,7 +102,7 @@ def test_a_run_shows_what_it_changed_and_saves_it(place: Workplace) -> None:
     assert status == 0
     (lora,) = place.model.settings
     assert (lora.rank, lora.alpha, lora.targets) == (3, 16.0, ("q_proj", "v_proj"))
-    assert err[0].startswith("29 examples to learn, 7 held out; 2,056 parameters; 40 steps")
+    assert err[1].startswith("29 examples to learn, 7 held out; 2,056 parameters; 40 steps")
     assert out[0] == f"saved in {place.out}"
     words = out[1].split()
     assert words[0] == "held-out"
@@ -111,6 +111,9 @@ def test_a_run_shows_what_it_changed_and_saves_it(place: Workplace) -> None:
     assert before.split("\nafter")[0] != after.strip()
     assert len(losses(place.out)) == 40
     assert (place.out / "adapter_config.json").exists()
+    words = shlex.split(err[-1])
+    assert words[:2] == ["petal-swarm", "chat"]
+    assert words[words.index("--adapter") + 1] == str(place.out)
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(place: Workplace) -> None:
@@ -159,7 +162,7 @@ def test_conversations_are_sampled_as_conversations(place: Workplace) -> None:
         place.out = place.folder / f"out-{len(sample)}"
         status, out, err = place.tune("--steps", 1, "--max-length", 99, *sample)
         assert status == 0
-        assert err[0].startswith("1 examples to learn; ")
+        assert err[1].startswith("1 examples to learn; ")
         asked.append(out[1])
     assert asked == [f"prompt: [user]{text}[end][assistant]" for text in ("bees?", "who?")]
 

@@ -14,7 +14,7 @@ from petal_swarm.errors import PetalSwarmError
 from petal_swarm.server import capacity as subject
 from petal_swarm.server.capacity import Capacity, CapacityFile, calibrate, capacity_key, measure
 from petal_swarm.server.config import default_cache_dir
-from tests.engine.tiny import Tiny, close, make, rows
+from tests.engine.tiny import BLOCKS, Tiny, close, make, rows
 
 FIGURES = Capacity(0.002, 3000.0)
 DAY_S = 86_400.0
@@ -86,8 +86,15 @@ def figures(engine: Engine) -> Capacity:
 
 @pytest.fixture
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Measuring finds FIGURES; the list grows each time."""
+    """Measuring finds FIGURES; the list grows each time. A glance later finds the machine as fast."""
     calls: list[int] = []
+    glance = subject._glance
+
+    def as_fast(step: subject.Step, room: int) -> float:
+        assert glance(step, room) > 0
+        return FIGURES.block_time_s * BLOCKS
+
+    monkeypatch.setattr(subject, "_glance", as_fast)
 
     def stub(step: subject.Step, *, blocks: int, chunk: int) -> Capacity:
         assert step(0, chunk) > 0
@@ -113,12 +120,23 @@ def test_a_second_start_uses_what_the_first_has_measured(bloom, tmp_path, measur
     monkeypatch.setattr(Engine, "run", lambda self, requests: steps.append(1) or run(self, requests))
     assert figures(calibrated(bloom, tmp_path)) == FIGURES
     assert measured == [256]
-    assert len(steps) == 2  # warming up
+    assert len(steps) == 1 + subject._MIN_DECODE_SAMPLES  # warming up
     calibrated(bloom, tmp_path, quant="int8")
     calibrated(bloom, tmp_path, kv_dtype="int8")
     assert measured == [256] * 3
     calibrated(bloom, None)
     assert measured == [256] * 4
+
+
+@pytest.mark.parametrize(("faster", "again"), [(1.4, False), (1.6, True)])
+def test_what_a_busy_machine_measured_is_measured_again(
+    bloom, tmp_path, measured, monkeypatch, faster, again
+):
+    calibrated(bloom, tmp_path)
+    now_s = FIGURES.block_time_s * BLOCKS / faster
+    monkeypatch.setattr(subject, "_glance", lambda step, room: now_s)
+    calibrated(bloom, tmp_path)
+    assert len(measured) == 1 + again
 
 
 def test_the_key_tells_machines_and_models_apart(bloom, tmp_path, monkeypatch):
