@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from petal_swarm.cli.generate import end_tokens
-from petal_swarm.cli.prompts import encode_chat, encode_text, has_template
+from petal_swarm.models.prompts import encode_chat, encode_text, has_template
 from petal_swarm.cli.tuning.plan import Material
 
 NEW_TOKENS = 40
