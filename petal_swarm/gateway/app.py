@@ -15,6 +15,7 @@ from petal_swarm.errors import PetalSwarmError
 from petal_swarm.gateway.api.endpoints import api_routes, as_api_error
 from petal_swarm.gateway.api.errors import ApiError
 from petal_swarm.gateway.gateway import Gateway
+from petal_swarm.gateway.guard import Guard
 from petal_swarm.gateway.metrics import CONTENT_TYPE
 from petal_swarm.models.prompts import has_template
 from petal_swarm.version import __version__
@@ -26,16 +27,15 @@ Ailment = Callable[[], Awaitable[str | None]]
 def make_app(
     gateway: Gateway,
     *,
+    guard: Guard | None = None,
     ailment: Ailment | None = None,
     routes: Sequence[BaseRoute] = (),
-    before: Sequence[Callable[[ASGIApp], ASGIApp]] = (),
-    needs_key: bool = False,
 ) -> ASGIApp:
-    """The application.
+    """The application, behind the guard if there is one.
 
-    `routes` are further ones: the page, the map. `before` stands before all of them, the first outermost.
-    `ailment` is what `/health` asks.
+    `routes` are further ones: the page, the map. `ailment` is what `/health` asks.
     """
+    needs_key = guard is not None and guard.needs_key
     starlette = Starlette(
         routes=[*api_routes(gateway), *_own_routes(gateway, ailment, needs_key), *routes],
         exception_handlers={
@@ -45,10 +45,7 @@ def make_app(
             Exception: _on_error,
         },
     )
-    app: ASGIApp = starlette
-    for wrap in reversed(before):
-        app = wrap(app)
-    return app
+    return starlette if guard is None else guard.wrap(starlette)
 
 
 def _own_routes(gateway: Gateway, ailment: Ailment | None, needs_key: bool) -> list[Route]:

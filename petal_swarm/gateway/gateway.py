@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from typing import Any, Protocol
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 
+from petal_swarm.errors import NetworkError
 from petal_swarm.gateway.api.asked import Asked, Reader
 from petal_swarm.gateway.api.errors import RETRY_S, ApiError
 from petal_swarm.gateway.config import GatewayConfig
+from petal_swarm.gateway.guard import Guard, Usage, Visitor
+from petal_swarm.gateway.line import Line, OnPlace
 from petal_swarm.gateway.metrics import Metrics
 from petal_swarm.gateway.source import Answers, Source
 from petal_swarm.version import __version__
-
-OnPlace = Callable[[Any], None]
-
-
-class Entrance(Protocol):
-    """Room for answers, and a line of those who wait for it."""
-
-    def enter(
-        self, visitor: str, weight: int = 1, *, on_place: OnPlace | None = None
-    ) -> AbstractAsyncContextManager[None]: ...
 
 
 class Gateway:
@@ -34,7 +26,8 @@ class Gateway:
         source: Source,
         config: GatewayConfig,
         *,
-        line: Entrance | None = None,
+        line: Line,
+        guard: Guard | None = None,
         metrics: Metrics | None = None,
     ) -> None:
         self.source = source
@@ -46,6 +39,7 @@ class Gateway:
         #: Has an error for all who are still being answered, once they have to go.
         self.ending: asyncio.Future[Exception] = asyncio.get_running_loop().create_future()
         self._line = line
+        self._guard = guard
 
     def end(self) -> None:
         """Tell all who are still being answered, or wait, that it is over."""
@@ -55,7 +49,12 @@ class Gateway:
 
     async def models(self) -> list[str]:
         """The names that can be asked for: the model's, and those of its adapters."""
-        others = await self.source.adapters()
+        try:
+            others = await self.source.adapters()
+        except (
+            NetworkError
+        ):  # a swarm that is gone has no adapters, and the model is still asked for by its name
+            others = ()
         return [self.config.model_name, *sorted(name for name in others if name != self.config.model_name)]
 
     async def adapter_of(self, model: str) -> str | None:
@@ -77,7 +76,7 @@ class Gateway:
 
     @asynccontextmanager
     async def answers(
-        self, asked: Asked, visitor: str, *, on_place: OnPlace | None = None
+        self, asked: Asked, visitor: Visitor, *, on_place: OnPlace | None = None
     ) -> AsyncIterator[tuple[Answers, float]]:
         """Wait for room, then answer: the answers, and how many seconds the wait was.
 
@@ -88,10 +87,12 @@ class Gateway:
         """
         arrived_s = time.monotonic()
         async with AsyncExitStack() as stack:
-            if self._line is not None:
-                with self.metrics.queued.track_inprogress():
-                    room = self._line.enter(visitor, asked.num_choices, on_place=on_place)
-                    await stack.enter_async_context(room)
+            usage = Usage()
+            if self._guard is not None:
+                usage = stack.enter_context(self._guard.reserve(visitor, asked.request.max_tokens))
+            with self.metrics.queued.track_inprogress():
+                room = self._line.enter(visitor.name, asked.num_choices, on_place=on_place)
+                await stack.enter_async_context(room)
             queued_s = time.monotonic() - arrived_s
             self.metrics.admitted(queued_s)
             stack.enter_context(self.metrics.running.track_inprogress())
@@ -99,5 +100,7 @@ class Gateway:
             try:
                 yield answers, queued_s
             finally:
-                self.metrics.generated(answers.progress, asked.num_choices)
+                progress = answers.progress
+                usage.tokens = progress.prompt_tokens + progress.new_tokens
+                self.metrics.generated(progress, asked.num_choices)
                 await answers.aclose()

@@ -11,6 +11,7 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from petal_swarm.errors import ConfigError
+from petal_swarm.gateway.guard.connections import Connections
 
 #: For those who were told that it is over, to say so to their visitors.
 LAST_WORDS_S = 3
@@ -52,10 +53,10 @@ def url_of(bound: socket.socket) -> str:
 class HttpServer:
     """Serves an application from `start` to `stop`, in the running event loop."""
 
-    def __init__(self, app: ASGIApp, bound: socket.socket) -> None:
+    def __init__(self, app: ASGIApp, bound: socket.socket, connections: Connections) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=connections.protocol,  # type: ignore[arg-type] # called like the class that uvicorn expects
             ws="none",
             lifespan="off",
             loop="none",
@@ -65,6 +66,7 @@ class HttpServer:
             server_header=False,
             proxy_headers=False,
             backlog=BACKLOG,
+            timeout_keep_alive=connections.keep_alive_s,
             timeout_graceful_shutdown=None,
         )
         self._server = _Server(config)

@@ -14,6 +14,7 @@ from petal_swarm.client.generation.request import GenerationRequest
 from petal_swarm.gateway.app import make_app
 from petal_swarm.gateway.config import GatewayConfig
 from petal_swarm.gateway.gateway import Gateway
+from petal_swarm.gateway.line import Line
 from tests.cli.tokenizers_of_tests import characters
 
 ROUTE = (
@@ -107,9 +108,10 @@ class ScriptedSource:
 
 
 def app_around(source: ScriptedSource, **settings: Any) -> Any:
-    """The application; `settings` are those of `GatewayConfig`."""
+    """The application, in a running loop; `settings` are those of `GatewayConfig`, and `line`."""
+    line = settings.pop("line", None) or Line(room=32, max_waiting=32)
     config = GatewayConfig(**{"model_name": "org/tiny", "max_tokens": 100, **settings})
-    return make_app(Gateway(source, config))
+    return make_app(Gateway(source, config, line=line))
 
 
 def client_of(app: Any) -> httpx.AsyncClient:

@@ -13,12 +13,14 @@ from petal_swarm.gateway.api.connection import Connection
 from petal_swarm.gateway.api.headers import swarm_headers, swarm_state
 from petal_swarm.gateway.api.sse import DONE, EventStream
 from petal_swarm.gateway.gateway import Gateway
+from petal_swarm.gateway.guard import Visitor
+from petal_swarm.gateway.line import Place
 
 #: A page is told of the route when it changes, and else this often.
 SWARM_INTERVAL_S = 0.5
 
 
-async def answer(gateway: Gateway, asked: Asked, visitor: str, connection: Connection) -> None:
+async def answer(gateway: Gateway, asked: Asked, visitor: Visitor, connection: Connection) -> None:
     """Answer, in the form that was asked for. Cancelling frees everything.
 
     Raises:
@@ -31,7 +33,7 @@ async def answer(gateway: Gateway, asked: Asked, visitor: str, connection: Conne
         await _whole(gateway, asked, visitor, connection)
 
 
-async def _whole(gateway: Gateway, asked: Asked, visitor: str, connection: Connection) -> None:
+async def _whole(gateway: Gateway, asked: Asked, visitor: Visitor, connection: Connection) -> None:
     pieces: list[list[Piece]] = [[] for _ in range(asked.num_choices)]
     async with gateway.answers(asked, visitor) as (answers, queued_s):
         async for piece in answers:
@@ -49,7 +51,7 @@ async def _whole(gateway: Gateway, asked: Asked, visitor: str, connection: Conne
 class _Stream:
     """An answer as events. The status line goes with the first token, unless the visitor wants to watch."""
 
-    def __init__(self, gateway: Gateway, asked: Asked, visitor: str, connection: Connection) -> None:
+    def __init__(self, gateway: Gateway, asked: Asked, visitor: Visitor, connection: Connection) -> None:
         self._gateway = gateway
         self._asked = asked
         self._visitor = visitor
@@ -114,7 +116,7 @@ class _Stream:
         self._route, self._told_s = route, now_s
         return self._chunk(swarm=swarm_state("answering", progress))
 
-    def _tell_place(self, place: Any) -> None:
+    def _tell_place(self, place: Place) -> None:
         told = {"place": place.place, "of": place.of, "expected_s": round(place.expected_s, 1)}
         self._events.offer(self._chunk(swarm={"state": "queued", **told}))
 

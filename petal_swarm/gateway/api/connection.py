@@ -13,13 +13,12 @@ from starlette.types import Message, Receive, Send
 class Connection:
     """Around the `receive` and `send` of a request whose body was read.
 
-    A visitor is gone if the connection ends, or if he reads nothing for `send_timeout_s`.
+    A visitor is gone if the connection ends; the guard ends those of visitors who read nothing for long.
     """
 
-    def __init__(self, receive: Receive, send: Send, send_timeout_s: float) -> None:
+    def __init__(self, receive: Receive, send: Send) -> None:
         self._receive = receive
         self._send = send
-        self._send_timeout_s = send_timeout_s
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started = False
 
@@ -31,9 +30,8 @@ class Connection:
         if self._lost.done():
             raise ClientDisconnect
         try:
-            async with asyncio.timeout(self._send_timeout_s):
-                await self._send(message)
-        except (TimeoutError, OSError):
+            await self._send(message)
+        except OSError:
             self._lose()
             raise ClientDisconnect from None
 

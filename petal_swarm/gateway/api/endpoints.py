@@ -18,12 +18,14 @@ from petal_swarm.gateway.api.connection import Connection
 from petal_swarm.gateway.api.errors import ApiError, from_swarm, internal
 from petal_swarm.gateway.api.schemas import ChatBody, CompletionBody
 from petal_swarm.gateway.gateway import Gateway
+from petal_swarm.gateway.guard import PRIVATE, Visitor
 
 logger = logging.getLogger(__name__)
 
 #: Read one body, understand it.
 Understand = Callable[[Gateway, bytes], Awaitable[Asked]]
-NO_VISITOR = "somebody"
+#: Where no guard tells visitors apart.
+ANYBODY = Visitor("anybody", PRIVATE)
 
 
 async def understand_chat(gateway: Gateway, data: bytes) -> Asked:
@@ -54,12 +56,12 @@ class Answering:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, metrics = self._gateway, self._gateway.metrics
-        connection = Connection(receive, send, gateway.config.send_timeout_s)
+        connection = Connection(receive, send)
         try:
             try:
                 data = await Request(scope, receive).body()
                 asked = await self._understand(gateway, data)
-                visitor = str(scope.get("state", {}).get("visitor", NO_VISITOR))
+                visitor = scope.get("state", {}).get("visitor", ANYBODY)
                 work = answer(gateway, asked, visitor, connection)
                 await connection.while_there(work, unless=gateway.ending)
                 metrics.answered(self._name, 200)

@@ -22,6 +22,7 @@ from petal_swarm.errors import (
     SwarmError,
     TooSlowError,
 )
+from petal_swarm.gateway.refusals import RefusedError
 
 MAX_MESSAGE_CHARACTERS = 500
 #: How long to wait before trying again what is missing now: servers announce themselves every 4 s.
@@ -117,6 +118,8 @@ def from_swarm(error: PetalSwarmError) -> ApiError:
     Messages of the swarm's own errors name servers and what to do as a client of the swarm, and are for
     whoever runs the gateway; visitors get their own words.
     """
+    if isinstance(error, RefusedError):
+        return ApiError(error.status, str(error), code=error.code, retry_after_s=error.retry_after_s)
     if isinstance(error, ConfigError):
         return bad_request(str(error))
     if isinstance(error, MissingBlocksError):
