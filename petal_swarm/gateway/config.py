@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from petal_swarm.client.generation.request import MAX_SEQUENCES
 from petal_swarm.errors import ConfigError
 
+DEFAULT_CHOICES = 16
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GatewayConfig:
@@ -21,7 +23,7 @@ class GatewayConfig:
 
     model_name: str
     max_tokens: int = 2048
-    max_choices: int = 16
+    max_choices: int = DEFAULT_CHOICES
     heartbeat_s: float = 10.0
 
     def __post_init__(self) -> None:

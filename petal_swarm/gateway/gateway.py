@@ -33,7 +33,12 @@ class Gateway:
         self.source = source
         self.config = config
         self.metrics = metrics or Metrics()
-        self.reader = Reader(source.tokenizer, config, source.context_tokens)
+        self.reader = Reader(
+            source.tokenizer,
+            config,
+            vocabulary=source.vocabulary,
+            context_tokens=source.context_tokens,
+        )
         self.created_s = int(time.time())
         self.fingerprint = f"petal-swarm-{__version__}"
         #: Has an error for all who are still being answered, once they have to go.
@@ -46,6 +51,11 @@ class Gateway:
         if not self.ending.done():
             told = "The gateway is shutting down; try again in a moment."
             self.ending.set_result(ApiError(503, told, code="shutting_down", retry_after_s=RETRY_S))
+
+    @property
+    def num_running(self) -> int:
+        """Answers under way, counted by sequences."""
+        return self._line.stats.running
 
     async def models(self) -> list[str]:
         """The names that can be asked for: the model's, and those of its adapters."""

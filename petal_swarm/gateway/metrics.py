@@ -6,6 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from petal_swarm.client.generation.pieces import Progress
+from petal_swarm.gateway.refusals import RefusedError
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _FIRST_TOKEN_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 120)
@@ -62,6 +63,10 @@ class Metrics:
     def refused(self, reason: str) -> None:
         """It was an error."""
         self._refusals.labels(reason).inc()
+
+    def guarded(self, error: RefusedError) -> None:
+        """The guard refused a request or a connection."""
+        self.refused(error.reason)
 
     def abandoned(self) -> None:
         """A visitor left before his answer was complete."""

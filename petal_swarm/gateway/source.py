@@ -23,11 +23,11 @@ class Answers(Protocol):
 class Source(Protocol):
     """Where answers come from. Lives in one event loop."""
 
-    @property
-    def tokenizer(self) -> Any: ...
+    tokenizer: Any
+    context_tokens: int | None
 
     @property
-    def context_tokens(self) -> int | None: ...
+    def vocabulary(self) -> int: ...
 
     def start(self, request: GenerationRequest) -> Answers: ...
 

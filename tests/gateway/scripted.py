@@ -94,6 +94,7 @@ class ScriptedSource:
     tokenizer: Any = field(default_factory=characters)
     context_tokens: int | None = 1000
     names: tuple[str, ...] = ("pirate",)
+    vocabulary: int = 257
     refuse: Exception | None = None
     started: list[ScriptedAnswers] = field(default_factory=list)
 

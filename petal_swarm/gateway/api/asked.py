@@ -54,11 +54,14 @@ def parse(kind: type[B], data: bytes) -> B:
 
 
 class Reader:
-    """Makes requests of bodies, with the model's tokenizer."""
+    """Makes requests of bodies, for a model of so many tokens."""
 
-    def __init__(self, tokenizer: Any, config: GatewayConfig, context_tokens: int | None) -> None:
+    def __init__(
+        self, tokenizer: Any, config: GatewayConfig, *, vocabulary: int, context_tokens: int | None
+    ) -> None:
         self._tokenizer = tokenizer
         self._config = config
+        self._vocabulary = vocabulary
         self._context_tokens = context_tokens
 
     async def chat(self, body: ChatBody, adapter: str | None) -> Asked:
@@ -138,9 +141,8 @@ class Reader:
         return str(await asyncio.to_thread(self._tokenizer.decode, tokens))
 
     def _check_tokens(self, tokens: Sequence[int], param: str) -> None:
-        size = len(self._tokenizer)
-        if any(token >= size for token in tokens):
-            raise bad_request(f"{param} has tokens that the model does not know: it has {size}.", param)
+        if max(tokens, default=0) >= self._vocabulary:
+            raise bad_request(f"{param}: the model's tokens are 0 to {self._vocabulary - 1}.", param)
 
     def _request(
         self,
@@ -155,6 +157,7 @@ class Reader:
     ) -> GenerationRequest:
         for prompt in prompts:
             self._check_tokens(prompt, "prompt")
+        self._check_tokens(tuple(body.logit_bias or ()), "logit_bias")
         choices = body.n or 1
         if len(prompts) * choices > self._config.max_choices:
             raise bad_request(

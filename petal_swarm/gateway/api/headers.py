@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from petal_swarm.client.generation.pieces import HopTime, Progress
+from petal_swarm.client.status import short_id
 
 MAX_NAME_CHARACTERS = 32
 MAX_HOPS = 24
@@ -14,7 +15,7 @@ MAX_HOPS = 24
 def plain_name(hop: HopTime) -> str:
     """A peer's name, or the end of its id, as printable ASCII that needs no quoting: others chose it."""
     safe = "".join(c if " " < c < "\x7f" and c not in '"\\,;' else "?" for c in hop.name)
-    return safe[:MAX_NAME_CHARACTERS] or f"..{hop.peer_id[-8:]}"
+    return safe[:MAX_NAME_CHARACTERS] or f"..{short_id(hop.peer_id)}"
 
 
 def route_header(route: Sequence[HopTime]) -> str:
@@ -47,7 +48,7 @@ def swarm_state(state: str, progress: Progress) -> dict[str, Any]:
     """The same for a page, as the field `swarm` of a chunk."""
     route = [
         {
-            "peer_id": hop.peer_id,
+            "peer_id": short_id(hop.peer_id),
             "name": hop.name,
             "blocks": [hop.start, hop.end],
             "step_ms": round(hop.step_s * 1e3, 3),
