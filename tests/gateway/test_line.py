@@ -163,10 +163,33 @@ def test_a_full_line_refuses_with_a_time() -> None:
         await asyncio.sleep(0)
         with pytest.raises(LineFullError) as caught:
             await visits.visit("d")
-        assert caught.value.retry_after_s == pytest.approx(15.0)
-        assert caught.value.headers() == {"retry-after": "15"}
+        assert caught.value.retry_after_s == pytest.approx(10.0)
+        assert caught.value.headers() == {"retry-after": "10"}
         assert caught.value.status == 429
         assert await visits.finish() == [None] * 3
+
+    run(check())
+
+
+def test_those_who_are_refused_at_once_come_again_one_after_the_other() -> None:
+    async def check() -> None:
+        visits = Visits(Line(room=2, max_waiting=2), took_s=4.0)
+        await visits.visit("measured")
+        for number in range(50):
+            visits.start(f"v{number}")
+        await asyncio.sleep(0)
+        told = [each.exception().retry_after_s for each in visits.tasks[4:]]  # type: ignore[union-attr]
+        assert told[:4] == pytest.approx([4.0, 6.0, 8.0, 10.0])
+        assert told == sorted(told)
+        assert told[-1] == pytest.approx(60.0)
+        await visits.finish()
+        visits.tasks.clear()
+        await asyncio.sleep(100)
+        for number in range(5):
+            visits.start(f"v{number}")
+        await asyncio.sleep(0)
+        assert visits.tasks[4].exception().retry_after_s == pytest.approx(4.0)  # type: ignore[union-attr]
+        await visits.finish()
 
     run(check())
 
