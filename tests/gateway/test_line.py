@@ -72,15 +72,20 @@ def test_one_who_sends_many_waits_behind_himself() -> None:
     run(check())
 
 
-def test_visitors_get_equal_shares_of_the_room() -> None:
+def test_visitors_get_equal_shares_of_the_room_however_long_their_answers() -> None:
     async def check() -> None:
-        visits = Visits(Line(room=4, max_waiting=100), took_s=1.0)
-        for visitor in ("a", "b"):
-            for _ in range(20):
-                visits.start(visitor)
-        await asyncio.sleep(5.5)  # four of a came first, then both share
-        assert abs(visits.log.count("a") - visits.log.count("b")) <= 4
-        await visits.finish()
+        line = Line(room=4, max_waiting=1000)
+        slow, quick = Visits(line, took_s=10.0), Visits(line, took_s=1.0)
+        for _ in range(10):
+            slow.start("slow")
+        for _ in range(100):
+            quick.start("quick")
+        await asyncio.sleep(15.5)  # four of the slow one came first, then both share
+        assert line.stats.running == 4
+        for _ in range(15):
+            await asyncio.sleep(1)
+            assert line._running == {"slow": 2, "quick": 2}
+        await asyncio.gather(*slow.tasks, *quick.tasks)
 
     run(check())
 

@@ -391,6 +391,23 @@ def test_a_closed_connection_that_takes_nothing_ends_too() -> None:
     run(check)
 
 
+def test_nothing_is_kept_of_a_connection_that_was_reset() -> None:
+    """uvicorn's timer would hold it for as long as it might have been idle."""
+
+    async def check() -> None:
+        host = Host()
+        wire = host.connect()
+        wire.receive(GET)
+        await asyncio.sleep(1)
+        timer = wire.protocol.timeout_keep_alive_task
+        assert timer is not None
+        wire.protocol.connection_lost(ConnectionResetError())
+        assert timer.cancelled()
+        assert len(host.connections) == 0
+
+    run(check)
+
+
 def test_nothing_is_looked_at_while_nobody_is_connected() -> None:
     async def check() -> None:
         host = Host()
