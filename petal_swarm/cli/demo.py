@@ -133,7 +133,7 @@ def ask(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
     """Print question and answer, the route and the speed."""
     from petal_swarm.cli.answer import Answer
     from petal_swarm.cli.generate import end_tokens, write
-    from petal_swarm.cli.prompts import check_room, context_length, encode_chat, stop_text
+    from petal_swarm.models.prompts import check_room, context_length, encode_chat, stop_text
 
     input_ids = encode_chat(tokenizer, [{"role": "user", "content": arguments.question}])
     check_room(input_ids.shape[1], arguments.max_new_tokens, context_length(model.config))

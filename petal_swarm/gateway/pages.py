@@ -1,4 +1,4 @@
-"""The pages and their files, read once: what a visitor gets fits together, and no request waits for a disk."""
+"""The pages and their files, read once: what a visitor gets fits together, and no disk is waited for."""
 
 from __future__ import annotations
 
