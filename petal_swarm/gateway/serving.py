@@ -107,8 +107,9 @@ class HttpServer:
 
 async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
     deadline_s = asyncio.get_running_loop().time() + timeout_s
-    while not condition() and asyncio.get_running_loop().time() < deadline_s:
-        await asyncio.sleep(POLL_S)  # noqa: ASYNC110 - once in a process's life, as uvicorn does beside it
+    # Once in a process's life, as uvicorn does beside it.
+    while not condition() and asyncio.get_running_loop().time() < deadline_s:  # noqa: ASYNC110
+        await asyncio.sleep(POLL_S)
 
 
 class _Server(uvicorn.Server):
