@@ -80,7 +80,8 @@ class ScriptedAnswers:
                 yield Piece(choice, step, 1, scored, None if left else "length")
         if left or not asked.max_new_tokens:
             for choice in choices:
-                yield Piece(choice, "", 0, (), "stop" if left else "length")
+                ended = (self._scored("<end>"),) if left and asked.top_logprobs is not None else ()
+                yield Piece(choice, "", 0, ended, "stop" if left else "length")
 
     def _scored(self, text: str, *, first: bool = False) -> TokenLogprob:
         data = text.encode()
@@ -144,7 +145,7 @@ def openai_of(app: Any) -> openai.AsyncOpenAI:
 
 
 class Visit:
-    """One request by ASGI alone, in the running loop: what was answered so far, and a visitor who can leave."""
+    """One request by ASGI alone, in the running loop: what was answered so far; its visitor can leave."""
 
     def __init__(self, app: Any, path: str, body: Any, *, may_read: bool = True) -> None:
         self.messages: list[dict[str, Any]] = []

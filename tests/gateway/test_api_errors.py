@@ -1,4 +1,4 @@
-"""Bad input, and a swarm that fails: OpenAI's error objects with the right status, and a gateway that lives."""
+"""Bad input, and a swarm that fails: OpenAI's error objects with the right status."""
 
 from __future__ import annotations
 
