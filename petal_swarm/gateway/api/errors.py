@@ -16,6 +16,7 @@ from petal_swarm.errors import (
     DeadlineError,
     MissingBlocksError,
     NetworkError,
+    NotFiniteError,
     PetalSwarmError,
     RemoteError,
     SessionTooLongError,
@@ -139,6 +140,8 @@ def from_swarm(error: PetalSwarmError) -> ApiError:
         return ApiError(503, "The swarm is full at the moment.", code="swarm_full", retry_after_s=retry_s)
     if isinstance(error, (DeadlineError, TooSlowError)):
         return ApiError(504, "The swarm did not answer in time.", code="timeout", retry_after_s=RETRY_S)
+    if isinstance(error, NotFiniteError):
+        return ApiError(500, "The model computed no numbers for this.", code="not_finite")
     if isinstance(error, (NetworkError, RemoteError, SwarmError)):
         return ApiError(503, "The swarm lost this answer; try again.", code="swarm_failed", retry_after_s=1.0)
     return internal()

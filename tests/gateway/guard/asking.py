@@ -36,7 +36,7 @@ async def ask(
     parts: Iterable[bytes | float | None] = (b"",),
     client: str = "203.0.113.7",
 ) -> Answer:
-    """The answer to a request; its body comes in `parts`: bytes, pauses (s), or None for who leaves."""
+    """The answer to a request; its body comes in `parts`: bytes, pauses (s), None where he leaves."""
     scope: dict[str, Any] = {
         "type": "http",
         "method": method,
@@ -51,13 +51,16 @@ async def ask(
     answer = Answer()
 
     async def receive() -> Message:
-        part = coming.pop(0) if coming else None
+        if not coming:  # the visitor listens
+            await asyncio.get_running_loop().create_future()
+        part = coming.pop(0)
+        if part is None:
+            return {"type": "http.disconnect"}
         if isinstance(part, float):
             await asyncio.sleep(part)
             return await receive()
-        if part is None:
-            return {"type": "http.disconnect"}
-        return {"type": "http.request", "body": part, "more_body": bool(coming)}
+        more = any(isinstance(each, bytes) for each in coming)
+        return {"type": "http.request", "body": part, "more_body": more}
 
     async def send(message: Message) -> None:
         if message["type"] == "http.response.start":

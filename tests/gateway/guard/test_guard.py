@@ -271,7 +271,7 @@ def test_a_slow_body_is_refused() -> None:
 
 def test_a_visitor_who_leaves_in_the_body_is_answered_nothing() -> None:
     door = Door()
-    assert door.ask("POST", V1, parts=(b"x", None)).status == 0
+    assert door.ask("POST", V1, parts=(b"x", None, b"y")).status == 0
     assert not door.echo.bodies
     assert not door.refused
 
@@ -295,7 +295,7 @@ def test_bodies_of_all_are_bounded_until_they_are_answered() -> None:
         await asyncio.sleep(1)
         abandoned.cancel()
         await asyncio.wait([abandoned])
-        broken = ask(door.app, "POST", V1, parts=(b"x" * 10, None))
+        broken = ask(door.app, "POST", V1, parts=(b"x" * 10, None, b"x"))
         assert (await broken).status == 0
         release.set()
         assert [(await each).status for each in held] == [200, 200]
@@ -311,7 +311,7 @@ def test_after_the_body_the_app_hears_when_the_visitor_leaves() -> None:
         heard.extend([await receive(), await receive()])
         await send({"type": "http.response.start", "status": 200, "headers": []})
 
-    Door(app).ask("POST", V1, parts=(b"x",))
+    Door(app).ask("POST", V1, parts=(b"x", None))
     assert [each["type"] for each in heard] == ["http.request", "http.disconnect"]
 
 
