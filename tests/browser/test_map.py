@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -12,20 +12,10 @@ from petal_swarm.client import watch
 from petal_swarm.span import Span
 from tests.browser.scripted_swarm import MapSite, ScriptedSwarm
 
-sync_api = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH")
-expect = sync_api.expect
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
 
 EVIL = "<img src=x onerror=\"document.title='owned'\">\u202e"
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[sync_api.Browser]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(autouse=True)
@@ -50,33 +40,29 @@ def site(swarm: ScriptedSwarm) -> Iterator[MapSite]:
 
 
 @pytest.fixture
-def visit(chromium: sync_api.Browser, site: MapSite) -> Iterator[Callable[..., sync_api.Page]]:
-    """Opens the map; at the end nothing may have been complained of."""
-    complaints: list[str] = []
-    contexts = []
+def look(visit: Callable[..., Page], site: MapSite) -> Callable[..., Page]:
+    """Opens the map."""
 
-    def open_page(width: int = 1280, height: int = 900, **settings: object) -> sync_api.Page:
-        context = chromium.new_context(viewport={"width": width, "height": height}, **settings)
-        contexts.append(context)
-        page = context.new_page()
-        page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("console", lambda said: complaints.append(said.text) if said.type == "error" else None)
-        page.goto(site.url)
+    def open_map(**options: object) -> Page:
+        page = visit(site.url, **options)
         page.wait_for_selector("#map:not([hidden])")
         return page
 
-    yield open_page
-    for context in contexts:
-        context.close()
-    assert [text for text in complaints if "net::ERR_" not in text] == []
+    return open_map
 
 
-def feed(page: sync_api.Page) -> list[str]:
+def expect(locator: Any) -> Any:
+    from playwright.sync_api import expect
+
+    return expect(locator)
+
+
+def feed(page: Page) -> list[str]:
     """Newest first, without the times."""
     return [text.split("\n")[0] for text in page.locator("#feed p").all_inner_texts()]
 
 
-def edges(page: sync_api.Page, selector: str) -> tuple[float, float]:
+def edges(page: Page, selector: str) -> tuple[float, float]:
     """Where an element begins and ends, in blocks of 30."""
     page.locator(selector).evaluate("e => Promise.all(e.getAnimations().map((each) => each.finished))")
     box = page.locator(selector).bounding_box()
@@ -86,8 +72,8 @@ def edges(page: sync_api.Page, selector: str) -> tuple[float, float]:
     )
 
 
-def test_each_span_is_a_bar_in_its_place(visit: Callable[..., sync_api.Page]) -> None:
-    page = visit()
+def test_each_span_is_a_bar_in_its_place(look: Callable[..., Page]) -> None:
+    page = look()
     expect(page.locator("#model")).to_have_text("tiny/Chatty-1B-Instruct")
     expect(page.locator("#verdict")).to_have_text("Every block is served: the model answers.")
     expect(page.locator(".server.serving")).to_have_count(3)
@@ -97,9 +83,9 @@ def test_each_span_is_a_bar_in_its_place(visit: Callable[..., sync_api.Page]) ->
 
 
 def test_a_server_that_dies_is_shown_with_its_gap_and_one_that_comes_closes_it(
-    visit: Callable[..., sync_api.Page], swarm: ScriptedSwarm
+    look: Callable[..., Page], swarm: ScriptedSwarm
 ) -> None:
-    page = visit()
+    page = look()
     swarm.silent.add("bob")
     expect(page.locator("#verdict")).to_contain_text("Blocks 10–19 are served by nobody")
     expect(page.locator(".server.silent")).to_contain_text("no answer")
@@ -114,8 +100,8 @@ def test_a_server_that_dies_is_shown_with_its_gap_and_one_that_comes_closes_it(
     assert feed(page)[0] == "bob did not come back"
 
 
-def test_a_server_that_moves_says_where_to(visit: Callable[..., sync_api.Page], swarm: ScriptedSwarm) -> None:
-    page = visit(reduced_motion="reduce")
+def test_a_server_that_moves_says_where_to(look: Callable[..., Page], swarm: ScriptedSwarm) -> None:
+    page = look(reduced_motion="reduce")
     swarm.add("carol", 20, 30, moving_to=Span(10, 20), queue_s=9.0)
     expect(page.locator(".ghost:visible")).to_have_count(1)
     assert edges(page, ".ghost:visible") == (10, 20)
@@ -126,8 +112,8 @@ def test_a_server_that_moves_says_where_to(visit: Callable[..., sync_api.Page], 
     assert "carol moved from blocks 20–29 to blocks 10–19" in feed(page)
 
 
-def test_what_others_wrote_is_text(visit: Callable[..., sync_api.Page], swarm: ScriptedSwarm) -> None:
-    page = visit()
+def test_what_others_wrote_is_text(look: Callable[..., Page], swarm: ScriptedSwarm) -> None:
+    page = look()
     swarm.add(
         "evil", 0, 30, name=EVIL, version=EVIL, dtype=EVIL, adapters=((EVIL.replace(" ", "_"), "a" * 32),)
     )
@@ -139,8 +125,8 @@ def test_what_others_wrote_is_text(visit: Callable[..., sync_api.Page], swarm: S
     assert page.title() != "owned"
 
 
-def test_the_keyboard_goes_from_server_to_server(visit: Callable[..., sync_api.Page]) -> None:
-    page = visit()
+def test_the_keyboard_goes_from_server_to_server(look: Callable[..., Page]) -> None:
+    page = look()
     page.locator("[data-view=packed]").focus()
     page.keyboard.press("Tab")
     card = page.locator("#card")
@@ -157,13 +143,11 @@ def test_the_keyboard_goes_from_server_to_server(visit: Callable[..., sync_api.P
 
 
 @pytest.mark.parametrize("servers", [0, 200])
-def test_nothing_is_cut_off_on_a_phone(
-    visit: Callable[..., sync_api.Page], swarm: ScriptedSwarm, servers: int
-) -> None:
+def test_nothing_is_cut_off_on_a_phone(look: Callable[..., Page], swarm: ScriptedSwarm, servers: int) -> None:
     swarm.peers.clear()
     for number in range(servers):
         swarm.add(f"server-{number}", number % 25, number % 25 + 5)
-    page = visit(width=320, height=640, has_touch=True)
+    page = look(viewport={"width": 320, "height": 640}, has_touch=True)
     assert page.evaluate("document.documentElement.scrollWidth") == 320
     if servers:
         expect(page.locator("#sheet")).to_have_class(re.compile("packed"))
@@ -180,9 +164,9 @@ def test_nothing_is_cut_off_on_a_phone(
 
 
 def test_a_gateway_that_goes_is_said_to_have_gone_and_one_that_comes_back_is_read_again(
-    visit: Callable[..., sync_api.Page], site: MapSite, swarm: ScriptedSwarm
+    look: Callable[..., Page], site: MapSite, swarm: ScriptedSwarm
 ) -> None:
-    page = visit()
+    page = look()
     swarm.add("dave", 0, 30)
     expect(page.locator("#feed li")).to_have_count(1)
     site.stop()
@@ -197,9 +181,9 @@ def test_a_gateway_that_goes_is_said_to_have_gone_and_one_that_comes_back_is_rea
 
 
 def test_a_swarm_that_cannot_be_asked_is_said_to_be_out_of_reach(
-    visit: Callable[..., sync_api.Page], swarm: ScriptedSwarm
+    look: Callable[..., Page], swarm: ScriptedSwarm
 ) -> None:
-    page = visit()
+    page = look()
     swarm.is_reachable = False
     expect(page.locator("#notes")).to_contain_text("cannot reach the swarm")
     expect(page.locator(".server.silent")).to_have_count(3)
