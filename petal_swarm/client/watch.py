@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -85,6 +86,8 @@ class SwarmWatch:
         self._name = name
         self._now = now
         self._loop = asyncio.get_running_loop()
+        #: Numbers and versions are of this watch alone.
+        self.id = secrets.token_hex(4)
         self._watchers = 0
         self._wake = asyncio.Event()
         self._news = asyncio.Event()

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import secrets
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -45,6 +44,7 @@ def swarm_to_json(watch: SwarmWatch) -> dict[str, Any] | None:
     if status is None:
         return None
     return {
+        "watch": watch.id,
         "model": status.name,
         "num_blocks": status.num_blocks,
         **_state(status, watch.trouble),
@@ -71,8 +71,6 @@ class _SwarmApi:
         self._watch = watch
         self._max_readers = max_readers
         self._readers = 0
-        #: Versions are of this watch alone: after a restart all readers begin again.
-        self._epoch = secrets.token_hex(4)
         #: Each change is encoded once, for all readers.
         self._encoded: dict[int, bytes] = {}
 
@@ -97,9 +95,11 @@ class _SwarmApi:
         yield b"retry: 2000\n\n"
         while True:
             changes = None if version is None else self._watch.since(version)
-            if changes is None and (document := swarm_to_json(self._watch)) is not None:
-                version = self._watch.version
-                yield self._event("swarm", version, document)
+            if changes is None:
+                document = swarm_to_json(self._watch)
+                version = self._watch.version if document else None
+                if version and document:
+                    yield self._event("swarm", version, document)
             for change in changes or ():
                 version = change.version
                 yield self._encode(change)
@@ -127,11 +127,11 @@ class _SwarmApi:
 
     def _event(self, kind: str, version: int, document: dict[str, Any]) -> bytes:
         data = json.dumps(document, separators=(",", ":"))
-        return f"id: {self._epoch}-{version}\nevent: {kind}\ndata: {data}\n\n".encode()
+        return f"id: {self._watch.id}-{version}\nevent: {kind}\ndata: {data}\n\n".encode()
 
     def _version_of(self, event_id: str) -> int | None:
-        epoch, _, version = event_id.partition("-")
-        is_ours = epoch == self._epoch and version.isascii() and version.isdecimal() and len(version) < 16
+        watch, _, version = event_id.partition("-")
+        is_ours = watch == self._watch.id and version.isascii() and version.isdecimal() and len(version) < 16
         return int(version) if is_ours else None
 
 
