@@ -13,7 +13,9 @@ import asyncio
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,9 +26,12 @@ from petal_swarm.client.generation.generator import Generator, connect_generator
 from petal_swarm.client.generation.request import GenerationRequest, Sampling
 from petal_swarm.client.loop import new_event_loop
 
-WAYS = {
-    "generator, greedy": Sampling(temperature=0),
-    "generator, top_p 0.9": Sampling(temperature=0.8, top_p=0.9, seed=1),
+WAYS: dict[str, tuple[dict[str, Any], Sampling]] = {
+    "greedy": ({"do_sample": False}, Sampling(temperature=0)),
+    "top_p 0.9": (
+        {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0},
+        Sampling(temperature=0.8, top_p=0.9),
+    ),
 }
 
 
@@ -47,8 +52,8 @@ def main() -> None:
         save_tokenizer(path, SHAPES[arguments.shape]["vocab_size"])
         with servers(path, spans, "--threads", str(arguments.threads)) as running:
             results = measure(path, running[0].address, arguments.tokens, arguments.rounds)
-    base = results["model.generate"]
     for name, values in results.items():
+        base = results["model.generate, " + name.partition(", ")[2]]
         more = statistics.median(value - other for value, other in zip(values, base, strict=True))
         print(f"{name}: {statistics.median(values):.3f} ms a token, {more:+.3f} against model.generate")
 
@@ -66,18 +71,21 @@ def measure(path: Path, address: str, tokens: int, rounds: int) -> dict[str, lis
     ):
         generator = runner.run(connect_generator(str(path), config, progress=False))
 
-        def plain() -> float:
+        def plain(options: dict[str, Any]) -> float:
             started = time.perf_counter()
-            model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **options)
             return (time.perf_counter() - started) / tokens * 1e3
 
-        def way(sampling: Sampling) -> Callable[[], float]:
+        def streamed(sampling: Sampling) -> float:
             request = GenerationRequest(
                 prompts=(prompt,), max_new_tokens=tokens, sampling=sampling, ignore_eos=True
             )
-            return lambda: runner.run(timed(generator, request))
+            return runner.run(timed(generator, request))
 
-        measures = {"model.generate": plain} | {name: way(sampling) for name, sampling in WAYS.items()}
+        measures: dict[str, Callable[[], float]] = {}
+        for name, (options, sampling) in WAYS.items():
+            measures[f"model.generate, {name}"] = partial(plain, options)
+            measures[f"generator, {name}"] = partial(streamed, sampling)
         for once in measures.values():
             once()
         try:

@@ -315,6 +315,28 @@ def test_who_stops_reading_closes(bloom: Path) -> None:
         swarm.run(work())
 
 
+def test_closing_ends_what_runs(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:2", "2:4"]) as swarm:
+        generator = generator_of(swarm)
+
+        async def work() -> None:
+            request = GenerationRequest(prompts=(prompt(9),), max_new_tokens=500)
+            reading = [asyncio.ensure_future(collect(generator.start(request))) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            late = generator.start(request)
+            await generator.close()
+            await generator.close()
+            for one in reading:
+                with pytest.raises(StreamClosedError):
+                    await one
+            assert [piece async for piece in late] == []
+            with pytest.raises(StreamClosedError):
+                await collect(generator.start(request))
+
+        swarm.run(work())
+        assert_all_freed(swarm)
+
+
 def test_a_session_that_is_lost_is_an_error(bloom: Path) -> None:
     with LocalSwarm(bloom, ["0:2", "2:4"]) as swarm:
         generator = generator_of(swarm)
