@@ -227,7 +227,7 @@ def test_errors_are_told_in_words(page: Page, gateway: ScriptedGateway) -> None:
 
 def test_a_full_line_says_when_to_come_again(page: Page, gateway: ScriptedGateway) -> None:
     error = {"message": "full", "type": "rate_limit_error", "code": "queue_full"}
-    gateway.plan({"error": {**error, "status": 429, "retry_after": 40}})
+    gateway.plan({"error": {**error, "status": 429, "retry_after_s": 40}})
     ask(page, "Hello?")
     wait_text(page, "There should be room in 40 seconds.")
     assert "Try again (in " in page.locator(".note.bad button").inner_text()

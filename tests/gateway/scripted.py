@@ -38,6 +38,7 @@ class ScriptedAnswers:
     new_tokens: int = 0
     closed: int = 0
     repairs: int = 0
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def progress(self) -> Progress:
@@ -53,6 +54,7 @@ class ScriptedAnswers:
 
     async def aclose(self) -> None:
         self.closed += 1
+        self.over.set()
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self._pieces()
@@ -80,7 +82,8 @@ class ScriptedAnswers:
                 yield Piece(choice, step, 1, scored, None if left else "length")
         if left or not asked.max_new_tokens:
             for choice in choices:
-                yield Piece(choice, "", 0, (), "stop" if left else "length")
+                ended = (self._scored("<end>"),) if left and asked.top_logprobs is not None else ()
+                yield Piece(choice, "", 0, ended, "stop" if left else "length")
 
     def _scored(self, text: str, *, first: bool = False) -> TokenLogprob:
         data = text.encode()
@@ -144,7 +147,7 @@ def openai_of(app: Any) -> openai.AsyncOpenAI:
 
 
 class Visit:
-    """One request by ASGI alone, in the running loop: what was answered so far, and a visitor who can leave."""
+    """One request by ASGI alone, in the running loop: what was answered so far; its visitor can leave."""
 
     def __init__(self, app: Any, path: str, body: Any, *, may_read: bool = True) -> None:
         self.messages: list[dict[str, Any]] = []

@@ -97,8 +97,8 @@ def test_only_the_prompt_can_be_scored(logprobs: int | None) -> None:
 def test_logprobs_in_a_stream_go_on_where_they_were() -> None:
     events = events_of(post(ScriptedSource(), PATH, body(stream=True, logprobs=0)).text)[:-1]
     told = [event["choices"][0]["logprobs"] for event in events]
-    assert [each["text_offset"] for each in told if each] == [[0], [5], [11]]
-    assert [each["tokens"] for each in told if each] == [["Hello"], [" there"], ["."]]
+    assert [each["text_offset"] for each in told] == [[0], [5], [11], [12]]
+    assert [each["tokens"] for each in told] == [["Hello"], [" there"], ["."], ["<end>"]]
 
 
 def test_a_token_that_is_half_a_character() -> None:

@@ -1,4 +1,4 @@
-"""Streams on a virtual clock: when what is sent, heartbeats, visitors who leave, and the end of the gateway."""
+"""Streams on a virtual clock: what is sent when, heartbeats, visitors who leave, the end of the gateway."""
 
 from __future__ import annotations
 

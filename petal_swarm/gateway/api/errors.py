@@ -77,8 +77,10 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def event(self) -> bytes:
-        """As an event of a stream, which it ends."""
-        return b"data: " + json.dumps(self.body()).encode() + b"\n\n"
+        """As an event of a stream, which it ends; with what the status line and headers would have said."""
+        body = self.body()
+        body["error"] |= {"status": self.status, "retry_after_s": self.retry_after_s}
+        return b"data: " + json.dumps(body).encode() + b"\n\n"
 
     def response(self) -> JSONResponse:
         headers = {}
