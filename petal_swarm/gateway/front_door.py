@@ -68,6 +68,7 @@ class FrontDoor:
     async def close(self, drain_s: float) -> None:
         """Let nobody in any more, and those who are in go on for `drain_s`. Cancelling skips the waiting."""
         try:
-            await self._server.stop(drain_s, self.gateway.end)
+            is_idle = self.gateway.is_idle
+            await self._server.stop(drain_s, is_idle=is_idle, end=self.gateway.end)
         finally:
             await asyncio.shield(self._watch.close())

@@ -57,6 +57,11 @@ class Gateway:
         """Answers under way, counted by sequences."""
         return self._line.stats.running
 
+    def is_idle(self) -> bool:
+        """Whether nobody is answered, nor waits for it."""
+        stats = self._line.stats
+        return not stats.running and not stats.waiting
+
     async def models(self) -> list[str]:
         """The names that can be asked for: the model's, and those of its adapters."""
         try:

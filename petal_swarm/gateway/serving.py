@@ -13,8 +13,9 @@ from starlette.types import ASGIApp
 from petal_swarm.errors import ConfigError
 from petal_swarm.gateway.guard.connections import Connections
 
-#: For those who were told that it is over, to say so to their visitors.
-LAST_WORDS_S = 3
+#: For those who were told that it is over to say so to their visitors, and for these to take it.
+LAST_WORDS_S = 1.5
+POLL_S = 0.05
 BACKLOG = 1024
 
 
@@ -82,22 +83,33 @@ class HttpServer:
         if self._serving.done():
             self._serving.result()
 
-    async def stop(self, drain_s: float, end: Callable[[], None]) -> None:
-        """Take no new connections, let running answers go on for `drain_s`, then `end` them. Idempotent.
-
-        Cancelling skips the waiting.
+    async def stop(self, drain_s: float, *, is_idle: Callable[[], bool], end: Callable[[], None]) -> None:
+        """Take no new connections, wait until `is_idle`, `drain_s` at most, `end` what still runs, and close
+        all connections. Idempotent. Cancelling skips the waiting.
         """
-        if self._serving is None:
+        serving, self._serving = self._serving, None
+        if serving is None:
             return
         self._server.should_exit = True
         try:
-            await asyncio.wait((self._serving,), timeout=drain_s)
+            await _until(is_idle, drain_s)
         finally:
             end()
-            await asyncio.wait((self._serving,), timeout=LAST_WORDS_S)
+            await _until(is_idle, LAST_WORDS_S)
+            for connection in list(self._server.server_state.connections):
+                connection.transport.close()  # what watches, and who is slow to read
+            await asyncio.wait((serving,), timeout=LAST_WORDS_S)
             self._server.force_exit = True
-            await self._serving
-            self._serving = None
+            for connection in list(self._server.server_state.connections):
+                connection.transport.abort()
+            await serving
+
+
+async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
+    deadline_s = asyncio.get_running_loop().time() + timeout_s
+    # Once in a process's life, as uvicorn does beside it.
+    while not condition() and asyncio.get_running_loop().time() < deadline_s:  # noqa: ASYNC110
+        await asyncio.sleep(POLL_S)
 
 
 class _Server(uvicorn.Server):

@@ -1,4 +1,4 @@
-"""A gateway that says what a test tells it to, when the test tells it to: the page cannot tell the difference."""
+"""A gateway that says what a test tells it to, and when: the page cannot tell the difference."""
 
 from __future__ import annotations
 

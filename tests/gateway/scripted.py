@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import importlib.util
+import json
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import openai
 
 from petal_swarm.client.generation.pieces import HopTime, Piece, Progress, TokenLogprob
 from petal_swarm.client.generation.request import GenerationRequest
@@ -15,6 +18,7 @@ from petal_swarm.gateway.app import make_app
 from petal_swarm.gateway.config import GatewayConfig
 from petal_swarm.gateway.gateway import Gateway
 from petal_swarm.gateway.line import Line
+from petal_swarm.net.memory import VirtualClockLoop
 from tests.cli.tokenizers_of_tests import characters
 
 ROUTE = (
@@ -34,6 +38,7 @@ class ScriptedAnswers:
     new_tokens: int = 0
     closed: int = 0
     repairs: int = 0
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def progress(self) -> Progress:
@@ -49,6 +54,7 @@ class ScriptedAnswers:
 
     async def aclose(self) -> None:
         self.closed += 1
+        self.over.set()
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self._pieces()
@@ -76,7 +82,8 @@ class ScriptedAnswers:
                 yield Piece(choice, step, 1, scored, None if left else "length")
         if left or not asked.max_new_tokens:
             for choice in choices:
-                yield Piece(choice, "", 0, (), "stop" if left else "length")
+                ended = (self._scored("<end>"),) if left and asked.top_logprobs is not None else ()
+                yield Piece(choice, "", 0, ended, "stop" if left else "length")
 
     def _scored(self, text: str, *, first: bool = False) -> TokenLogprob:
         data = text.encode()
@@ -115,11 +122,100 @@ def app_around(source: ScriptedSource, **settings: Any) -> Any:
     return make_app(Gateway(source, config, line=line))
 
 
+def post(source: ScriptedSource, path: str, body: Any, **settings: Any) -> httpx.Response:
+    """The answer to one request; `body` is sent as JSON, or bytes as they are. Streams arrive whole."""
+
+    async def ask() -> httpx.Response:
+        async with client_of(app_around(source, **settings)) as client:
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            return await client.post(path, content=content)
+
+    return asyncio.run(ask())
+
+
 def client_of(app: Any) -> httpx.AsyncClient:
-    """A client that talks with the application without a socket. Streams arrive whole."""
+    """A client that talks with the application without a socket."""
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://gateway")
 
 
-def run(work: Callable[[], Any]) -> Any:
-    return asyncio.run(work())
+def openai_of(app: Any) -> openai.AsyncOpenAI:
+    """The official package, without a socket."""
+    http = importlib.import_module("httpx2" if importlib.util.find_spec("httpx2") else "httpx")
+    client = http.AsyncClient(transport=http.ASGITransport(app, raise_app_exceptions=False))
+    return openai.AsyncOpenAI(base_url="http://gateway/v1", api_key="k", max_retries=0, http_client=client)
+
+
+class Visit:
+    """One request by ASGI alone, in the running loop: what was answered so far; its visitor can leave."""
+
+    def __init__(self, app: Any, path: str, body: Any, *, may_read: bool = True) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.may_read = asyncio.Event()
+        if may_read:
+            self.may_read.set()
+        self._left = asyncio.Event()
+        self._body: bytes | None = json.dumps(body).encode()
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": path,
+            "query_string": b"",
+            "headers": [],
+            "asgi": {"version": "3.0", "spec_version": "2.4"},
+        }
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> dict[str, Any]:
+        if self._body is None:
+            await self._left.wait()
+            return {"type": "http.disconnect"}
+        data, self._body = self._body, None
+        return {"type": "http.request", "body": data, "more_body": False}
+
+    async def _send(self, message: dict[str, Any]) -> None:
+        await self.may_read.wait()
+        self.messages.append(message)
+
+    def leave(self) -> None:
+        self._left.set()
+
+    @property
+    def status(self) -> int | None:
+        return self.messages[0]["status"] if self.messages else None
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {name.decode(): value.decode() for name, value in self.messages[0]["headers"]}
+
+    @property
+    def text(self) -> str:
+        return b"".join(m.get("body", b"") for m in self.messages).decode()
+
+    @property
+    def is_whole(self) -> bool:
+        return bool(self.messages) and not self.messages[-1].get("more_body", True)
+
+    @property
+    def events(self) -> list[Any]:
+        """What the events say; `[DONE]` and comments as text."""
+        return events_of(self.text)
+
+
+def events_of(text: str) -> list[Any]:
+    found: list[Any] = []
+    for event in filter(None, text.split("\n\n")):
+        data = event.removeprefix("data: ")
+        found.append(json.loads(data) if data.startswith("{") else data)
+    return found
+
+
+async def settle() -> None:
+    """Let everything happen that can without time passing."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def on_virtual_clock(work: Coroutine[Any, Any, None]) -> None:
+    with asyncio.Runner(loop_factory=VirtualClockLoop) as runner:
+        runner.run(work)

@@ -16,11 +16,12 @@ class Connection:
     A visitor is gone if the connection ends; the guard ends those of visitors who read nothing for long.
     """
 
-    def __init__(self, receive: Receive, send: Send) -> None:
+    def __init__(self, receive: Receive, send: Send, request_id: str) -> None:
         self._receive = receive
         self._send = send
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.started = False
+        self.request_id = request_id
 
     async def send(self, message: Message) -> None:
         """
@@ -36,8 +37,9 @@ class Connection:
             raise ClientDisconnect from None
 
     async def start(self, status: int, headers: dict[str, str]) -> None:
-        """Send the status line and the headers."""
+        """Send the status line and the headers, among them the request's id."""
         self.started = True
+        headers = {**headers, "X-Request-Id": self.request_id}
         encoded = [
             (name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()
         ]

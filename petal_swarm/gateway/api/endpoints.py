@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -56,7 +57,7 @@ class Answering:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, metrics = self._gateway, self._gateway.metrics
-        connection = Connection(receive, send)
+        connection = Connection(receive, send, f"req_{secrets.token_hex(12)}")
         try:
             try:
                 data = await Request(scope, receive).body()
@@ -68,7 +69,7 @@ class Answering:
             except ClientDisconnect:
                 raise
             except Exception as error:
-                await self._tell(as_api_error(error), connection)
+                await self._tell(as_api_error(error, connection.request_id), connection)
         except ClientDisconnect:
             metrics.abandoned()
 
@@ -84,14 +85,14 @@ class Answering:
         await connection.write(bytes(response.body), more=False)
 
 
-def as_api_error(error: Exception) -> ApiError:
+def as_api_error(error: Exception, request_id: str = "a request") -> ApiError:
     """What a visitor is told of an exception; who runs the gateway finds more in the log."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, PetalSwarmError):
-        logger.info("no answer: %s: %s", type(error).__name__, error)
+        logger.info("%s: %s: %s", request_id, type(error).__name__, error)
         return from_swarm(error)
-    logger.error("a request failed", exc_info=error)
+    logger.error("%s failed", request_id, exc_info=error)
     return internal()
 
 

@@ -16,6 +16,7 @@ from petal_swarm.errors import (
     DeadlineError,
     MissingBlocksError,
     NetworkError,
+    NotFiniteError,
     PetalSwarmError,
     RemoteError,
     SessionTooLongError,
@@ -76,8 +77,10 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def event(self) -> bytes:
-        """As an event of a stream, which it ends."""
-        return b"data: " + json.dumps(self.body()).encode() + b"\n\n"
+        """As an event of a stream, which it ends; with what the status line and headers would have said."""
+        body = self.body()
+        body["error"] |= {"status": self.status, "retry_after_s": self.retry_after_s}
+        return b"data: " + json.dumps(body).encode() + b"\n\n"
 
     def response(self) -> JSONResponse:
         headers = {}
@@ -90,12 +93,12 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def too_long(prompt_tokens: int, new_tokens: int, limit: int) -> ApiError:
-    """Prompt and answer are longer than the model's context."""
+def too_long(prompt_tokens: int, new_tokens: int, limit: int, param: str) -> ApiError:
+    """Prompt and answer are longer than the model's context; `param` is where the prompt was."""
     return bad_request(
         f"This model's context has {limit} tokens; {prompt_tokens} of prompt and {new_tokens} of answer were"
         " asked for. Shorten the prompt or the answer.",
-        "messages",
+        param,
         "context_length_exceeded",
     )
 
@@ -134,11 +137,17 @@ def from_swarm(error: PetalSwarmError) -> ApiError:
             "This is longer than the swarm can hold; shorten the prompt or the answer.",
             code="context_length_exceeded",
         )
+    if isinstance(error, CacheFullError) and error.retry_after_s is None:
+        # Servers say when to come again, unless it would never fit.
+        told = "No server of the swarm has room for this; ask for a shorter answer, or fewer of them."
+        return ApiError(503, told, code="swarm_too_small")
     if isinstance(error, (CacheFullError, BusyError)):
         retry_s = error.retry_after_s if error.retry_after_s is not None else RETRY_S
         return ApiError(503, "The swarm is full at the moment.", code="swarm_full", retry_after_s=retry_s)
     if isinstance(error, (DeadlineError, TooSlowError)):
         return ApiError(504, "The swarm did not answer in time.", code="timeout", retry_after_s=RETRY_S)
+    if isinstance(error, NotFiniteError):
+        return ApiError(500, "The model computed no numbers for this.", code="not_finite")
     if isinstance(error, (NetworkError, RemoteError, SwarmError)):
         return ApiError(503, "The swarm lost this answer; try again.", code="swarm_failed", retry_after_s=1.0)
     return internal()

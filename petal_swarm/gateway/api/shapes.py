@@ -33,7 +33,10 @@ class Shape(ABC):
 
 
 class ChatShape(Shape):
-    """Of `/v1/chat/completions`. With `strip`, answers lose the white space they begin with."""
+    """Of `/v1/chat/completions`. With `strip`, answers lose the white space they begin with.
+
+    Its logprobs are those of the text alone.
+    """
 
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
@@ -50,7 +53,7 @@ class ChatShape(Shape):
     def chunks(self, piece: Piece) -> list[dict[str, Any]]:
         entries = []
         text = self._text(piece)
-        logprobs = self._chat_logprobs(piece.logprobs) if piece.logprobs else None
+        logprobs = self._chat_logprobs(piece.logprobs) if piece.logprobs and piece.tokens else None
         if text or logprobs:
             entries.append(_delta(piece.choice, {"content": text}, logprobs, None))
         if piece.finish_reason is not None:
@@ -58,7 +61,7 @@ class ChatShape(Shape):
         return entries
 
     def whole(self, choice: int, pieces: Sequence[Piece]) -> dict[str, Any]:
-        tokens = [token for piece in pieces for token in piece.logprobs]
+        tokens = [token for piece in pieces if piece.tokens for token in piece.logprobs]
         return {
             "index": choice,
             "message": {
@@ -88,7 +91,11 @@ class ChatShape(Shape):
 
 
 class CompletionShape(Shape):
-    """Of `/v1/completions`. `echoes` are the prompts' texts by choice, or empty."""
+    """Of `/v1/completions`. `echoes` are the prompts' texts by choice, or empty.
+
+    Its logprobs have the end-of-sequence token, which is no text: lm-evaluation-harness takes for granted
+    that one token asked for is one told of.
+    """
 
     kind = chunk_kind = "text_completion"
     id_prefix = "cmpl-"

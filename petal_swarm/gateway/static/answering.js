@@ -13,6 +13,13 @@ export class Answering {
     this.onChange = onChange;
     this.save = save;
     this.running = new Map();
+    this.leaving = false;
+    window.addEventListener("pagehide", () => {
+      this.leaving = true; // what fails from now on fails because of that
+    });
+    window.addEventListener("pageshow", () => {
+      this.leaving = false;
+    });
   }
 
   isRunning(conversation) {
@@ -35,7 +42,7 @@ export class Answering {
       await this.#read(conversation, turn, ask(request, { key, signal: aborter.signal }));
       turn.state = "done";
     } catch (error) {
-      turn.state = aborter.signal.aborted ? "stopped" : "failed";
+      turn.state = aborter.signal.aborted ? "stopped" : this.leaving ? "left" : "failed";
       if (turn.state === "failed") turn.error = explain(error);
     }
     turn.stage = null;

@@ -146,7 +146,7 @@ class Answer {
     this.node.classList.toggle("last", last);
     this.buttons.hidden = asked;
     this.buttons.firstChild.hidden = !turn.text;
-    this.retry.hidden = !last;
+    this.retry.hidden = !last || turn.state === "failed"; // then the note offers it
   }
 
   #renderStage(stage) {

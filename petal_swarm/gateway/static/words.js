@@ -40,9 +40,9 @@ function sentence(text) {
   return trimmed.charAt(0).toUpperCase() + trimmed.slice(1) + (/[.!?)]$/.test(trimmed) ? "" : ".");
 }
 
-/** "3rd in line of 12, about 8 seconds". */
+/** "You are 3rd of 12 in line, about 8 seconds". */
 export function place({ place: number, of, expected_s: expectedS }) {
-  const ahead = number > 1 ? `${ordinal(number)} in line${of ? ` of ${of}` : ""}` : "next in line";
+  const ahead = number > 1 ? `${ordinal(number)}${of ? ` of ${of}` : ""} in line` : "next in line";
   return `You are ${ahead}${Number.isFinite(expectedS) && expectedS > 0 ? `, about ${duration(expectedS)}` : ""}`;
 }
 
