@@ -212,19 +212,25 @@ class Pinger:
         self._results: dict[str, tuple[float, float]] = {}
 
     async def measure(
-        self, announcements: Iterable[Announcement], *, timeout_s: float = PING_TIMEOUT_S
+        self,
+        announcements: Iterable[Announcement],
+        *,
+        timeout_s: float = PING_TIMEOUT_S,
+        max_age_s: float | None = None,
     ) -> dict[str, float]:
         """Seconds of a round trip by peer id, for those that answer within `timeout_s` in all.
 
-        This peer itself is left out. Never raises for the network's sake.
+        This peer itself is left out. A `max_age_s` of 0 asks all of them, whatever is remembered. Never
+        raises for the network's sake.
         """
+        oldest = self._now() - (self._max_age_s if max_age_s is None else max_age_s)
         wanted = {
             announcement.peer_id: announcement.addresses
             for announcement in announcements
             if announcement.peer_id != self._transport.peer_id
         }
         slots = asyncio.Semaphore(self._parallel)
-        fresh = self.known(wanted)
+        fresh = self._measured_since(oldest, wanted)
         tasks = [
             asyncio.create_task(self._probe(peer_id, addresses, slots, timeout_s))
             for peer_id, addresses in wanted.items()
@@ -237,11 +243,13 @@ class Pinger:
                 for task in tasks:
                     task.cancel()
                 await asyncio.wait(tasks)
-        return self.known(wanted)
+        return self._measured_since(oldest, wanted)
 
     def known(self, peer_ids: Iterable[str]) -> dict[str, float]:
         """What was measured for these peers and is not too old, in seconds."""
-        oldest = self._now() - self._max_age_s
+        return self._measured_since(self._now() - self._max_age_s, peer_ids)
+
+    def _measured_since(self, oldest: float, peer_ids: Iterable[str]) -> dict[str, float]:
         found = {peer_id: self._results.get(peer_id) for peer_id in peer_ids}
         return {peer_id: entry[0] for peer_id, entry in found.items() if entry and entry[1] >= oldest}
 

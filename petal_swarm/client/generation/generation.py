@@ -240,16 +240,16 @@ class _Answer:
 
     def piece(self, scored: Scored, end: FinishReason | None) -> Piece:
         """What the token says, if it is not the end of the sequence."""
+        told = () if scored.logprob is None else (_logprob(self._texts, scored),)
         if end == "stop":
             self.is_over = True
-            return Piece(self.choice, self._text.finish(), 0, (), "stop")
+            return Piece(self.choice, self._text.finish(), 0, told, "stop")
         text = self._text.take(scored.token)
         if end is not None:
             text += self._text.finish()
         if self._text.stopped:
             end = "stop"
         self.is_over = end is not None
-        told = () if scored.logprob is None else (_logprob(self._texts, scored),)
         return Piece(self.choice, text, 1, told, end)
 
 
