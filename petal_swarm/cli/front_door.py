@@ -76,9 +76,9 @@ async def _open(arguments: argparse.Namespace) -> tuple[Generator, FrontDoor]:
     line = LineConfig(max_requests=arguments.max_requests, max_queue=arguments.max_queue)
     bound = listen(arguments.host, arguments.port)
     try:
-        name = arguments.model_name or open_checkpoint(arguments.model).name
+        checkpoint = await asyncio.to_thread(open_checkpoint, arguments.model)
         config = GatewayConfig(
-            model_name=name,
+            model_name=arguments.model_name or checkpoint.name,
             max_tokens=arguments.max_tokens,
             max_choices=min(DEFAULT_CHOICES, arguments.max_requests),
         )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +41,7 @@ PING_TIMEOUT_S = 2.0
 MAX_CHANGES = 256
 MAX_EVENTS = 200
 #: A swarm of more servers than these is shown in part, those of the first blocks first.
-MAX_PEERS = 2000
+MAX_PEERS = 1000
 
 #: Instead of one event for each server.
 LOST = Event("lost", "the swarm cannot be reached")
@@ -85,6 +86,8 @@ class SwarmWatch:
         self._name = name
         self._now = now
         self._loop = asyncio.get_running_loop()
+        #: Numbers and versions are of this watch alone.
+        self.id = secrets.token_hex(4)
         self._watchers = 0
         self._wake = asyncio.Event()
         self._news = asyncio.Event()

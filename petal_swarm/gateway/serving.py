@@ -107,7 +107,8 @@ class HttpServer:
 
 async def _until(condition: Callable[[], bool], timeout_s: float) -> None:
     deadline_s = asyncio.get_running_loop().time() + timeout_s
-    while not condition() and asyncio.get_running_loop().time() < deadline_s:
+    # Once in a process's life, as uvicorn does beside it.
+    while not condition() and asyncio.get_running_loop().time() < deadline_s:  # noqa: ASYNC110
         await asyncio.sleep(POLL_S)
 
 

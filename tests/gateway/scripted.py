@@ -38,6 +38,7 @@ class ScriptedAnswers:
     new_tokens: int = 0
     closed: int = 0
     repairs: int = 0
+    over: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def progress(self) -> Progress:
@@ -53,6 +54,7 @@ class ScriptedAnswers:
 
     async def aclose(self) -> None:
         self.closed += 1
+        self.over.set()
 
     def __aiter__(self) -> AsyncIterator[Piece]:
         return self._pieces()

@@ -7,7 +7,8 @@ const MANY = 40;
 const LOOKS = ["serving", "busy", "joining", "silent"];
 const STEPS = [1, 2, 4, 5, 8, 10, 16, 20, 25, 50, 100, 200, 500, 1000];
 const TICK_PX = 34;
-const NARROW_PX = 30;
+// A bar in which fewer pixels are has no words: a name may be cut off, numbers must not.
+const NARROW_PX = { name: 30, range: 52 };
 const LEFT_MS = 450;
 const VIEW_KEY = "petal_swarm.map.view";
 
@@ -180,8 +181,9 @@ export class SwarmMap {
         lines.append(line);
       }
     }
+    const narrowPx = this.isPacked ? NARROW_PX.name : NARROW_PX.range;
     for (const { bar, peer } of this.items.values()) {
-      bar.classList.toggle("narrow", (peer.span[1] - peer.span[0]) * blockPx < NARROW_PX);
+      bar.classList.toggle("narrow", (peer.span[1] - peer.span[0]) * blockPx < narrowPx);
     }
   }
 

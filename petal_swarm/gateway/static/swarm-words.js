@@ -47,7 +47,11 @@ export function listOfRuns(numbers) {
   return `${numbers.length === 1 ? "Block" : "Blocks"} ${words}`;
 }
 
-export const nameOf = (peer) => peer.name || `..${peer.id}`;
+// Marks that turn the direction of what follows, and what is no letter at all.
+const UNSEEN = /[\u200e\u200f\u202a-\u202e\u2066-\u2069\p{Cc}]/gu;
+
+/** What to call a server; its owner may have written anything. */
+export const nameOf = (peer) => peer.name.replace(UNSEEN, "").trim() || `..${peer.id}`;
 
 /** One of "serving", "busy", "joining", "silent": what a bar looks like. */
 export function lookOf(peer) {
@@ -77,7 +81,7 @@ export function factsOf(peer) {
   if (peer.moving_to) facts.push(["moves to", blocks(peer.moving_to)]);
   if (peer.state === "serving") {
     facts.push(["speed", rate(peer.tokens_per_s)]);
-    facts.push(["memory taken", peer.kv_tokens ? `${percent(peer.load)} of ${peer.kv_tokens.toLocaleString("en")} tokens` : "–"]);
+    facts.push(["tokens in memory", peer.kv_tokens ? `${percent(peer.load)} of ${peer.kv_tokens.toLocaleString("en")}` : "–"]);
     facts.push(["waiting work", seconds(peer.queue_s)]);
   }
   if (peer.rtt_s !== null) facts.push(["round trip from here", seconds(peer.rtt_s)]);

@@ -15,6 +15,7 @@ const map = new SwarmMap(
 
 function take(kind, document) {
   if (kind === "swarm") {
+    if (state.document?.watch !== document.watch) state.newest = 0; // the gateway has started anew
     state.document = document;
     state.peers = new Map(document.peers.map((peer) => [peer.id, peer]));
   } else {
@@ -24,8 +25,6 @@ function take(kind, document) {
   }
   state.seenAt = new Date();
   const news = document.events.filter((event) => event.number > state.newest);
-  // A gateway that has started anew counts from one again.
-  if (kind === "swarm" && document.events.length && document.events.at(-1).number < state.newest) news.push(...document.events);
   if (news.length) state.newest = news.at(-1).number;
   tell(news, kind === "change");
   show(new Map(news.map((event) => [event.id, event.kind])));
@@ -122,10 +121,11 @@ function tell(events, isNew) {
   for (const event of events) {
     const [sign, tone] = signOf(event.kind);
     const words = make("p", {});
+    const told = event.words.replace(/(\d)-(\d)/g, "$1–$2");
     if (event.id) {
-      words.append(make("b", {}, make("bdi", {}, event.name || `..${event.id}`)), ` ${event.words}`);
+      words.append(make("b", {}, make("bdi", {}, nameOf(event))), ` ${told}`);
     } else {
-      words.append(event.words.charAt(0).toUpperCase() + event.words.slice(1));
+      words.append(told.charAt(0).toUpperCase() + told.slice(1));
     }
     const date = new Date(1000 * event.at);
     words.append(make("time", { dateTime: date.toISOString() }, time(date)));

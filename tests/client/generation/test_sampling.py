@@ -46,7 +46,7 @@ def shares(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 CASES: list[dict[str, Any]] = [
     {},
     {"temperature": 0.6},
-    {"temperature": 2.0, "top_p": 0.9},
+    {"temperature": 1.3, "top_p": 0.8},
     {"top_p": 0.3},
     {"top_p": 1e-6},
     {"top_k": 5},
@@ -72,12 +72,19 @@ def test_the_distribution_is_that_of_transformers(vocabulary: int, case: dict[st
     assert found[expected == 0].sum() == 0
 
 
-def test_more_candidates_are_looked_at_where_a_few_are_too_few(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, given = logits_of(3000, scale=0.1), Sampling(top_p=0.9)
-    found = shares(logits, given)
-    assert (found > 0).sum() > sampling_module.CANDIDATES
-    monkeypatch.setattr(sampling_module, "CANDIDATES", 3000)
-    assert torch.equal(found, shares(logits, given))
+@pytest.mark.parametrize("rejected", [0, 1, 32])
+def test_tokens_beyond_the_likeliest_are_drawn_by_trial(
+    monkeypatch: pytest.MonkeyPatch, rejected: int
+) -> None:
+    monkeypatch.setattr(sampling_module, "CANDIDATES", 4)
+    monkeypatch.setattr(sampling_module, "MAX_REJECTED", rejected)
+    logits = logits_of(40, scale=0.7)
+    samplers = [Sampler(Sampling(top_p=0.6, seed=seed), ()) for seed in range(2000)]
+    chosen = choose(logits.expand(2000, -1).clone(), samplers)
+    found = torch.bincount(torch.tensor(chosen), minlength=40) / 2000
+    expected = TopPLogitsWarper(0.6)(torch.zeros(1, 1, dtype=torch.int64), logits[None])[0].softmax(-1)
+    assert found[expected == 0].sum() == 0
+    assert ((found - expected).abs() <= 4 * (expected / 2000).sqrt()).all()
 
 
 def test_each_row_has_its_own_way() -> None:
