@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from petal_swarm.client import steps as steps_module
-from petal_swarm.client.session import InferenceSession
 from petal_swarm.engine.compute import Done, InlineCompute
 from petal_swarm.engine.steps import StepRequest
 from petal_swarm.routing import Stage
@@ -109,14 +108,14 @@ def test_a_long_prompt_waits_with_the_client_and_not_in_buffers(
     for module in ("channel", "memory"):
         monkeypatch.setattr(f"petal_swarm.net.{module}.WRITE_HIGH_WATER_BYTES", high_water)
     made = itertools.count()
-    make = InferenceSession._step
+    make = steps_module.Steps.make
     counts: list[int] = []
 
-    def counted(self: InferenceSession, *arguments: object) -> object:
+    def counted(self: steps_module.Steps, *arguments: object) -> object:
         counts.append(next(made))
         return make(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(InferenceSession, "_step", counted)
+    monkeypatch.setattr(steps_module.Steps, "make", counted)
     chunk_bytes = 16 * HIDDEN * 4
     tokens = 16 * 120
     with LocalSwarm(bloom, ["0:2", "2:4"]) as swarm:
