@@ -35,7 +35,8 @@ export class Answering {
   async answer(conversation, turn, request, key) {
     const aborter = new AbortController();
     this.running.set(conversation.id, aborter);
-    Object.assign(turn, { text: "", state: "asked", stage: { state: "opening" }, error: null, route: null, finish: null });
+    const fresh = { text: "", state: "asked", stage: { state: "opening" }, error: null, route: null, finish: null };
+    Object.assign(turn, fresh);
     this.save(conversation);
     this.onChange(conversation, turn);
     try {

@@ -57,7 +57,8 @@ export async function* ask({ path, body }, { key, signal }) {
 }
 
 function* parts(chunk) {
-  if (chunk.error) throw new ApiError(Number(chunk.error.status) || 500, chunk.error, chunk.error.retry_after_s ?? null);
+  const { error } = chunk;
+  if (error) throw new ApiError(Number(error.status) || 500, error, error.retry_after_s ?? null);
   if (chunk.swarm) yield { swarm: chunk.swarm };
   const choice = chunk.choices?.[0];
   if (!choice) return;

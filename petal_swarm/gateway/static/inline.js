@@ -96,13 +96,15 @@ function closer(text, from, run) {
   return -1;
 }
 
-function addLink(pen, [whole, label, target], depth) {
+function addLink(pen, [whole, text, target], depth) {
   const address = safeAddress(target.replace(/^<|>$/g, ""));
-  const words = label.trim() || target;
+  const words = text.trim() || target;
   if (!address) pen.write(whole);
   else {
     const link = anchor(address);
-    if (depth < MAX_DEPTH) appendInline(link, words.replace(/https?:\/\//g, (scheme) => scheme.replace(":", "\\:")), depth + 1);
+    // No link in a link: an escaped colon begins no address.
+    const label = words.replace(/https?:\/\//g, (scheme) => scheme.replace(":", "\\:"));
+    if (depth < MAX_DEPTH) appendInline(link, label, depth + 1);
     else link.append(words);
     pen.add(link);
   }

@@ -25,7 +25,8 @@ export class MarkdownView {
     const blocks = split(text.replace(/\r\n?/g, "\n").split("\n"));
     let same = 0;
     while (same < blocks.length && blocks[same].source === this.shown[same]?.source) same += 1;
-    const growing = blocks[same]?.kind === "code" && this.shown[same]?.kind === "code" ? this.root.children[same] : null;
+    const isCode = blocks[same]?.kind === "code" && this.shown[same]?.kind === "code";
+    const growing = isCode ? this.root.children[same] : null;
     const keep = growing ? same + 1 : same;
     while (this.root.children.length > keep) this.root.lastChild.remove();
     if (growing) fillCode(growing, blocks[same]);
@@ -192,9 +193,10 @@ function renderList({ start, items }, depth) {
 }
 
 function renderTable({ head, rows, aligned }) {
-  const row = (tag, texts) =>
-    el("tr", {}, ...head.map((_, column) => withInline(el(tag, { "data-align": aligned[column] }), texts[column] ?? "")));
-  const table = el("table", {}, el("thead", {}, row("th", head)), el("tbody", {}, ...rows.map((texts) => row("td", texts))));
+  const cell = (tag, texts, column) => withInline(el(tag, { "data-align": aligned[column] }), texts[column] ?? "");
+  const row = (tag, texts) => el("tr", {}, ...head.map((_, column) => cell(tag, texts, column)));
+  const body = el("tbody", {}, ...rows.map((texts) => row("td", texts)));
+  const table = el("table", {}, el("thead", {}, row("th", head)), body);
   return el("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" }, table);
 }
 

@@ -63,7 +63,7 @@ export class SettingsPanel {
     const offered = LENGTHS.filter((tokens) => tokens <= this.longest);
     if (!offered.length) offered.push(this.longest);
     if (offered.join() !== this.offered)
-      byId("length").replaceChildren(...offered.map((tokens) => el("option", { value: tokens, text: inWords(tokens) })));
+      byId("length").replaceChildren(...offered.map((value) => el("option", { value, text: inWords(value) })));
     this.offered = offered.join();
     byId("length").value = String(offered.findLast((tokens) => tokens <= chosen) ?? offered[0]);
   }

@@ -44,9 +44,10 @@ export class Side {
   #item(conversation, current) {
     const { id, task, title, updated } = conversation;
     const running = this.actions.isRunning(conversation);
+    const on = { click: () => this.actions.open(id) };
     const open = el(
       "button",
-      { type: "button", class: "conversation", "aria-current": current ? "true" : null, on: { click: () => this.actions.open(id) } },
+      { type: "button", class: "conversation", "aria-current": current ? "true" : null, on },
       icon(task in TASKS ? task : "chat"),
       el("span", { class: "conversation-title", text: title || "Untitled", title }),
       running ? el("span", { class: "dot pulsing" }) : el("span", { class: "when", text: ago(updated) }),

@@ -65,7 +65,8 @@ export class Store {
 function conversationFrom(id, stored) {
   const { task, options, title, updated, turns } = object(stored);
   if (typeof task !== "string" || !Array.isArray(turns)) return null;
-  const sound = turns.filter((turn) => typeof turn?.text === "string" && ["user", "assistant"].includes(turn.role));
+  const roles = ["user", "assistant"];
+  const sound = turns.filter((turn) => typeof turn?.text === "string" && roles.includes(turn.role));
   for (const turn of sound) {
     turn.options = object(turn.options);
     if (turn.state === "asked") turn.state = "left"; // the page was left while it was answered

@@ -29,8 +29,14 @@ class Page {
       shorten: (turn) => this.#shorten(turn),
       canShorten: () => this.conversation.turns.length - (this.conversation.from ?? 0) > 2,
     });
-    this.composer = new Composer({ send: (text) => this.#send(text), stop: () => this.answering.stop(this.conversation) });
-    this.settings = new SettingsPanel(this.store, { onChange: () => this.#showModel(), forget: () => this.#forgetAll() });
+    this.composer = new Composer({
+      send: (text) => this.#send(text),
+      stop: () => this.answering.stop(this.conversation),
+    });
+    this.settings = new SettingsPanel(this.store, {
+      onChange: () => this.#showModel(),
+      forget: () => this.#forgetAll(),
+    });
     this.side = new Side(this.store, {
       open: (id) => this.open(id),
       remove: (id) => this.#remove(id),
@@ -79,7 +85,8 @@ class Page {
 
   #show() {
     const { conversation } = this;
-    for (const node of byId("tasks").children) node.setAttribute("aria-pressed", String(node.dataset.task === conversation.task));
+    for (const node of byId("tasks").children)
+      node.setAttribute("aria-pressed", String(node.dataset.task === conversation.task));
     this.thread.show(conversation.turns, this.#emptyView());
     byId("main").classList.toggle("empty", !conversation.turns.length);
     this.composer.show(conversation.task, conversation.options, this.answering.isRunning(conversation));
@@ -186,7 +193,8 @@ class Page {
     const turn = { role: "assistant", text: "", options: {}, state: "asked" };
     conversation.turns.push(turn);
     conversation.updated = Date.now();
-    const request = requestFor(conversation.task, said, model ?? { id: "default", has_chat_template: true }, this.settings.values);
+    const asked = model ?? { id: "default", has_chat_template: true };
+    const request = requestFor(conversation.task, said, asked, this.settings.values);
     this.answering.answer(conversation, turn, request, this.store.settings.key);
     this.#show();
     this.thread.goToEnd();
@@ -213,7 +221,8 @@ class Page {
   }
 
   #saveRunning() {
-    for (const conversation of this.store.list()) if (this.answering.isRunning(conversation)) this.store.save(conversation);
+    for (const conversation of this.store.list())
+      if (this.answering.isRunning(conversation)) this.store.save(conversation);
   }
 
   // The gateway
@@ -256,7 +265,8 @@ function toast(text, action, onAction) {
     node.hidden = true;
     onAction();
   };
-  node.replaceChildren(el("span", { text }), el("button", { type: "button", class: "quiet", text: action, on: { click: act } }));
+  const offer = el("button", { type: "button", class: "quiet", text: action, on: { click: act } });
+  node.replaceChildren(el("span", { text }), offer);
   node.hidden = false;
   clearTimeout(toastEnds);
   toastEnds = setTimeout(() => {

@@ -19,11 +19,26 @@ export const LANGUAGES = {
 
 /** What Write writes: for chat models an instruction, for others how such a text may begin. */
 export const KINDS = {
-  "Continue my text": { ask: (text) => `Continue this text in the same style. Reply with the continuation only.\n\n${text}`, begin: (text) => text },
-  "A story": { ask: (text) => `Write a short story about this: ${text}`, begin: (text) => `A short story. Its subject: ${text}\n\nOnce upon a time,` },
-  "A poem": { ask: (text) => `Write a poem about this: ${text}`, begin: (text) => `A poem. Its subject: ${text}\n\n` },
-  "An e-mail": { ask: (text) => `Write an e-mail. What it should say: ${text}`, begin: (text) => `An e-mail. What it says: ${text}\n\nDear` },
-  "A summary": { ask: (text) => `Summarize this text in a few sentences.\n\n${text}`, begin: (text) => `${text}\n\nIn short:` },
+  "Continue my text": {
+    ask: (text) => `Continue this text in the same style. Reply with the continuation only.\n\n${text}`,
+    begin: (text) => text,
+  },
+  "A story": {
+    ask: (text) => `Write a short story about this: ${text}`,
+    begin: (text) => `A short story. Its subject: ${text}\n\nOnce upon a time,`,
+  },
+  "A poem": {
+    ask: (text) => `Write a poem about this: ${text}`,
+    begin: (text) => `A poem. Its subject: ${text}\n\n`,
+  },
+  "An e-mail": {
+    ask: (text) => `Write an e-mail. What it should say: ${text}`,
+    begin: (text) => `An e-mail. What it says: ${text}\n\nDear`,
+  },
+  "A summary": {
+    ask: (text) => `Summarize this text in a few sentences.\n\n${text}`,
+    begin: (text) => `${text}\n\nIn short:`,
+  },
 };
 
 const CHAT_EXAMPLE = `A conversation between a person and an assistant, who knows a lot and says it clearly.
@@ -45,7 +60,11 @@ export const TASKS = {
     temperature: 0.7,
     title: "What is on your mind?",
     placeholder: "Write a message",
-    examples: ["Explain black holes to a ten-year-old", "Help me plan a weekend without screens", "What makes a good apology?"],
+    examples: [
+      "Explain black holes to a ten-year-old",
+      "Help me plan a weekend without screens",
+      "What makes a good apology?",
+    ],
   },
   ask: {
     label: "Ask",
@@ -71,7 +90,11 @@ export const TASKS = {
     temperature: 0.9,
     title: "What shall we write?",
     placeholder: "A subject, or the beginning of a text",
-    examples: ["A lighthouse keeper who is afraid of the sea", "The first snow of the year", "Asking the neighbours to feed the cat"],
+    examples: [
+      "A lighthouse keeper who is afraid of the sea",
+      "The first snow of the year",
+      "Asking the neighbours to feed the cat",
+    ],
   },
 };
 
@@ -85,17 +108,20 @@ export function requestFor(task, turns, model, settings) {
     temperature: settings.temperature ?? TASKS[task].temperature,
   };
   const asked = TASKS[task].turns ? turns : turns.slice(-1);
-  if (model.has_chat_template) return { path: "/v1/chat/completions", body: { ...sampling, messages: messages(task, asked, settings) } };
+  if (model.has_chat_template)
+    return { path: "/v1/chat/completions", body: { ...sampling, messages: messages(task, asked, settings) } };
   return { path: "/v1/completions", body: { ...sampling, ...plain(task, asked, settings) } };
 }
 
 function messages(task, turns, { system }) {
-  const told = turns.map(({ role, text, options }) => ({ role, content: role === "user" ? instruct(task, text, options) : text }));
+  const content = ({ role, text, options }) => (role === "user" ? instruct(task, text, options) : text);
+  const told = turns.map((turn) => ({ role: turn.role, content: content(turn) }));
   return task === "chat" && system ? [{ role: "system", content: system }, ...told] : told;
 }
 
 function instruct(task, text, options) {
-  if (task === "translate") return `Translate the following text to ${options.to}. Reply with the translation only.\n\n${text}`;
+  if (task === "translate")
+    return `Translate the following text to ${options.to}. Reply with the translation only.\n\n${text}`;
   if (task === "write") return (KINDS[options.kind] ?? KINDS["A story"]).ask(text);
   return text;
 }

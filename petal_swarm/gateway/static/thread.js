@@ -169,10 +169,9 @@ class Answer {
     const { state, error, finish, text } = this.turn;
     this.note.replaceChildren();
     if (state === "failed" && error) this.note.append(this.#problem(error));
-    else if (state === "stopped") this.note.append(remark(text ? "You stopped this answer." : "You stopped before an answer came."));
-    else if (state === "left") this.note.append(remark("The page was left before this answer was complete."));
-    else if (state === "done" && !text.trim()) this.note.append(remark("The model answered with nothing. Ask again, or in other words."));
-    else if (finish === "length") this.note.append(remark("Cut at the longest answer that the settings allow."));
+    else
+      for (const words of remarks(state, finish, Boolean(text.trim())))
+        this.note.append(el("p", { class: "hint", text: words }));
   }
 
   #problem({ title, text, action, waitS }) {
@@ -186,7 +185,8 @@ class Answer {
       offer("Go on without the oldest messages", () => this.actions.shorten(this.turn));
     else if (action !== "shorten") countDown(offer("Try again", () => this.actions.retry(this.turn)), waitS);
     if (action === "settings") offer("Open settings", () => this.actions.settings());
-    if (action === "swarm") words.lastChild.append(el("a", { class: "button", href: "/swarm", text: "Look at the swarm" }));
+    if (action === "swarm")
+      words.lastChild.append(el("a", { class: "button", href: "/swarm", text: "Look at the swarm" }));
     return el("div", { class: "note bad", role: "alert" }, icon("alert"), words);
   }
 
@@ -197,8 +197,12 @@ class Answer {
   }
 }
 
-function remark(text) {
-  return el("p", { class: "hint", text });
+/** What is to be said of an answer that did not end by itself. */
+function remarks(state, finish, hasText) {
+  if (state === "stopped") return [hasText ? "You stopped this answer." : "You stopped before an answer came."];
+  if (state === "left") return ["The page was left before this answer was complete."];
+  if (state === "done" && !hasText) return ["The model answered with nothing. Ask again, or in other words."];
+  return finish === "length" ? ["Cut at the longest answer that the settings allow."] : [];
 }
 
 /** The logo's petals, one after the other. */
