@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -89,17 +90,14 @@ class Line:
         self._served: dict[str, int] = {}
         self._now_served = 0
         self._mean_s: float | None = None
+        #: When the last one who was refused is to come again.
+        self._promised_s = -math.inf
         self._telling = False
 
     @property
     def stats(self) -> LineStats:
         """How full it is."""
         return LineStats(self._room, self._busy, self._num_waiting, self._max_waiting)
-
-    @property
-    def retry_after_s(self) -> float:
-        """In how many seconds one who comes too early may find a place, as far as can be told."""
-        return min(max(_SHORTEST_RETRY_S, self._expected_s(self._num_waiting + 1)), _LONGEST_RETRY_S)
 
     @asynccontextmanager
     async def enter(
@@ -149,7 +147,7 @@ class Line:
                 self._give_up(waiter)
             if isinstance(error, TimeoutError):
                 message = f"no room became free within {self._max_wait_s:.0f} s; try again later"
-                raise WaitedTooLongError(message, retry_after_s=self.retry_after_s) from None
+                raise WaitedTooLongError(message, retry_after_s=self._promise_s()) from None
             raise
 
     def _make_place(self, visitor: str) -> None:
@@ -165,8 +163,21 @@ class Line:
     def _full(self) -> LineFullError:
         return LineFullError(
             f"all {self._room} places are taken and {self._num_waiting} requests wait; try again later",
-            retry_after_s=self.retry_after_s,
+            retry_after_s=self._promise_s(),
         )
+
+    def _promise_s(self) -> float:
+        """In how many seconds one who is refused now may come again.
+
+        Half of those who wait should be gone by then. Those who are refused at once are not told the same
+        time, or they would all be there again at once, and most refused again: each is told to come one
+        answer later than the one before.
+        """
+        now_s = asyncio.get_running_loop().time()
+        soon_s = now_s + max(_SHORTEST_RETRY_S, self._expected_s(1 + self._num_waiting // 2))
+        later_s = max(soon_s, self._promised_s + self._expected_s(1))
+        self._promised_s = min(later_s, now_s + _LONGEST_RETRY_S)
+        return self._promised_s - now_s
 
     def _tag(self, visitor: str) -> int:
         return max(self._now_served, self._served.get(visitor, 0))

@@ -72,15 +72,20 @@ def test_one_who_sends_many_waits_behind_himself() -> None:
     run(check())
 
 
-def test_visitors_get_equal_shares_of_the_room() -> None:
+def test_visitors_get_equal_shares_of_the_room_however_long_their_answers() -> None:
     async def check() -> None:
-        visits = Visits(Line(room=4, max_waiting=100), took_s=1.0)
-        for visitor in ("a", "b"):
-            for _ in range(20):
-                visits.start(visitor)
-        await asyncio.sleep(5.5)  # four of a came first, then both share
-        assert abs(visits.log.count("a") - visits.log.count("b")) <= 4
-        await visits.finish()
+        line = Line(room=4, max_waiting=1000)
+        slow, quick = Visits(line, took_s=10.0), Visits(line, took_s=1.0)
+        for _ in range(10):
+            slow.start("slow")
+        for _ in range(100):
+            quick.start("quick")
+        await asyncio.sleep(15.5)  # four of the slow one came first, then both share
+        assert line.stats.running == 4
+        for _ in range(15):
+            await asyncio.sleep(1)
+            assert line._running == {"slow": 2, "quick": 2}
+        await asyncio.gather(*slow.tasks, *quick.tasks)
 
     run(check())
 
@@ -163,10 +168,33 @@ def test_a_full_line_refuses_with_a_time() -> None:
         await asyncio.sleep(0)
         with pytest.raises(LineFullError) as caught:
             await visits.visit("d")
-        assert caught.value.retry_after_s == pytest.approx(15.0)
-        assert caught.value.headers() == {"retry-after": "15"}
+        assert caught.value.retry_after_s == pytest.approx(10.0)
+        assert caught.value.headers() == {"retry-after": "10"}
         assert caught.value.status == 429
         assert await visits.finish() == [None] * 3
+
+    run(check())
+
+
+def test_those_who_are_refused_at_once_come_again_one_after_the_other() -> None:
+    async def check() -> None:
+        visits = Visits(Line(room=2, max_waiting=2), took_s=4.0)
+        await visits.visit("measured")
+        for number in range(50):
+            visits.start(f"v{number}")
+        await asyncio.sleep(0)
+        told = [each.exception().retry_after_s for each in visits.tasks[4:]]  # type: ignore[union-attr]
+        assert told[:4] == pytest.approx([4.0, 6.0, 8.0, 10.0])
+        assert told == sorted(told)
+        assert told[-1] == pytest.approx(60.0)
+        await visits.finish()
+        visits.tasks.clear()
+        await asyncio.sleep(100)
+        for number in range(5):
+            visits.start(f"v{number}")
+        await asyncio.sleep(0)
+        assert visits.tasks[4].exception().retry_after_s == pytest.approx(4.0)  # type: ignore[union-attr]
+        await visits.finish()
 
     run(check())
 

@@ -21,6 +21,9 @@ from petal_swarm.models.prompts import Message, chat_tokens, has_template, stop_
 DEFAULT_COMPLETION_TOKENS = 16
 #: Longer texts are cut into tokens in a thread: about a millisecond for each 4,000 characters.
 INLINE_CHARACTERS = 4000
+#: No text that somebody wants answered has so many for each token. Two megabytes would keep a core busy for
+#: seconds, only to be refused.
+MAX_CHARACTERS_PER_TOKEN = 16
 
 B = TypeVar("B", bound=Body)
 
@@ -132,6 +135,14 @@ class Reader:
         return texts, tuple(prompts)
 
     async def _encode(self, characters: int, work: Any, *arguments: Any) -> list[int]:
+        limit = self._context_tokens
+        if limit is not None and characters > limit * MAX_CHARACTERS_PER_TOKEN:
+            raise bad_request(
+                f"This model's context has {limit} tokens, which {characters} characters do not fit in."
+                " Shorten the prompt.",
+                "messages",
+                "context_length_exceeded",
+            )
         if characters <= INLINE_CHARACTERS:
             tokens: list[int] = work(*arguments)
             return tokens

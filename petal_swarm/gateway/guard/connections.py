@@ -16,7 +16,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from petal_swarm.gateway.guard.addresses import Proxies, group, parse
+from petal_swarm.gateway.guard.addresses import LOCAL, Proxies, group, parse
 from petal_swarm.gateway.guard.config import ConnectionLimits
 from petal_swarm.gateway.refusals import (
     HeadTooLargeError,
@@ -53,9 +53,9 @@ def _raw(error: RefusedError) -> bytes:
 class Connections:
     """All connections of a server, in its event loop; `protocol` is uvicorn's `http`.
 
-    When all are taken, a new one takes the place of the one that has waited longest for a request to begin
-    or to be whole; if all are being answered, it is refused. This machine, and proxies that are trusted, may
-    have any number of them.
+    When all are taken, a new one takes the place of one that waits for a request to begin or to be whole: of
+    the address that has most of these the oldest, so that who has one keeps it. If all are being answered,
+    the new one is refused. This machine, and proxies that are trusted, may have any number of them.
     """
 
     def __init__(
@@ -69,8 +69,8 @@ class Connections:
         self._proxies = Proxies(trusted_proxies)
         self._open: set[GuardedProtocol] = set()
         self._of_address: dict[str, int] = {}
-        #: Those without a request under way, longest first, and when they end.
-        self._waiting: OrderedDict[GuardedProtocol, float] = OrderedDict()
+        #: Of each address those without a request under way, longest first, and when they end.
+        self._waiting: dict[str, OrderedDict[GuardedProtocol, float]] = {}
         self._max = limits.max_connections
         self._timer: asyncio.TimerHandle | None = None
 
@@ -104,19 +104,16 @@ class Connections:
 
     def enter(self, protocol: GuardedProtocol) -> bool:
         """A connection was made; False if there is no room for it."""
-        address = self._address(protocol)
-        if address is not None and self._of_address.get(address, 0) >= self.limits.max_of_address:
+        address = parse(protocol.client[0]) if protocol.client else None
+        name = LOCAL if address is None else group(address)
+        bounded = address is not None and not address.is_loopback and not self._proxies.is_trusted(address)
+        if bounded and self._of_address.get(name, 0) >= self.limits.max_of_address:
             return False
-        if len(self._open) >= self._max:
-            if not self._waiting:
-                return False
-            oldest, _ = self._waiting.popitem(last=False)
-            self.leave(oldest)
-            oldest.transport.abort()
+        if len(self._open) >= self._max and not self._make_room():
+            return False
         self._open.add(protocol)
-        protocol.address = address
-        if address is not None:
-            self._of_address[address] = self._of_address.get(address, 0) + 1
+        protocol.address = name
+        self._of_address[name] = self._of_address.get(name, 0) + 1
         self.wait(protocol, self.limits.head_timeout_s)
         if self._timer is None:
             self._timer = protocol.loop.call_later(_LOOK_S, self._look, protocol.loop)
@@ -126,34 +123,40 @@ class Connections:
         """The connection is lost, or about to be; any number of times."""
         if protocol in self._open:
             self._open.discard(protocol)
-            self._waiting.pop(protocol, None)
-            address = protocol.address
-            if address is not None:
-                self._of_address[address] -= 1
-                if not self._of_address[address]:
-                    del self._of_address[address]
+            self.answer(protocol)
+            self._of_address[protocol.address] -= 1
+            if not self._of_address[protocol.address]:
+                del self._of_address[protocol.address]
 
     def wait(self, protocol: GuardedProtocol, timeout_s: float) -> None:
         """The connection has no request under way, and has so long to send one, or to go on with it."""
         if protocol in self._open:
-            self._waiting.pop(protocol, None)
-            self._waiting[protocol] = protocol.loop.time() + timeout_s
+            own = self._waiting.setdefault(protocol.address, OrderedDict())
+            own[protocol] = protocol.loop.time() + timeout_s
+            own.move_to_end(protocol)
 
     def answer(self, protocol: GuardedProtocol) -> None:
         """A request's head is whole."""
-        self._waiting.pop(protocol, None)
+        own = self._waiting.get(protocol.address)
+        if own is not None:
+            own.pop(protocol, None)
+            if not own:
+                del self._waiting[protocol.address]
 
-    def _address(self, protocol: GuardedProtocol) -> str | None:
-        """None for who may have any number."""
-        address = parse(protocol.client[0]) if protocol.client else None
-        if address is None or address.is_loopback or self._proxies.is_trusted(address):
-            return None
-        return group(address)
+    def _make_room(self) -> bool:
+        most = max(self._waiting.values(), key=len, default=None)
+        if most is None:
+            return False
+        oldest = next(iter(most))
+        self.leave(oldest)
+        oldest.transport.abort()
+        return True
 
     def _look(self, loop: asyncio.AbstractEventLoop) -> None:
         """One timer for all: one each would cost more, and a second more or less does not matter."""
         now = loop.time()
-        for protocol in [each for each, until_s in self._waiting.items() if until_s <= now]:
+        late = [each for own in self._waiting.values() for each, until_s in own.items() if until_s <= now]
+        for protocol in late:
             protocol.end_idle()
         stuck_s = now - self.limits.write_timeout_s
         for protocol in [each for each in self._open if each.stuck_since_s <= stuck_s]:
@@ -171,7 +174,7 @@ class GuardedProtocol(HttpToolsProtocol):
         super().__init__(**arguments)
         self._guard = connections
         self._limits = connections.limits
-        self.address: str | None = None
+        self.address = LOCAL
         #: Since when the peer takes nothing; infinity if it does.
         self.stuck_since_s = float("inf")
         self._head_bytes = 0

@@ -140,6 +140,21 @@ def test_a_prompt_of_ten_megabytes_is_refused_unread() -> None:
     run(check)
 
 
+@pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
+def test_what_cannot_fit_is_not_cut_into_tokens(path: str) -> None:
+    """It would take seconds, and a minute of one visitor's requests all of a machine."""
+
+    async def check() -> None:
+        house = House()
+        house.source.tokenizer.encode = house.source.tokenizer.apply_chat_template = None  # not to be called
+        text = "a" * 20_000
+        body = {"model": "tiny", "prompt": text, "messages": [{"role": "user", "content": text}]}
+        answer = await house.post(path, json.dumps(body).encode())
+        assert (answer.status, answer.code) == (400, "context_length_exceeded")
+
+    run(check)
+
+
 def test_a_crowd_is_answered_or_told_when_to_come_again() -> None:
     async def check() -> None:
         house = House(room=3, max_waiting=10, waits=True)

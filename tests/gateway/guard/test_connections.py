@@ -199,6 +199,23 @@ def test_connections_of_an_address_are_bounded() -> None:
     run(check)
 
 
+def test_when_all_are_taken_who_has_most_idle_ones_makes_room() -> None:
+    async def check() -> None:
+        host = Host(max_connections=5)
+        early = host.connect("203.0.113.1")
+        many = [host.connect("203.0.113.2") for _ in range(3)]
+        for _ in range(2):
+            many.append(host.connect("203.0.113.2"))
+        for number in range(3, 6):
+            host.connect(f"203.0.113.{number}")
+        await asyncio.sleep(0)
+        assert early.is_open
+        assert [wire.is_open for wire in many] == [False] * 4 + [True]
+        assert len(host.connections) == 5
+
+    run(check)
+
+
 def test_when_all_are_taken_the_longest_idle_one_makes_room() -> None:
     async def slow(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(1000)
@@ -374,6 +391,23 @@ def test_a_closed_connection_that_takes_nothing_ends_too() -> None:
     run(check)
 
 
+def test_nothing_is_kept_of_a_connection_that_was_reset() -> None:
+    """uvicorn's timer would hold it for as long as it might have been idle."""
+
+    async def check() -> None:
+        host = Host()
+        wire = host.connect()
+        wire.receive(GET)
+        await asyncio.sleep(1)
+        timer = wire.protocol.timeout_keep_alive_task
+        assert timer is not None
+        wire.protocol.connection_lost(ConnectionResetError())
+        assert timer.cancelled()
+        assert len(host.connections) == 0
+
+    run(check)
+
+
 def test_nothing_is_looked_at_while_nobody_is_connected() -> None:
     async def check() -> None:
         host = Host()
@@ -383,6 +417,8 @@ def test_nothing_is_looked_at_while_nobody_is_connected() -> None:
             wire.abort()
             await asyncio.sleep(2)
             assert host.connections._timer is None
+            assert not host.connections._waiting
+            assert not host.connections._of_address
 
     run(check)
 

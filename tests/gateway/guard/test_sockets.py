@@ -34,7 +34,7 @@ class Site:
 
     async def __aexit__(self, *_: object) -> None:
         await self._streams.aclose()
-        await self._server.stop(5.0, lambda: None)
+        await self._server.stop(5.0, is_idle=lambda: True, end=lambda: None)
 
     async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """A connection that is closed at the end."""
