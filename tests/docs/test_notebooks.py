@@ -65,6 +65,8 @@ def test_quickstart(model: Path, tmp_path: Path) -> None:
     assert "you -> local-1 0:2 -> local-2 2:4 -> you" in text
     assert "tokens are held by you -> local-1" in text
     assert "> And of Italy?" in text
+    (answer,) = re.findall(r"talk at http://127\.0\.0\.1:\d+, look at .*/swarm\n(.+)", text, re.DOTALL)
+    assert len(answer) > 10
 
 
 def test_fine_tune(model: Path, tmp_path: Path) -> None:

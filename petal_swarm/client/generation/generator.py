@@ -21,6 +21,7 @@ from petal_swarm.client.view import ModelRef
 from petal_swarm.errors import ConfigError
 from petal_swarm.models.checkpoint import Checkpoint, open_checkpoint
 from petal_swarm.models.ends import Ends, load_ends
+from petal_swarm.models.prompts import context_length
 from petal_swarm.models.token_texts import TokenTexts
 from petal_swarm.models.tokenizer import load_tokenizer
 from petal_swarm.net.swarm_key import load_swarm_key
@@ -134,7 +135,7 @@ async def connect_generator(
         ends,
         tokenizer,
         end_tokens=end_tokens_of(checkpoint, tokenizer),
-        context_tokens=context_tokens_of(checkpoint),
+        context_tokens=context_length(checkpoint.hf_config()),
         adapters=own,
     )
 
@@ -149,7 +150,3 @@ def end_tokens_of(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
     return frozenset((stated,) if isinstance(stated, int) else stated)
 
 
-def context_tokens_of(checkpoint: Checkpoint) -> int | None:
-    """How long a text the model was made for; None if it does not say (BLOOM's ALiBi has no end)."""
-    length = getattr(checkpoint.hf_config(), "max_position_embeddings", None)
-    return int(length) if length else None
