@@ -34,6 +34,10 @@ class Group(Protocol):
     shard: Shard
     spread_from: int
 
+    def share(self, tensor: Tensor) -> None:
+        """Gives everybody what rank 0 has in `tensor`."""
+        ...
+
     def sum(self, tensor: Tensor) -> None:
         """Adds up what all ranks have, in place; the same at all of them to the last bit."""
         ...

@@ -68,6 +68,11 @@ class BlockStack:
         }
         self._rotary = RotaryTable(config.rope, config.head_dim, self.device) if config.rope else None
 
+    @property
+    def ranks(self) -> int:
+        """How many share the blocks out."""
+        return 1 if self._shard is None else self._shard.ranks
+
     def allocate(self, pool_tokens: int, kv_dtype: str) -> KVPool:
         """The KV pool of an engine that runs these blocks; see `KVPool.allocate`."""
         own = self._own_config
