@@ -139,8 +139,8 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         type=positive,
         default=1,
         metavar="N",
-        help="share each block out over N GPUs, or N processes on a CPU, which hold and compute a part each; N"
-        " must divide the model's attention heads. Such a server does not train (default: 1)",
+        help="share each block out over N GPUs, or N processes on a CPU; N must divide the model's attention"
+        " heads, and such a server does not train (default: 1)",
     )
     blocks.add_argument(
         "--dtype",

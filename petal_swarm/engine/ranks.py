@@ -35,8 +35,9 @@ _SPREAD_FROM_CUDA = 1024
 
 @dataclass(frozen=True)
 class RankSettings:
-    """What a rank has to know to load its part; `rendezvous` is a file that only this server's ranks
-    see, `quantized` where quantized parts are kept."""
+    """What a rank has to know to load its part; `rendezvous` is a file that only this server's ranks see,
+    `quantized` where quantized parts are kept; `spread_from` as in `Group`, None is what measured best.
+    """
 
     model: str
     span: Span
@@ -47,6 +48,7 @@ class RankSettings:
     rendezvous: Path = Path()
     quantized: Path | None = None
     threads: int | None = None
+    spread_from: int | None = None
 
 
 class LoraRows(NamedTuple):
@@ -127,13 +129,14 @@ class TorchGroup:
         RuntimeError: a rank does not come, or goes; after that the group is of no use.
     """
 
-    def __init__(self, shard: Shard, device: torch.device, rendezvous: Path) -> None:
-        self.shard = shard
+    def __init__(self, settings: RankSettings) -> None:
+        shard = self.shard = settings.shard
         self._others = [rank for rank in range(shard.ranks) if rank != shard.rank]
-        self._on_host = device.type == "cpu"
-        self.spread_from = _SPREAD_FROM_CPU if self._on_host else _SPREAD_FROM_CUDA
+        self._on_host = torch.device(settings.device).type == "cpu"
+        best = _SPREAD_FROM_CPU if self._on_host else _SPREAD_FROM_CUDA
+        self.spread_from = best if settings.spread_from is None else settings.spread_from
         kind: Any = dist
-        store = kind.FileStore(str(rendezvous), shard.ranks)
+        store = kind.FileStore(str(settings.rendezvous), shard.ranks)
         self._group = (_gloo if self._on_host else _nccl)(store, shard)
 
     def share(self, tensor: Tensor) -> None:

@@ -149,7 +149,7 @@ def main() -> int:
     device = torch.device(settings.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    group = TorchGroup(settings.shard, device, settings.rendezvous)
+    group = TorchGroup(settings)
     stack = ShardedStack(
         checkpoint.config, settings.span, blocks, dtype=settings.dtype, device=device, group=group
     )

@@ -13,8 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-import torch
-
 from petal_swarm.engine.leading import Crew, LeadingStack
 from petal_swarm.engine.ranks import RankSettings, TorchGroup
 from petal_swarm.engine.worker import read_part
@@ -138,7 +136,7 @@ def load_ranks(
 
 def _meet(settings: RankSettings) -> TorchGroup:
     try:
-        return TorchGroup(settings.shard, torch.device(settings.device), settings.rendezvous)
+        return TorchGroup(settings)
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"the processes that share the blocks out do not meet: {reason}") from error

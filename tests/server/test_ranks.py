@@ -1,4 +1,4 @@
-"""Two processes that share blocks out, as an engine: equal results, whatever is interrupted, and their ends."""
+"""Two processes that share blocks out, as one engine: equal results, interruptions, and how they end."""
 
 from __future__ import annotations
 
