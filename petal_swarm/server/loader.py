@@ -116,7 +116,7 @@ class Loader:
         if threads is not None:
             torch.set_num_threads(threads)
         settings = RankSettings(
-            model=self._config.model,
+            model=self._checkpoint.source,
             span=span,
             shard=Shard(0, self._config.tensor_parallel),
             dtype=self.dtype,

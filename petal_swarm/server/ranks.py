@@ -34,6 +34,8 @@ class RankProcesses:
         self._on_lost = on_lost
         self._expected = False
         self._processes: list[subprocess.Popen[bytes]] = []
+        #: Threads that end with their process, once `on_lost` has been called if it has to be.
+        self.watchers: list[threading.Thread] = []
         try:
             for own in settings:
                 process = subprocess.Popen(_COMMAND, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -68,7 +70,9 @@ class RankProcesses:
     def watch(self) -> None:
         """From now on somebody wants to know when one is gone."""
         for process in self._processes:
-            threading.Thread(target=self._wait, args=[process], name="petal-swarm-rank", daemon=True).start()
+            watcher = threading.Thread(target=self._wait, args=[process], name="rank watcher", daemon=True)
+            watcher.start()
+            self.watchers.append(watcher)
 
     def kill(self) -> None:
         """They end, whatever they do, and are missed. Does not wait."""
