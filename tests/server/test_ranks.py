@@ -17,7 +17,7 @@ from petal_swarm.models.adapters import AdapterLayout, LoraPlace
 from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.sharding import Shard
 from petal_swarm.models.stack import load_blocks
-from petal_swarm.server.ranks import load_ranks
+from petal_swarm.server.ranks import RankProcesses, load_ranks
 from petal_swarm.span import Slice, Span
 from tests.engine.tiny import WHOLE, make, rows
 
@@ -136,46 +136,39 @@ def test_adapters_and_prefixes_are_equal(engines: tuple[Engine, Engine]) -> None
         engine.close_session("plain")
 
 
-def test_what_comes_after_a_lost_rank_fails_clearly(folder: Path) -> None:
+def test_a_rank_lost_between_two_blocks_ends_it_all_clearly(folder: Path) -> None:
     lost = threading.Event()
     engine = engine_of(folder, lost)
     engine.open_session("a", max_length=64)
-    assert engine.run([step("a", 0, 3, 1)])[0].error is None
+    batch = engine.begin([Chunk(engine.place(step("a", 0, 30, 1)), 30)])
+    batch.advance()
     engine.stack.crew._others._processes[0].kill()  # type: ignore[attr-defined]
     assert lost.wait(20)
-    for number in (2, 3):
-        with pytest.raises(RemoteError, match="a part of this server's blocks is gone"):
-            engine.run([step("a", number + 1, 1, number)])
+    with pytest.raises(RemoteError, match="a part of this server's blocks is gone"):
+        batch.advance()
+    with pytest.raises(RemoteError, match="a part of this server's blocks is gone"):
+        engine.run([step("a", 30, 1, 2)])
     engine.close()
 
 
 def test_parts_that_cannot_be_loaded_leave_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The leader reads what it finds; the others find that the weights are gone."""
+    """The leader has read its part; the others find that the weights are gone."""
     make("llama", tmp_path)
     checkpoint = open_checkpoint(str(tmp_path))
-    checkpoint.names()
-    ended: list[int] = []
-    monkeypatch.setattr("petal_swarm.server.ranks.read_part", lambda *_: [])
-    (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    settings = RankSettings(str(tmp_path), WHOLE, Shard(0, 2), torch.float32, "cpu", "none")
-    monkeypatch.setattr(
-        "petal_swarm.server.ranks.RankProcesses.end",
-        _noting("petal_swarm.server.ranks", ended),
-    )
-    with pytest.raises(CheckpointError, match="safetensors"):
-        load_ranks(checkpoint, settings, ["cpu"], None, lambda: None)
-    assert ended == [1]
-
-
-def _noting(module: str, ended: list[int]) -> object:
-    from petal_swarm.server.ranks import RankProcesses
-
+    left: list[int | None] = []
     end = RankProcesses.end
 
     def noting(self: RankProcesses) -> None:
         end(self)
-        ended.append(sum(process.poll() is not None for process in self._processes))
+        left.extend(process.poll() for process in self._processes)
 
-    return noting
+    monkeypatch.setattr(RankProcesses, "end", noting)
+    monkeypatch.setattr("petal_swarm.server.ranks.read_part", lambda *_: [])
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    settings = RankSettings(str(tmp_path), WHOLE, Shard(0, 2), torch.float32, "cpu", "none")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        load_ranks(checkpoint, settings, ["cpu"], None, lambda: None)
+    assert left
+    assert None not in left
