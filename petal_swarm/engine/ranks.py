@@ -138,8 +138,10 @@ class TorchGroup:
         kind: Any = dist
         store = kind.FileStore(str(settings.rendezvous), shard.ranks)
         self._group = (_gloo if self._on_host else _nccl)(store, shard)
-        # Who is through may remove the rendezvous, which others still read: only now all are.
-        self.sum(torch.zeros(1, device=settings.device))
+        # Who is through may remove the rendezvous, which others still read: only with this all are.
+        met = torch.zeros(1, device=settings.device)
+        self.sum(met)
+        met.item()
 
     def share(self, tensor: Tensor) -> None:
         """See `Group`."""

@@ -27,11 +27,17 @@ _END_TIMEOUT_S = 5.0
 class RankProcesses:
     """Processes that load their parts as `settings` say, each for its rank and on its device.
 
-    `on_lost` is called in another thread when one ends before it was dismissed.
+    `on_lost` is called in another thread when one ends before it was dismissed. `folder` goes with them.
     """
 
-    def __init__(self, settings: Sequence[RankSettings], on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        settings: Sequence[RankSettings],
+        on_lost: Callable[[], None],
+        folder: tempfile.TemporaryDirectory[str],
+    ) -> None:
         self._on_lost = on_lost
+        self._folder = folder
         self._expected = False
         self._processes: list[subprocess.Popen[bytes]] = []
         #: Threads that end with their process, once `on_lost` has been called if it has to be.
@@ -89,6 +95,7 @@ class RankProcesses:
                     _there(pipe).close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_END_TIMEOUT_S)
+        self._folder.cleanup()
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         process.wait()
@@ -113,20 +120,22 @@ def load_ranks(
     Raises:
         PetalSwarmError: a part cannot be loaded, or a rank has ended; no process is left.
     """
-    with tempfile.TemporaryDirectory(prefix="petal-swarm-") as folder:  # nobody else can look into it
-        settings = replace(settings, rendezvous=Path(folder) / "ranks")
-        others = [
-            replace(settings, shard=Shard(rank, settings.shard.ranks), device=device)
-            for rank, device in enumerate(devices, 1)
-        ]
-        processes = RankProcesses(others, on_lost)
-        try:
-            blocks = read_part(settings, checkpoint, progress)
-            processes.wait_loaded()
-            group = _meet(settings)
-        except BaseException:
-            processes.end()
-            raise
+    folder = tempfile.TemporaryDirectory(prefix="petal-swarm-")  # nobody else can look into it
+    settings = replace(settings, rendezvous=Path(folder.name) / "ranks")
+    others = [
+        replace(settings, shard=Shard(rank, settings.shard.ranks), device=device)
+        for rank, device in enumerate(devices, 1)
+    ]
+    processes = RankProcesses(others, on_lost, folder)
+    try:
+        blocks = read_part(settings, checkpoint, progress)
+        processes.wait_loaded()
+        group = _meet(settings)
+    except BaseException:
+        processes.end()
+        raise
+    if settings.device == "cpu":  # NCCL looks into it for as long as it lives
+        folder.cleanup()
     processes.watch()
     return LeadingStack(
         checkpoint.config,

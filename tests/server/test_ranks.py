@@ -18,21 +18,23 @@ from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.sharding import Shard
 from petal_swarm.models.stack import load_blocks
 from petal_swarm.server.ranks import RankProcesses, load_ranks
-from petal_swarm.span import Slice, Span
+from petal_swarm.span import Slice
 from tests.engine.tiny import WHOLE, make, rows
 
 TOLERANCE = 1e-5
 
 
-def engine_of(folder: Path, on_lost: threading.Event | None = None, span: Span = WHOLE) -> Engine:
+def engine_of(folder: Path, on_lost: threading.Event | None = None) -> Engine:
+    """Prompts of 25 rows and more are spread, others are not."""
     settings = RankSettings(
         model=str(folder),
-        span=span,
+        span=WHOLE,
         shard=Shard(0, 2),
         dtype=torch.float32,
         device="cpu",
         quant="none",
         threads=1,
+        spread_from=25,
     )
     lost = on_lost or threading.Event()
     stack = load_ranks(open_checkpoint(str(folder)), settings, ["cpu"], None, lost.set)
@@ -76,9 +78,9 @@ def test_prefill_decode_and_batches_are_equal(engines: tuple[Engine, Engine]) ->
     for engine in engines:
         for session in "ab":
             engine.open_session(session, max_length=64)
-    both(engines, [step("a", 0, 30, 1)])
-    both(engines, [step("b", 0, 20, 2), step("a", 30, 1, 3)])
-    both(engines, [step("b", 20, 1, 4), step("a", 31, 1, 5)])
+    both(engines, [step("a", 0, 29, 1)])
+    both(engines, [step("b", 0, 20, 2), step("a", 29, 1, 3)])
+    both(engines, [step("b", 20, 1, 4), step("a", 30, 1, 5)])
     both(engines, [step("a", 10, 3, 6)])
     for engine in engines:
         for session in "ab":
