@@ -181,8 +181,7 @@ class LeadingStack(ShardedStack):
     def forward(self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span) -> Tensor:
         """See `BlockStack`."""
         with self.crew.together():
-            number = self._begin(hidden, batch, blocks)
-            self.crew.tell(Advance(number, len(blocks)))
+            self._begin(hidden, batch, blocks, len(blocks))
             for output in super().forward_by_block(hidden, batch, pool, blocks):  # noqa: B007
                 pass
         return output
@@ -192,13 +191,13 @@ class LeadingStack(ShardedStack):
     ) -> Iterator[Tensor]:
         """See `BlockStack`."""
         with self.crew.together():
-            number = self._begin(hidden, batch, blocks)
+            number = self._begin(hidden, batch, blocks, 0)
         forward = super().forward_by_block(hidden, batch, pool, blocks)
         left = len(blocks)
         try:
             while left:
                 with self.crew.together():
-                    self.crew.tell(Advance(number, 1))
+                    self.crew.tell(Advance(number))
                     out = next(forward)
                 left -= 1
                 yield out
@@ -216,11 +215,11 @@ class LeadingStack(ShardedStack):
             else:
                 self.crew.tell(new)
 
-    def _begin(self, hidden: Tensor, batch: PackedBatch, blocks: Span) -> int:
+    def _begin(self, hidden: Tensor, batch: PackedBatch, blocks: Span, at_once: int) -> int:
         self.tell_news()
         number = next(self._counter)
         lora = tuple(LoraRows(start, stop, self._of_deltas[id(own)]) for start, stop, own in batch.lora)
-        self.crew.tell(Begin(number, blocks, batch.slices, lora))
+        self.crew.tell(Begin(number, blocks, at_once, batch.slices, lora))
         self.group.share(hidden.contiguous())
         return number
 

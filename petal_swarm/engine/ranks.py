@@ -60,19 +60,19 @@ class LoraRows(NamedTuple):
 
 
 class Begin(NamedTuple):
-    """The batch `number` is to go through `blocks`: the first that were shared are its hidden states."""
+    """The batch `number` is to go through `blocks`, so many `at_once`; its hidden states are shared next."""
 
     number: int
     blocks: Span
+    at_once: int
     slices: tuple[PackedSlice, ...]
     lora: tuple[LoraRows, ...]
 
 
 class Advance(NamedTuple):
-    """The batch `number` goes through so many more blocks."""
+    """The batch `number` goes through one more block."""
 
     number: int
-    blocks: int
 
 
 class Drop(NamedTuple):

@@ -67,8 +67,9 @@ class Worker:
         match command:
             case Begin():
                 self._begin(command)
-            case Advance(number, blocks):
-                self._advance(number, blocks)
+                self._advance(command.number, command.at_once)
+            case Advance(number):
+                self._advance(number, 1)
             case Drop(number):
                 del self._batches[number]
             case Allocate(pool_tokens, kv_dtype):
