@@ -135,6 +135,14 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
     )
     blocks.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     blocks.add_argument(
+        "--tensor-parallel",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="share each block out over N GPUs, or N processes on a CPU; N must divide the model's attention"
+        " heads, and such a server does not train (default: 1)",
+    )
+    blocks.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -197,7 +205,7 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         "--threads",
         type=positive,
         metavar="N",
-        help="CPU threads for arithmetic (default: one for each core)",
+        help="CPU threads for arithmetic, shared out with --tensor-parallel (default: one for each core)",
     )
 
 
@@ -225,6 +233,7 @@ def run(arguments: argparse.Namespace) -> int:
         swarm_key=arguments.swarm_key,
         allow_peers=tuple(arguments.allow_peer),
         device=arguments.device,
+        tensor_parallel=arguments.tensor_parallel,
         dtype=arguments.dtype,
         quant=arguments.quant,
         kv_dtype=arguments.kv_dtype,

@@ -109,6 +109,5 @@ class AdaptedSessions:
         except BaseException:
             self._cache.close(adapter)
             raise
-        for place, prefix in adapter.prefix.items():
-            self._pool.write(place, placement.extents, prefix)
+        self._pool.write_prefix(adapter, placement.extents)
         return PrefixRows(adapter.prefix_tokens, placement.extents)

@@ -20,7 +20,7 @@ from petal_swarm.engine.executor import CACHE_WAIT_S, Executor
 from petal_swarm.engine.scheduler import Job
 from petal_swarm.engine.steps import StepRequest, StepResult
 from petal_swarm.engine.works import Pieces, Work, internal_error
-from petal_swarm.errors import CacheFullError, RemoteError
+from petal_swarm.errors import CacheFullError, PetalSwarmError, RemoteError
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -259,5 +259,7 @@ def _run_into(future: Future[T], function: Callable[[], T]) -> None:
 def _run_guarded(engine: Engine, request: StepRequest) -> StepResult:
     try:
         return engine.run([request])[0]
+    except PetalSwarmError as error:
+        return StepResult(None, error, 0.0)
     except Exception as error:
         return StepResult(None, internal_error(error), 0.0)

@@ -24,7 +24,7 @@ from petal_swarm.engine.steps import PlacedStep, StepRequest, StepResult, check_
 from petal_swarm.errors import BadTensorError, PetalSwarmError, RemoteError
 from petal_swarm.models.devices import release_cached, to_device, wait_for
 from petal_swarm.models.packed_adapters import ServedAdapter
-from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
+from petal_swarm.models.packing import PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Span
 from petal_swarm.wire.messages.prefixes import PAGE_TOKENS, PageKeys
@@ -74,9 +74,7 @@ class Engine:
         self.max_batch_tokens = max_batch_tokens
         self._on_host = stack.device.type == "cpu"
         self._cache = KVCache(kv_tokens, prefix_tokens)
-        self._pool = KVPool.allocate(
-            stack.config, stack.span, self._cache.tokens, stack.dtype, stack.device, kv_dtype
-        )
+        self._pool = stack.allocate(self._cache.tokens, kv_dtype)
         self._adapted = AdaptedSessions(self._cache, self._pool)
         self._adapters = self._adapted.adapters
         self._prefixes = self._adapted.prefixes
@@ -88,6 +86,10 @@ class Engine:
     @property
     def kv_tokens_free(self) -> int:
         return self._cache.tokens_free
+
+    def close(self) -> None:
+        """Nothing will be asked for any more."""
+        self.stack.close()
 
     def open_session(
         self,

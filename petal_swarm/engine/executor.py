@@ -304,7 +304,7 @@ class Executor(Generic[T]):
 
     def _fail_all(self, portions: Sequence[Portion[T]], error: Exception) -> None:
         """A bug, or a device out of memory: the steps of this batch fail, the server lives."""
-        failure = internal_error(error)
+        failure = error if isinstance(error, PetalSwarmError) else internal_error(error)
         now = self._clock()
         for job, _ in portions:
             if not job.dropped:

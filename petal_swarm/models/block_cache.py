@@ -25,6 +25,7 @@ from torch import Tensor
 from petal_swarm.models.checkpoint import Checkpoint
 from petal_swarm.models.family import Shape
 from petal_swarm.models.quantization import PARTS, Quant, Weight, from_parts, part_shapes
+from petal_swarm.models.sharding import Shard
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +51,15 @@ class BlockCache:
         self._writable = True
 
     @classmethod
-    def of(cls, folder: Path, checkpoint: Checkpoint, quant: Quant, dtype: torch.dtype) -> BlockCache | None:
-        """The cache for blocks of `checkpoint`; None if its files cannot be told from edited ones."""
+    def of(
+        cls,
+        folder: Path,
+        checkpoint: Checkpoint,
+        quant: Quant,
+        dtype: torch.dtype,
+        shard: Shard | None = None,
+    ) -> BlockCache | None:
+        """The cache for blocks of `checkpoint`, or that part of them; None if edited files look the same."""
         try:
             identity = checkpoint.identity()
         except OSError:
@@ -59,6 +67,8 @@ class BlockCache:
         if identity is None:
             return None
         settings = f"{VERSION}\0{quant}\0{dtype}\0{identity}"
+        if shard is not None:
+            settings += f"\0{shard.rank}/{shard.ranks}"
         digest = hashlib.blake2b(settings.encode(), digest_size=8).hexdigest()
         return cls(folder, f"{checkpoint.model_key}-{quant}-{digest}")
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.checkpoint import Checkpoint, Progress
+from petal_swarm.models.family import Shape
 from petal_swarm.models.quantization import Quant, Weight, check_quant, map_parts, quantize
+from petal_swarm.models.sharding import Shard
 
 
 @dataclass(frozen=True)
 class BlockSource:
-    """Where blocks come from; `cache` holds quantized ones only.
+    """Where blocks come from; `cache` holds quantized ones only. With `shard`, that part of each.
 
     Raises:
         ConfigError: this model cannot be quantized so, or what that needs is not installed.
@@ -26,6 +30,7 @@ class BlockSource:
     quant: Quant = "none"
     cache: BlockCache | None = None
     threads: int | None = None
+    shard: Shard | None = None
 
     def __post_init__(self) -> None:
         check_quant(self.quant, self.checkpoint.family.block_shapes(self.checkpoint.config).values())
@@ -43,27 +48,49 @@ class BlockSource:
 
     def _plain(self, number: int, progress: Progress | None) -> dict[str, Weight]:
         shapes = self.checkpoint.family.block_tensors(self.checkpoint.config, number)
-        plain = self.checkpoint.load(
-            shapes, dtype=self.dtype, device=self.device, progress=progress, threads=self.threads
+        if self.shard is None:
+            plain = self.checkpoint.load(
+                shapes, dtype=self.dtype, device=self.device, progress=progress, threads=self.threads
+            )
+            return {**plain}
+        convert = partial(self._convert, number)
+        parts = self.checkpoint.load_converted(
+            shapes, convert, dtype=self.dtype, progress=progress, threads=self.threads
         )
-        return {**plain}
+        return {name: map_parts(parts.pop(name), self._move) for name in shapes}
 
     def _quantized(self, number: int, progress: Progress | None) -> dict[str, Weight]:
         shapes = self.checkpoint.family.block_tensors(self.checkpoint.config, number)
-        tensors = None if self.cache is None else self.cache.load(number, self.quant, shapes)
+        tensors = None if self.cache is None else self.cache.load(number, self.quant, self._own(shapes))
         if tensors is not None and progress is not None:
             size = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.float32.itemsize
             progress(size, size)  # the same as if they had been read
         if tensors is None:
-            tensors = self.checkpoint.load_converted(
-                shapes, self._convert, progress=progress, threads=self.threads
-            )
+            convert = partial(self._convert, number)
+            tensors = self.checkpoint.load_converted(shapes, convert, progress=progress, threads=self.threads)
             if self.cache is not None:
                 self.cache.store(number, tensors)
         return {name: map_parts(tensors.pop(name), self._move) for name in shapes}
 
-    def _convert(self, name: str, tensor: Tensor) -> Weight:
-        return tensor.to(self.dtype) if tensor.dim() < 2 else quantize(name, tensor, self.quant)
+    def _convert(self, number: int, name: str, tensor: Tensor) -> Weight:
+        """What is kept of a tensor. Rows can be cut before they are quantized; columns need the whole row."""
+        if self.shard is None:
+            return self._quantize(name, tensor)
+        family, config = self.checkpoint.family, self.checkpoint.config
+        local = name.removeprefix(family.block_prefix.format(number))
+        own = self._quantize(name, self.shard.first_cut(family, config, local, tensor))
+        return self.shard.second_cut(family, config, local, own)
+
+    def _quantize(self, name: str, tensor: Tensor) -> Weight:
+        plain = tensor.dim() < 2 or self.quant == "none"
+        return tensor.to(self.dtype) if plain else quantize(name, tensor, self.quant)
+
+    def _own(self, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+        """Of these shapes of a block's whole tensors, those of what is kept."""
+        if self.shard is None:
+            return dict(shapes)
+        own = self.shard.shapes(self.checkpoint.family, self.checkpoint.config)
+        return dict(zip(shapes, own.values(), strict=True))
 
     def _move(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device)

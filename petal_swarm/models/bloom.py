@@ -14,9 +14,9 @@ from torch.nn import functional as F
 
 from petal_swarm.models.attention import Attention
 from petal_swarm.models.config import Fields, ModelConfig
-from petal_swarm.models.family import EndNames, Family, Shape
+from petal_swarm.models.family import EndNames, Family, Shape, Split
 from petal_swarm.models.linear import Projection
-from petal_swarm.models.lora import Part, Project
+from petal_swarm.models.lora import Part, Project, adapt
 from petal_swarm.models.norms import LayerNorm
 from petal_swarm.models.quantization import Weight, make_linear, map_parts, vector
 
@@ -66,7 +66,7 @@ class BloomBlock:
         """A copy with other projections; norms are shared."""
         made = copy(self)
         for slot, parts in self._parts.items():
-            setattr(made, slot, project(parts, getattr(self, slot)))
+            setattr(made, slot, adapt(project, parts, getattr(self, slot)))
         return made
 
     @property
@@ -78,8 +78,9 @@ class BloomBlock:
 def _parts(config: ModelConfig) -> dict[str, tuple[Part, ...]]:
     hidden, inner = config.hidden_size, config.intermediate_size
     by_kind = partial(_split_by_kind, config)
+    heads = config.num_heads * config.head_dim
     return {
-        "_qkv": (Part("self_attention.query_key_value", 3 * hidden, by_kind),),
+        "_qkv": (Part("self_attention.query_key_value", 3 * heads, by_kind),),
         "_out": (Part("self_attention.dense", hidden),),
         "_up": (Part("mlp.dense_h_to_4h", inner),),
         "_down": (Part("mlp.dense_4h_to_h", hidden),),
@@ -181,6 +182,12 @@ FAMILY = Family(
     slopes=alibi_slopes,
     rms_norms=False,
     default_quant="int8",
+    splits={
+        "self_attention.query_key_value": Split("rows", "heads"),
+        "self_attention.dense": Split("columns", "heads"),
+        "mlp.dense_h_to_4h": Split("rows", "inner"),
+        "mlp.dense_4h_to_h": Split("columns", "inner"),
+    },
     gguf_architectures={"bloom": "BloomForCausalLM"},
     gguf_block={
         "input_layernorm": "attn_norm",

@@ -133,18 +133,19 @@ class Checkpoint:
         shapes: Mapping[str, Shape],
         convert: Callable[[str, Tensor], T],
         *,
+        dtype: torch.dtype = torch.float32,
         progress: Progress | None = None,
         threads: int | None = None,
     ) -> dict[str, T]:
-        """As `load`, but keeps what `convert(name, tensor)` makes of each float32 tensor, not the tensor.
+        """As `load`, but keeps what `convert(name, tensor)` makes of each tensor of `dtype`, not the tensor.
 
         So no more tensors are in memory at a time than there are threads, which call `convert`.
-        `progress(done, total)` counts the float32 bytes that were converted.
+        `progress(done, total)` counts bytes of `dtype` that were converted.
 
         Raises:
             CheckpointError: as `load`.
         """
-        return self._load(shapes, convert, progress=progress, threads=threads)
+        return self._load(shapes, convert, dtype=dtype, progress=progress, threads=threads)
 
     def _load(
         self,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -43,6 +43,16 @@ class EndNames:
     embedding_norm: str | None = None
 
 
+class Split(NamedTuple):
+    """How a projection is cut: by what comes out of it (`rows`), or by what goes into it (`columns`).
+
+    `of` says what the cut dimension consists of: query heads, key-value heads, or numbers inside the MLP.
+    """
+
+    by: Literal["rows", "columns"]
+    of: Literal["heads", "kv", "inner"]
+
+
 @dataclass(frozen=True)
 class Family:
     """Tables and functions of one family.
@@ -50,7 +60,8 @@ class Family:
     Tensor names are those of the Hugging Face checkpoint of the causal language model ("canonical names"):
     `block_prefix.format(n) + local` for a block's tensors. `gguf_architectures` maps a GGUF
     `general.architecture` to an architecture; `gguf_block` and `gguf_ends` map canonical stems to GGUF stems.
-    `default_quant` is what servers do where nobody says otherwise.
+    `default_quant` is what servers do where nobody says otherwise. `splits` names, by stem, the projections
+    that ranks share out among them; all other tensors of a block are whole at every rank.
     """
 
     name: str
@@ -65,6 +76,7 @@ class Family:
     slopes: Callable[[ModelConfig], Tensor | None]
     rms_norms: bool
     default_quant: Quant = "none"
+    splits: Mapping[str, Split] = field(default_factory=dict)
     gguf_architectures: Mapping[str, str] = field(default_factory=dict)
     gguf_block: Mapping[str, str] = field(default_factory=dict)
     gguf_ends: Mapping[str, str] = field(default_factory=dict)

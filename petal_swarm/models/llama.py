@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from petal_swarm.models.attention import Attention
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.differentiable import silu_gate
-from petal_swarm.models.family import EndNames, Family, Shape, no_slopes
+from petal_swarm.models.family import EndNames, Family, Shape, Split, no_slopes
 from petal_swarm.models.linear import Projection
 from petal_swarm.models.llama_config import gguf_to_hf, parse
-from petal_swarm.models.lora import Part, Project
+from petal_swarm.models.lora import Part, Project, adapt
 from petal_swarm.models.norms import RMSNorm
 from petal_swarm.models.quantization import Weight, make_linear, map_parts, stack_rows, vector
 from petal_swarm.models.rope import interleave_heads
@@ -64,7 +64,7 @@ class LlamaBlock:
         """A copy with other projections; norms are shared."""
         made = copy(self)
         for slot, parts in self._parts.items():
-            setattr(made, slot, project(parts, getattr(self, slot)))
+            setattr(made, slot, adapt(project, parts, getattr(self, slot)))
         return made
 
     @property
@@ -157,6 +157,15 @@ FAMILY = Family(
     build_block=LlamaBlock,
     slopes=no_slopes,
     rms_norms=True,
+    splits={
+        "self_attn.q_proj": Split("rows", "heads"),
+        "self_attn.k_proj": Split("rows", "kv"),
+        "self_attn.v_proj": Split("rows", "kv"),
+        "self_attn.o_proj": Split("columns", "heads"),
+        "mlp.gate_proj": Split("rows", "inner"),
+        "mlp.up_proj": Split("rows", "inner"),
+        "mlp.down_proj": Split("columns", "inner"),
+    },
     gguf_architectures={
         "llama": "LlamaForCausalLM",
         "qwen2": "Qwen2ForCausalLM",

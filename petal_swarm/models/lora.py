@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ class Part(NamedTuple):
 
 #: From the parts of a projection and the projection to what takes its place.
 Project = Callable[[Sequence[Part], Projection], Projection]
+
+
+@runtime_checkable
+class Surrounded(Protocol):
+    """A projection that does something before and after another one, which is what is to be adapted."""
+
+    def adapted(self, project: Project, parts: Sequence[Part]) -> Projection: ...
+
+
+def adapt(project: Project, parts: Sequence[Part], base: Projection) -> Projection:
+    """What `project` makes of `base`, or of what is inside."""
+    return base.adapted(project, parts) if isinstance(base, Surrounded) else project(parts, base)
 
 
 class LoraPiece(NamedTuple):

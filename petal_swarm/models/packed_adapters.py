@@ -19,7 +19,7 @@ from petal_swarm.models.linear import Projection
 from petal_swarm.models.lora import LoraDelta, Part
 
 
-@dataclass(frozen=True, eq=False, slots=True)
+@dataclass(frozen=True, eq=False, slots=True, weakref_slot=True)
 class ServedAdapter:
     """An adapter made ready for a stack, by `BlockStack.serve_adapter`.
 

@@ -16,7 +16,7 @@ from petal_swarm.models.int8_kv import Int8Pool
 from petal_swarm.span import Span
 
 if TYPE_CHECKING:
-    from petal_swarm.models.packed_adapters import Segment
+    from petal_swarm.models.packed_adapters import Segment, ServedAdapter
 
 
 class PackedSlice(NamedTuple):
@@ -146,6 +146,11 @@ class KVPool:
         for start, stop in extents:
             self.pairs[place][:, :, start:stop] = rows[:, :, first : first + stop - start]
             first += stop - start
+
+    def write_prefix(self, adapter: ServedAdapter, extents: Sequence[tuple[int, int]]) -> None:
+        """Puts the prefix of an adapter into the ranges `extents`, in each block that has one."""
+        for place, prefix in adapter.prefix.items():
+            self.write(place, extents, prefix)
 
     def copy_rows(self, source: int, target: int, count: int) -> None:
         """Copies rows of every block: `count` of them, from `source` on to `target` on; no overlap."""

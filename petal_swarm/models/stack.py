@@ -22,6 +22,7 @@ from petal_swarm.models.packed_adapters import AdaptedBlocks, ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
 from petal_swarm.models.quantization import Quant
 from petal_swarm.models.rope import RotaryTable, interleave_keys
+from petal_swarm.models.sharding import Shard
 from petal_swarm.models.training import TrainingPlan, with_gradients
 from petal_swarm.span import Span
 
@@ -30,7 +31,7 @@ Sequences: TypeAlias = Mapping[int | None, TrainingPlan]
 
 
 class BlockStack:
-    """Blocks `span` of a model, without embeddings and head.
+    """Blocks `span` of a model, without embeddings and head; with `shard`, the blocks are that part of them.
 
     `nbytes` is the memory of the weights. Not safe for several threads at a time: tables of positions grow.
     """
@@ -43,23 +44,42 @@ class BlockStack:
         *,
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
+        shard: Shard | None = None,
     ) -> None:
         assert len(blocks) == len(span), "one block for each number of the span"
         self.config = config
         self.span = span
         self.dtype = dtype
         self.device = torch.device(device)
+        self._shard = shard
         self.nbytes = sum(block.nbytes for block in blocks)
         self._blocks = tuple(blocks)
-        self._heads = Heads(config.num_heads, config.num_kv_heads, config.head_dim)
+        self._own_config = config if shard is None else shard.config(config)
+        own = self._own_config
+        self._heads = Heads(own.num_heads, own.num_kv_heads, own.head_dim)
         slopes = family_of(config).slopes(config)
         self._alibi = slopes is not None
+        if slopes is not None and shard is not None:
+            slopes = slopes[shard.heads(config).of(config.num_heads)]
         slopes = torch.zeros(1) if slopes is None else slopes
         self._windows = [config.window(block) for block in span.blocks()]
         self._masks = {
             window: MaskTable(slopes.to(self.device), window, dtype) for window in set(self._windows)
         }
         self._rotary = RotaryTable(config.rope, config.head_dim, self.device) if config.rope else None
+
+    @property
+    def ranks(self) -> int:
+        """How many share the blocks out."""
+        return 1 if self._shard is None else self._shard.ranks
+
+    def allocate(self, pool_tokens: int, kv_dtype: str) -> KVPool:
+        """The KV pool of an engine that runs these blocks; see `KVPool.allocate`."""
+        own = self._own_config
+        return KVPool.allocate(own, self.span, pool_tokens, self.dtype, self.device, kv_dtype)
+
+    def close(self) -> None:
+        """Nothing will be computed any more."""
 
     def forward(self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span) -> Tensor:
         """Runs the sub-span `blocks` (absolute numbers) over `hidden [tokens, hidden_size]`.
@@ -104,13 +124,19 @@ class BlockStack:
         """
         assert self.span.covers(blocks), f"blocks {blocks} are not all in {self.span}"
         own = layout.split(self.config, numbers.to(self.device), blocks)
-        placed = {block - self.span.start: adapter for block, adapter in own.items()}
+        placed = {block - self.span.start: self._part_of(adapter) for block, adapter in own.items()}
         prefix = {
             place: self.arrange_prefix(adapter.prefix).to(self.dtype)
             for place, adapter in placed.items()
             if adapter.prefix is not None
         }
         return ServedAdapter(self._adapted.deltas(placed), layout.prefix_tokens, prefix)
+
+    def _part_of(self, adapter: BlockAdapter) -> BlockAdapter:
+        """What of an adapter is added by these blocks."""
+        if self._shard is None:
+            return adapter
+        return self._shard.adapter(family_of(self.config), self.config, adapter)
 
     @cached_property
     def _adapted(self) -> AdaptedBlocks:
@@ -181,15 +207,23 @@ def load_blocks(
         ConfigError: the model has no such blocks, or cannot be quantized so.
         CheckpointError: tensors are missing, misshapen or damaged.
     """
+    source = BlockSource(checkpoint, dtype, device, quant, cache, threads)
+    blocks = read_blocks(source, span, progress)
+    return BlockStack(checkpoint.config, span, blocks, dtype=dtype, device=device)
+
+
+def read_blocks(source: BlockSource, span: Span, progress: Progress | None = None) -> list[Block]:
+    """As `load_blocks`, for a stack of any kind: the blocks, or the part of them that `source` is for."""
+    checkpoint = source.checkpoint
     config, family = checkpoint.config, checkpoint.family
     if span.end > config.num_blocks:
         raise ConfigError(f"{checkpoint.name} has blocks 0:{config.num_blocks}, so there is no span {span}")
-    source = BlockSource(checkpoint, dtype, device, quant, cache, threads)
+    own = config if source.shard is None else source.shard.config(config)
     blocks: list[Block] = []
     for number in span.blocks():
         report = None if progress is None else _of_span(progress, len(blocks), len(span))
-        blocks.append(family.build_block(config, source.read(number, report)))
-    return BlockStack(config, span, blocks, dtype=dtype, device=device)
+        blocks.append(family.build_block(own, source.read(number, report)))
+    return blocks
 
 
 def _of_span(progress: Progress, before: int, count: int) -> Progress:

@@ -33,6 +33,8 @@ class ServerConfig:
     when the swarm needs them more; None is yes, unless `blocks` says which. `adapters` are offered to
     everybody, each a folder or Hub id, or `NAME=` and that; `adapter_mib` is the room for clients' own.
     `training_mib` is the room for what passes of training keep; None is a share of the free memory.
+    `tensor_parallel` is over how many devices of one kind each block is shared out; such a server does not
+    train.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -64,6 +66,7 @@ class ServerConfig:
     adapters: tuple[str, ...] = ()
     adapter_mib: int = 512
     training_mib: int | None = None
+    tensor_parallel: int = 1
 
     def __post_init__(self) -> None:
         if self.new_swarm == bool(self.initial_peers):
@@ -81,6 +84,7 @@ class ServerConfig:
             ("num-blocks", self.num_blocks),
             ("kv-tokens", self.kv_tokens),
             ("max-batch-tokens", self.max_batch_tokens),
+            ("tensor-parallel", self.tensor_parallel),
         ):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} must be at least 1, got {value}")
@@ -110,6 +114,8 @@ class ServerConfig:
             raise ConfigError(f"--adapter-mib must be at least 0, got {self.adapter_mib}")
         if self.training_mib is not None and self.training_mib < 0:
             raise ConfigError(f"--training-mib must be at least 0, got {self.training_mib}")
+        if self.training_mib and self.tensor_parallel > 1:
+            raise ConfigError("--tensor-parallel does not train: leave --training-mib out")
         if len(self.adapters) > MAX_ADAPTERS:
             raise ConfigError(f"--adapters takes {MAX_ADAPTERS} at most")
 
@@ -119,7 +125,7 @@ class ServerConfig:
 
     @property
     def trains(self) -> bool:
-        return self.training_mib != 0
+        return self.training_mib != 0 and self.tensor_parallel == 1
 
     @property
     def rebalances(self) -> bool:

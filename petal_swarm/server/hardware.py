@@ -36,6 +36,23 @@ def resolve_device(name: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
+def rank_devices(first: torch.device, ranks: int) -> list[str]:
+    """Where the ranks of one server compute: on GPUs of their own, or all on the CPU.
+
+    Raises:
+        ConfigError: there are not so many.
+    """
+    if first.type == "cpu":
+        return ["cpu"] * ranks
+    if first.type != "cuda":
+        raise ConfigError(f"--tensor-parallel needs CUDA devices or a CPU, not --device {first.type}")
+    if torch.cuda.device_count() < ranks:
+        raise ConfigError(
+            f"--tensor-parallel {ranks}: this machine has {torch.cuda.device_count()} CUDA devices"
+        )
+    return [f"cuda:{number}" for number in range(ranks)]
+
+
 def resolve_dtype(name: str, config: ModelConfig, device: torch.device) -> torch.dtype:
     """`auto`: float32 on the CPU, else the checkpoint's own 16-bit type (bfloat16 if it has none).
 
@@ -91,13 +108,15 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, kv_dtype: str = 
     return 2 * config.num_kv_heads * row
 
 
-def block_capacity(config: ModelConfig, dtype: torch.dtype, quant: Quant, device: torch.device) -> int:
-    """How many blocks fit, leaving room for the KV cache and working space.
+def block_capacity(
+    config: ModelConfig, dtype: torch.dtype, quant: Quant, device: torch.device, devices: int = 1
+) -> int:
+    """How many blocks fit, leaving room for the KV cache and working space, if so many devices share them.
 
     Raises:
         ConfigError: not even one does.
     """
-    usable = free_bytes(device) * _USABLE * (1 - _KV_SHARE)
+    usable = free_bytes(device) * _USABLE * (1 - _KV_SHARE) * devices
     capacity = int(usable // block_bytes(config, dtype, quant))
     if capacity < 1:
         raise ConfigError(

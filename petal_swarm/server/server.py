@@ -18,7 +18,8 @@ from petal_swarm.directory.service import DirectoryService
 from petal_swarm.engine.adapters import AdapterLimits, AdapterStore
 from petal_swarm.engine.compute import Compute, ComputeThread
 from petal_swarm.engine.engine import Engine
-from petal_swarm.errors import BusyError, ConfigError, PetalSwarmError
+from petal_swarm.engine.leading import LOST
+from petal_swarm.errors import BusyError, ConfigError, PetalSwarmError, RemoteError
 from petal_swarm.models.checkpoint import Checkpoint
 from petal_swarm.models.devices import release_cached
 from petal_swarm.net.transport import Transport
@@ -63,8 +64,8 @@ class Server:
         self.checkpoint = checkpoint
         self._transport = transport
         self._directory = directory
-        self._loader = Loader(config, checkpoint)
         self._loop = asyncio.get_running_loop()
+        self._loader = Loader(config, checkpoint, self._rank_lost)
         self._gate = StreamGate(config.session_limits())
         self._entrance = Entrance(self._gate, config.allow_peers)
         self._pinger = Pinger(transport)
@@ -183,10 +184,13 @@ class Server:
         await self._directory.close()
         await self._transport.close()
         if self._compute is not None:
-            await asyncio.to_thread(self._compute.stop)
+            await asyncio.to_thread(_end, self._compute)
 
     async def wait_failed(self) -> None:
-        """Return when a move left the server without blocks: it has left the swarm, and is to be closed."""
+        """Return when the server is without blocks: it has left the swarm, and is to be closed.
+
+        A move has failed, or a process that shares them is gone.
+        """
         await self._failed.wait()
 
     async def others(self) -> list[Announcement]:
@@ -242,6 +246,20 @@ class Server:
             await self._announcer.leave()
             self._failed.set()
             raise
+
+    def _rank_lost(self) -> None:
+        """In any thread: a process that computes a part of the blocks is gone."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed, and nobody cares any more
+            self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._give_up())))
+
+    async def _give_up(self) -> None:
+        logger.error("%s", LOST)
+        for host in self._hosts:
+            host.draining = True
+            host.end_all(RemoteError(LOST))
+        if self._announcer is not None:
+            await self._announcer.leave()
+        self._failed.set()
 
     async def _start(self, progress: Progress | None, make_compute: Callable[[Engine], Compute]) -> None:
         self._make_compute = make_compute
@@ -348,7 +366,7 @@ class Server:
         await self._entrance.clear()
         compute = self._compute
         self._host = self._training = self._compute = None
-        await asyncio.to_thread(compute.stop)
+        await asyncio.to_thread(_end, compute)
         del compute
         gc.unfreeze()
         gc.collect()
@@ -396,6 +414,11 @@ class Server:
             except PetalSwarmError as error:
                 logger.info("could not measure round trips: %s", error)
             await asyncio.sleep(NEIGHBOUR_PING_S)
+
+
+def _end(compute: Compute) -> None:
+    compute.stop()
+    compute.engine.close()
 
 
 async def _drained(hosts: Sequence[SessionHost | TrainingHost], timeout_s: float) -> None:

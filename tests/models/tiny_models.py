@@ -68,12 +68,18 @@ CONFIGS: dict[str, Any] = {
     "qwen3": lambda: transformers.Qwen3Config(**_LLAMA, head_dim=32),
 }
 
+#: Rows so long that each of two parts of them is still a whole number of nf4's blocks.
+WIDE: dict[str, Any] = {
+    "bloom-wide": lambda: _bloom(8),
+    "qwen2-wide": lambda: transformers.Qwen2Config(**{**_LLAMA, "hidden_size": 128}),
+}
+
 
 def make(name: str, seed: int = 0) -> Any:
     """A transformers model in float32."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+        model = transformers.AutoModelForCausalLM.from_config({**CONFIGS, **WIDE}[name]()).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:

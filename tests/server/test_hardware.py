@@ -90,3 +90,29 @@ def test_bfloat16_on_a_gpu_without_it(monkeypatch):
         hardware.resolve_dtype("bfloat16", CONFIG, torch.device("cuda", 0))
     assert hardware.resolve_dtype("bfloat16", CONFIG, CPU) == torch.bfloat16
     assert hardware.resolve_dtype("auto", CONFIG, CPU) == torch.float32
+
+
+def test_ranks_have_gpus_of_their_own_or_share_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert hardware.rank_devices(torch.device("cuda", 0), 3) == ["cuda:0", "cuda:1", "cuda:2"]
+    assert hardware.rank_devices(CPU, 2) == ["cpu", "cpu"]
+
+
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "--tensor-parallel 2: this machine has 1 CUDA devices"),
+        ("mps", "needs CUDA devices or a CPU"),
+    ],
+)
+def test_ranks_without_devices(monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(ConfigError, match=message):
+        hardware.rank_devices(torch.device(device), 2)
+
+
+def test_devices_that_share_blocks_hold_more_of_them(monkeypatch):
+    room = hardware.block_bytes(CONFIG, torch.float32, "none") / 0.7 / 0.75
+    monkeypatch.setattr(hardware, "free_bytes", lambda device: int(1.01 * room))
+    assert hardware.block_capacity(CONFIG, torch.float32, "none", CPU) == 1
+    assert hardware.block_capacity(CONFIG, torch.float32, "none", CPU, devices=3) == 3

@@ -1,0 +1,210 @@
+"""What ranks of one server say to each other, and how they add up: torch.distributed between processes.
+
+Rank 0, the leader, is the server. The others compute what it tells them, in that order, and know nothing of
+sessions. Commands come by a pipe, tensors by the group: gloo between CPUs, NCCL between CUDA devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from petal_swarm.models.adapters import AdapterLayout
+from petal_swarm.models.packing import PackedSlice
+from petal_swarm.models.quantization import Quant
+from petal_swarm.models.sharding import Shard
+from petal_swarm.span import Span
+
+#: How long a rank waits for others that compute, or that have still to come.
+TIMEOUT_S = 300.0
+# Up to so many numbers gloo takes longer to arrange its sum than to send everything to everybody: 1024 to
+# 65,536 of them take 280 us by `allreduce`, 80 to 140 us by sending [measured, loopback].
+_SENT_NUMBERS = 1 << 16
+# Between CPUs a sum in two halves takes as long as what is saved by sharing out norms, or longer; between
+# devices the rows that are not kept twice are worth it.
+_SPREAD_FROM_CPU = 1 << 30
+_SPREAD_FROM_CUDA = 1024
+
+
+@dataclass(frozen=True)
+class RankSettings:
+    """What a rank has to know to load its part; `rendezvous` is a file that only this server's ranks see,
+    `quantized` where quantized parts are kept; `spread_from` as in `Group`, None is what measured best.
+    """
+
+    model: str
+    span: Span
+    shard: Shard
+    dtype: torch.dtype
+    device: str
+    quant: Quant
+    rendezvous: Path = Path()
+    quantized: Path | None = None
+    threads: int | None = None
+    spread_from: int | None = None
+
+
+class LoraRows(NamedTuple):
+    """As `packed_adapters.Segment`, of the adapter `number`."""
+
+    start: int
+    stop: int
+    number: int
+
+
+class Begin(NamedTuple):
+    """The batch `number` is to go through `blocks`, so many `at_once`; its hidden states are shared next."""
+
+    number: int
+    blocks: Span
+    at_once: int
+    slices: tuple[PackedSlice, ...]
+    lora: tuple[LoraRows, ...]
+
+
+class Advance(NamedTuple):
+    """The batch `number` goes through one more block."""
+
+    number: int
+
+
+class Drop(NamedTuple):
+    """The batch `number` will not go on."""
+
+    number: int
+
+
+class Allocate(NamedTuple):
+    """See `BlockStack.allocate`."""
+
+    pool_tokens: int
+    kv_dtype: str
+
+
+class CopyRows(NamedTuple):
+    """See `KVPool.copy_rows`."""
+
+    source: int
+    target: int
+    rows: int
+
+
+class Adapt(NamedTuple):
+    """See `BlockStack.serve_adapter`: the adapter `number`, of `size` numbers that are shared."""
+
+    number: int
+    layout: AdapterLayout
+    blocks: Span
+    size: int
+    dtype: torch.dtype
+
+
+class WritePrefix(NamedTuple):
+    """See `KVPool.write_prefix`."""
+
+    number: int
+    extents: tuple[tuple[int, int], ...]
+
+
+class Forget(NamedTuple):
+    """Nobody uses the adapter `number` any more."""
+
+    number: int
+
+
+Command: TypeAlias = Begin | Advance | Drop | Allocate | CopyRows | Adapt | WritePrefix | Forget
+
+
+class TorchGroup:
+    """A `sharded_stack.Group` between processes; made when all ranks are there.
+
+    Raises:
+        RuntimeError: a rank does not come, or goes; after that the group is of no use.
+    """
+
+    def __init__(self, settings: RankSettings) -> None:
+        shard = self.shard = settings.shard
+        self._others = [rank for rank in range(shard.ranks) if rank != shard.rank]
+        self._on_host = torch.device(settings.device).type == "cpu"
+        best = _SPREAD_FROM_CPU if self._on_host else _SPREAD_FROM_CUDA
+        self.spread_from = best if settings.spread_from is None else settings.spread_from
+        kind: Any = dist
+        store = kind.FileStore(str(settings.rendezvous), shard.ranks)
+        self._group = (_gloo if self._on_host else _nccl)(store, shard)
+        # Who is through may remove the rendezvous, which others still read: only with this all are.
+        met = torch.zeros(1, device=settings.device)
+        self.sum(met)
+        met.item()
+
+    def share(self, tensor: Tensor) -> None:
+        """See `Group`."""
+        self._group.broadcast(tensor, 0).wait()
+
+    def sum(self, tensor: Tensor) -> None:
+        """See `Group`."""
+        if not self._on_host or tensor.numel() > _SENT_NUMBERS:
+            self._group.allreduce([tensor]).wait()
+            return
+        found = tensor.new_empty(self.shard.ranks, *tensor.shape)
+        self._swap([tensor] * self.shard.ranks, list(found))
+        if self.shard.ranks == 2:
+            tensor.add_(found[1 - self.shard.rank])
+        else:
+            found[self.shard.rank] = tensor
+            torch.sum(found, 0, out=tensor)
+
+    def sum_rows(self, tensor: Tensor) -> Tensor:
+        """See `Group`."""
+        parts = tensor.chunk(self.shard.ranks)
+        own = parts[self.shard.rank]
+        if not self._on_host:
+            out = torch.empty_like(own)
+            self._group._reduce_scatter_base(out, tensor, dist.ReduceScatterOptions()).wait()
+            return out
+        found = tensor.new_empty(self.shard.ranks, *own.shape)
+        found[self.shard.rank] = own
+        self._swap(parts, list(found))
+        return found.sum(0)
+
+    def join_rows(self, tensor: Tensor) -> Tensor:
+        """See `Group`."""
+        out = tensor.new_empty(self.shard.ranks * len(tensor), *tensor.shape[1:])
+        if not self._on_host:
+            self._group._allgather_base(out, tensor).wait()
+            return out
+        parts = out.chunk(self.shard.ranks)
+        parts[self.shard.rank].copy_(tensor)
+        self._swap([tensor] * self.shard.ranks, parts)
+        return out
+
+    def _swap(self, given: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
+        """Each other rank gets its own of `given`, and what it gives is put into its own of `taken`."""
+        sent = [self._group.send([given[rank]], rank, 0) for rank in self._others]
+        for coming in [self._group.recv([taken[rank]], rank, 0) for rank in self._others]:
+            coming.wait()
+        for going in sent:
+            going.wait()
+
+
+def _gloo(store: Any, shard: Shard) -> Any:
+    """On loopback, whatever the machine's name resolves to: nothing of this leaves it."""
+    kind: Any = dist.ProcessGroupGloo
+    options = kind._Options()
+    options._devices = [kind.create_device(hostname="127.0.0.1")]
+    options._timeout = timedelta(seconds=TIMEOUT_S)
+    options._threads = 1
+    return kind(store, shard.rank, shard.ranks, options)
+
+
+def _nccl(store: Any, shard: Shard) -> Any:
+    kind: Any = dist.ProcessGroupNCCL
+    options = kind.Options()
+    options._timeout = timedelta(seconds=TIMEOUT_S)
+    return kind(store, shard.rank, shard.ranks, options)

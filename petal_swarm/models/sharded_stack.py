@@ -1,0 +1,193 @@
+"""Blocks whose heads and MLP several ranks share out, in lockstep: two sums over the ranks a block.
+
+What is not shared out, norms and residuals, every rank has whole in small batches. In large ones each has it
+for a share of the rows ("spread": Megatron-LM's sequence parallelism, arXiv:2205.05198): a sum then comes as
+each rank's rows of it, and rows are put together again in front of the next product. As much travels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from petal_swarm.models.config import ModelConfig
+from petal_swarm.models.families import family_of
+from petal_swarm.models.family import Block
+from petal_swarm.models.linear import Projection
+from petal_swarm.models.lora import Part, Project
+from petal_swarm.models.packing import KVPool, PackedBatch
+from petal_swarm.models.sharding import Shard
+from petal_swarm.models.stack import BlockStack
+from petal_swarm.span import Span
+
+
+class Group(Protocol):
+    """The ranks that compute a stack together. All call the same things in the same order.
+
+    Tensors are contiguous, and on the device of the group. `spread_from` is of how many rows a batch is
+    worth spreading.
+    """
+
+    shard: Shard
+    spread_from: int
+
+    def share(self, tensor: Tensor) -> None:
+        """Gives everybody what rank 0 has in `tensor`."""
+        ...
+
+    def sum(self, tensor: Tensor) -> None:
+        """Adds up what all ranks have, in place; the same at all of them to the last bit."""
+        ...
+
+    def sum_rows(self, tensor: Tensor) -> Tensor:
+        """`[ranks * n, ...]` to `[n, ...]`: this rank's rows of the sum."""
+        ...
+
+    def join_rows(self, tensor: Tensor) -> Tensor:
+        """`[n, ...]` to `[ranks * n, ...]`: the rows of all ranks."""
+        ...
+
+
+class _Rows:
+    """How the rows of a batch lie at present: `spread` is their number when each rank has a share, else 0."""
+
+    __slots__ = ("group", "spread")
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.spread = 0
+
+    def own(self, hidden: Tensor) -> Tensor:
+        """This rank's rows. All ranks have the same number: the last of all may be of no use."""
+        rank, ranks = self.group.shard.rank, self.group.shard.ranks
+        each = -(-len(hidden) // ranks)
+        own = hidden[rank * each : (rank + 1) * each]
+        return own if len(own) == each else _padded(own, each)
+
+    def joined(self, own: Tensor) -> Tensor:
+        return self.group.join_rows(own.contiguous())[: self.spread]
+
+    def summed(self, whole: Tensor) -> Tensor:
+        """This rank's rows of the sum of what all ranks have of `whole`."""
+        ranks = self.group.shard.ranks
+        each = -(-len(whole) // ranks)
+        return self.group.sum_rows(whole if len(whole) == each * ranks else _padded(whole, each * ranks))
+
+
+def _padded(rows: Tensor, count: int) -> Tensor:
+    padded = rows.new_zeros(count, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded
+
+
+class _Joining:
+    """A projection of whole rows, of which this rank computes a part of the columns of the result."""
+
+    __slots__ = ("_inner", "_rows")
+
+    def __init__(self, inner: Projection, rows: _Rows) -> None:
+        self._inner = inner
+        self._rows = rows
+
+    def adapted(self, project: Project, parts: Sequence[Part]) -> _Joining:
+        return _Joining(project(parts, self._inner), self._rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self._inner(self._rows.joined(x) if self._rows.spread else x)
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual + self(x)`."""
+        return self(x).add_(residual)
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient of `x`, which all ranks have whole."""
+        found = self._inner.back(grad)
+        self._rows.group.sum(found)
+        return found
+
+    @property
+    def nbytes(self) -> int:
+        return self._inner.nbytes
+
+
+class _Summing:
+    """A projection of a part of the columns at each rank: what they give is added up."""
+
+    __slots__ = ("_inner", "_rows")
+
+    def __init__(self, inner: Projection, rows: _Rows) -> None:
+        self._inner = inner
+        self._rows = rows
+
+    def adapted(self, project: Project, parts: Sequence[Part]) -> _Summing:
+        return _Summing(project(parts, self._inner), self._rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self._inner(x)
+        if self._rows.spread:
+            return self._rows.summed(out)
+        self._rows.group.sum(out)
+        return out
+
+    def plus(self, x: Tensor, residual: Tensor) -> Tensor:
+        """`residual + self(x)`; the first rank's summand holds the residual."""
+        rows = self._rows
+        if rows.spread:
+            return rows.summed(self._inner(x)).add_(residual)
+        out = self._inner(x) if rows.group.shard.rank else self._inner.plus(x, residual)
+        rows.group.sum(out)
+        return out
+
+    def back(self, grad: Tensor) -> Tensor:
+        """The gradient of this rank's columns of `x`."""
+        return self._inner.back(grad)
+
+    @property
+    def nbytes(self) -> int:
+        return self._inner.nbytes
+
+
+class ShardedStack(BlockStack):
+    """A `BlockStack` of this rank's part of the blocks of `span`; all ranks run the same batches in order.
+
+    Hidden states go in and come out whole at every rank.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        span: Span,
+        blocks: Sequence[Block],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        group: Group,
+    ) -> None:
+        splits = family_of(config).splits
+        rows = self._rows = _Rows(group)
+        self.group = group
+
+        def surround(parts: Sequence[Part], base: Projection) -> Projection:
+            by = splits[parts[0].stem].by
+            return _Joining(base, rows) if by == "rows" else _Summing(base, rows)
+
+        surrounded = [block.adapted(surround) for block in blocks]
+        super().__init__(config, span, surrounded, dtype=dtype, device=device, shard=group.shard)
+
+    def forward_by_block(
+        self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span
+    ) -> Iterator[Tensor]:
+        """As there; before the last block, what comes out may be this rank's rows only."""
+        spread = batch.tokens if batch.tokens >= self.group.spread_from else 0
+        if spread:
+            hidden = self._rows.own(hidden)
+        forward = super().forward_by_block(hidden, batch, pool, blocks)
+        for last in range(len(blocks) - 1, -1, -1):
+            self._rows.spread = spread  # each time: another batch may have run in between
+            hidden = next(forward)
+            if spread and not last:
+                hidden = self._rows.joined(hidden)
+            yield hidden
