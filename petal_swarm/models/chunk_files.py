@@ -140,5 +140,15 @@ class ChunkFolder:
         raise OSError(f"no room for a block of {self._layout.nbytes >> 20} MiB")
 
 
+def free_for_chunks(folder: Path) -> int:
+    """Bytes on the disk of `folder` for chunks: free ones, and those that other chunks there take now."""
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    taken = 0
+    for path in folder.glob("*/*"):
+        with contextlib.suppress(OSError):
+            taken += path.stat().st_size
+    return max(0, shutil.disk_usage(existing).free + taken - SPARE_BYTES)
+
+
 def _end_of(chunk: Tensor) -> bytes:
     return _END.pack(_MARK, zlib.crc32(chunk.numpy().data))

@@ -36,13 +36,13 @@ OFFLOADS: tuple[Offload, ...] = ("none", "cpu", "disk")
 
 @dataclass(frozen=True)
 class Residence:
-    """`room_bytes` of the device's memory are for blocks; those that do not fit stay where `offload` says.
+    """The device's memory has room for `fitting` blocks; if a span has more they stay where `offload` says.
 
     "cpu" is the host's memory, pinned; "disk" is files below `folder`.
     """
 
     offload: Offload
-    room_bytes: int
+    fitting: int
     folder: Path | None = None
 
 
@@ -62,18 +62,13 @@ def house(
     """Reads the blocks of `span`; `progress_of(place)` is told how far each is.
 
     Raises:
-        ConfigError: not even one block fits, or those that are streamed have no room.
+        ConfigError: there is no room for those that are streamed.
         CheckpointError: as `BlockSource.read`.
     """
     layout = ChunkLayout(_build(source, _zeros(source)))
-    fitting = residence.room_bytes // layout.nbytes
-    slots = min(SLOTS, fitting)
-    if slots < 1:
-        raise ConfigError(
-            f"one block of this model needs {layout.nbytes >> 20} MiB, and of {source.device}"
-            f" {max(0, residence.room_bytes) >> 20} MiB are for blocks"
-        )
-    places = streamed_places(len(span), fitting - slots) if fitting < len(span) else ()
+    assert residence.fitting > 0, "there is room for a block"
+    slots = min(SLOTS, residence.fitting)
+    places = streamed_places(len(span), residence.fitting - slots) if residence.fitting < len(span) else ()
     shelf = _shelf(source, layout, residence, len(places))
     chunks: list[Tensor] = []
     staying: dict[int, Block] = {}

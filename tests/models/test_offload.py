@@ -71,13 +71,8 @@ def bloom(checkpoints):
 
 @pytest.fixture(params=["cpu", "disk"])
 def house_of(request, tmp_path):
-    """A residence with room for `blocks` of a layout's size."""
-
-    def make_residence(checkpoint, blocks, dtype=torch.float32, quant="none"):
-        room_bytes = int(blocks * chunk_bytes(checkpoint, dtype, quant))
-        return Residence(request.param, room_bytes, tmp_path / "chunks")
-
-    return make_residence
+    """A residence with room for so many blocks."""
+    return lambda fitting: Residence(request.param, fitting, tmp_path / "chunks")
 
 
 def chunk_bytes(checkpoint, dtype=torch.float32, quant="none"):
@@ -127,7 +122,7 @@ def test_outputs_are_those_of_the_plain_path(checkpoints, house_of, name):
     expected = outputs(loaded(checkpoint, None))
     part = outputs(loaded(checkpoint, None), Span(1, 5))
     for fitting in (1, 2, 3, 5):
-        stack = loaded(checkpoint, house_of(checkpoint, fitting))
+        stack = loaded(checkpoint, house_of(fitting))
         assert error(outputs(stack), expected) <= 1e-5
         assert error(outputs(stack, Span(1, 5)), part) <= 1e-5
         assert stack.nbytes <= fitting * chunk_bytes(checkpoint)
@@ -139,7 +134,7 @@ def test_outputs_are_those_of_the_plain_path(checkpoints, house_of, name):
 def test_quantized_blocks(checkpoints, house_of, name, quant):
     checkpoint = checkpoints(name)
     expected = outputs(loaded(checkpoint, None, quant=quant))
-    residence = house_of(checkpoint, 3, quant=quant)
+    residence = house_of(3)
     assert error(outputs(loaded(checkpoint, residence, quant=quant)), expected) <= 1e-5
     assert error(expected, outputs(loaded(checkpoint, None))) > 1e-3, "or nothing was quantized"
 
@@ -148,18 +143,18 @@ def test_int8_that_would_be_packed(bloom, house_of, monkeypatch):
     """Streamed blocks keep activations in floating point, which rounds otherwise."""
     monkeypatch.setattr("petal_swarm.models.int8._SMALL_WEIGHT", 0)
     expected = outputs(loaded(bloom, None, quant="int8"))
-    found = outputs(loaded(bloom, house_of(bloom, 3, quant="int8"), quant="int8"))
+    found = outputs(loaded(bloom, house_of(3), quant="int8"))
     assert (found - expected).norm() < 0.05 * expected.norm()
 
 
 def test_16_bits(bloom, house_of):
     expected = outputs(loaded(bloom, None, dtype=torch.bfloat16))
-    residence = house_of(bloom, 2, torch.bfloat16)
+    residence = house_of(2)
     assert error(outputs(loaded(bloom, residence, dtype=torch.bfloat16)), expected) <= 1e-5
 
 
 def test_all_that_fit_stay(bloom, house_of):
-    stack = loaded(bloom, house_of(bloom, BLOCKS))
+    stack = loaded(bloom, house_of(BLOCKS))
     assert stack._streaming is None
     assert torch.equal(outputs(stack), outputs(loaded(bloom, None)))
 
@@ -169,7 +164,7 @@ def test_all_that_fit_stay(bloom, house_of):
 def test_passes_that_interrupt_each_other_between_blocks(bloom, house_of, seed):
     """As prefill that is interrupted by decoding: what is at a block finds that block."""
     rng = Random(seed)
-    stacks = [loaded(bloom, None), loaded(bloom, house_of(bloom, rng.choice([1, 2, 3])))]
+    stacks = [loaded(bloom, None), loaded(bloom, house_of(rng.choice([1, 2, 3])))]
     width = bloom.config.hidden_size
     pools = [KVPool.allocate(bloom.config, WHOLE, 200, torch.float32, CPU) for _ in stacks]
     walks, lengths = [], [0] * 5
@@ -195,21 +190,14 @@ def test_passes_that_interrupt_each_other_between_blocks(bloom, house_of, seed):
 def test_progress_counts_every_block_once(bloom, house_of):
     for _ in range(2):  # the second time from the files
         seen = []
-        loaded(bloom, house_of(bloom, 2), progress=lambda *told, seen=seen: seen.append(told))
+        loaded(bloom, house_of(2), progress=lambda *told, seen=seen: seen.append(told))
         assert seen == sorted(seen)
         assert len({total for _, total in seen}) == 1
         assert seen[-1][0] == seen[-1][1]
 
 
-def test_too_little_memory_for_one_block(bloom, house_of):
-    with pytest.raises(
-        ConfigError, match=r"one block of this model needs \d+ MiB, and of cpu \d+ MiB are for"
-    ):
-        loaded(bloom, house_of(bloom, 0.9))
-
-
 def test_blocks_that_are_streamed_are_not_trained_through(bloom, house_of):
-    stack = loaded(bloom, house_of(bloom, 2))
+    stack = loaded(bloom, house_of(2))
     with pytest.raises(AssertionError, match="not trained"):
         stack.forward_trained(0, rows(2, bloom.config.hidden_size), stack.sequences([2]), None)
 
@@ -220,8 +208,8 @@ def test_host_memory_that_is_too_small(bloom, tmp_path, monkeypatch):
 
     monkeypatch.setattr(offload.psutil, "virtual_memory", Memory)
     with pytest.raises(ConfigError, match="--offload cpu: 6 blocks of 0 MiB do not fit the 1 MiB"):
-        loaded(bloom, Residence("cpu", 2 * chunk_bytes(bloom)))
-    assert loaded(bloom, Residence("disk", 2 * chunk_bytes(bloom), tmp_path)).nbytes
+        loaded(bloom, Residence("cpu", 2))
+    assert loaded(bloom, Residence("disk", 2, tmp_path)).nbytes
 
 
 class Disk:
@@ -238,8 +226,7 @@ class Disk:
 
     def load(self, fitting=2, **options):
         self.reads.clear()
-        residence = Residence("disk", int(fitting * chunk_bytes(self._checkpoint)), self.folder)
-        return loaded(self._checkpoint, residence, **options)
+        return loaded(self._checkpoint, Residence("disk", fitting, self.folder), **options)
 
     @property
     def files(self):
@@ -335,7 +322,7 @@ def test_a_disk_that_is_full(disk, monkeypatch, how):
 
 
 def test_room_is_made_at_the_expense_of_other_checkpoints(disk, monkeypatch):
-    disk.load(1, dtype=torch.bfloat16)
+    disk.load(dtype=torch.bfloat16)
     old = disk.files
     usage = shutil.disk_usage(".")
 
@@ -350,8 +337,7 @@ def test_room_is_made_at_the_expense_of_other_checkpoints(disk, monkeypatch):
 
 def test_quantized_blocks_are_kept_once(bloom, disk, tmp_path):
     cache = BlockCache.of(tmp_path / "quantized", bloom, "int8", torch.float32)
-    quantized = chunk_bytes(bloom, quant="int8") / chunk_bytes(bloom)
-    disk.load(3 * quantized, quant="int8", cache=cache)
+    disk.load(3, quant="int8", cache=cache)
     kept = [path.stem for path in (tmp_path / "quantized").rglob("*.safetensors")]
     away = [path.stem for path in disk.files]
     assert sorted(kept + away) == [f"block-{n:05}" for n in range(6)]
@@ -385,7 +371,7 @@ def test_pages_are_brought_and_given_back(tmp_path):
 def test_a_system_without_advice(bloom, tmp_path, monkeypatch):
     monkeypatch.setattr(transfers, "_advise", lambda chunk, advice: False)
     expected = outputs(loaded(bloom, None))
-    found = outputs(loaded(bloom, Residence("disk", 2 * chunk_bytes(bloom), tmp_path)))
+    found = outputs(loaded(bloom, Residence("disk", 2, tmp_path)))
     assert error(found, expected) <= 1e-5
 
 
@@ -393,7 +379,7 @@ def test_files_for_a_device_beside_the_host(bloom, tmp_path, monkeypatch):
     """A thread reads them into slots, by way of pinned memory: here both are plain memory."""
     monkeypatch.setattr(offload, "on_host", lambda device: False)
     monkeypatch.setattr(transfers, "on_host", lambda device: False)
-    stack = loaded(bloom, Residence("disk", 3 * chunk_bytes(bloom), tmp_path))
+    stack = loaded(bloom, Residence("disk", 3, tmp_path))
     transfer = stack._streaming._transfer
     assert isinstance(transfer, ReadingTransfer)
     assert len(transfer._staging) == 2
@@ -403,7 +389,7 @@ def test_files_for_a_device_beside_the_host(bloom, tmp_path, monkeypatch):
 def test_what_a_cpu_does(bloom, tmp_path):
     source = BlockSource(bloom, torch.float32)
     for kind, transfer in (("cpu", ReadingTransfer), ("disk", MappedTransfer)):
-        residence = Residence(kind, 2 * chunk_bytes(bloom), tmp_path)
+        residence = Residence(kind, 2, tmp_path)
         housed = house(source, WHOLE, residence, lambda place: None)
         assert type(housed.streaming._transfer) is transfer
         assert housed.streaming.nbytes == 2 * chunk_bytes(bloom)
