@@ -197,7 +197,7 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         "--offload",
         default="none",
         choices=("none", "cpu", "disk"),
-        help="host blocks that do not fit the device, too: in the host's memory, or in files below --cache-dir;"
+        help="host blocks that do not fit the device as well: in the host's memory, or files in --cache-dir;"
         " they are brought to the device ahead of use (default: %(default)s; no training with it)",
     )
     blocks.add_argument(
