@@ -106,7 +106,7 @@ class _HostMemory:
         self._device = torch.device(source.device)
 
     def put(self, number: int, progress: Progress | None) -> Tensor:
-        chunk = pinned(self._layout.nbytes)
+        chunk = pinned(self._layout.nbytes, self._device)
         self._layout.write(_build(self._source, self._source.read(number, progress)), chunk)
         return chunk
 

@@ -69,6 +69,11 @@ class BlockStack:
         }
         self._rotary = RotaryTable(config.rope, config.head_dim, self.device) if config.rope else None
 
+    @property
+    def streamed_blocks(self) -> int:
+        """How many blocks come to the device only when they are used."""
+        return 0 if self._streaming is None else len(self._streaming.places)
+
     def forward(self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span) -> Tensor:
         """Runs the sub-span `blocks` (absolute numbers) over `hidden [tokens, hidden_size]`.
 

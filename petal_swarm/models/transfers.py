@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class ReadingTransfer:
         self._read = read
         self._device = device
         self._filled = [torch.empty(layout.nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self._staging = [] if on_host(device) else [pinned(layout.nbytes) for _ in range(slots)]
+        self._staging = [] if on_host(device) else [pinned(layout.nbytes, device) for _ in range(slots)]
         self._side = _side_stream(device) if device.type == "cuda" else None
         self._blocks = [layout.block(slot) for slot in self._filled]
         self._reader = _Reader(slots)
@@ -130,6 +131,10 @@ class StreamTransfer:
         self._filled = [torch.empty(layout.nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
         self._blocks = [layout.block(slot) for slot in self._filled]
         self._side = _side_stream(device)
+        for slot in self._filled:
+            slot.record_stream(
+                self._side
+            )  # if the stack goes while blocks come, its memory is not reused before
         self._ready = [torch.cuda.Event() for _ in range(slots)]  # type: ignore[no-untyped-call]
 
     def block(self, number: int, slot: int) -> Block:
@@ -174,21 +179,29 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def pinned(nbytes: int) -> Tensor:
-    """uint8 `[nbytes]` in memory that devices read from directly, if there is as much; plain memory if not.
+def pinned(nbytes: int, device: torch.device) -> Tensor:
+    """uint8 `[nbytes]` of the host that `device` reads directly, if there is as much; plain memory if not.
 
     torch's own pinned memory comes in powers of two, which wastes up to half of it.
     """
     memory = torch.empty(nbytes, dtype=torch.uint8)
-    if not torch.cuda.is_available():
+    if device.type != "cuda":
         return memory
-    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     start = memory.data_ptr()
-    if int(cudart.cudaHostRegister(start, nbytes, 0)) != 0:
+    if int(_cudart().cudaHostRegister(start, nbytes, 0)) != 0:
         logger.warning("%d MiB could not be pinned: blocks come from there more slowly", nbytes >> 20)
         return memory
-    weakref.finalize(memory, cudart.cudaHostUnregister, start)
+    weakref.finalize(memory, _unpin, start, device).atexit = False
     return memory
+
+
+def _unpin(start: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may be under way
+    _cudart().cudaHostUnregister(start)
+
+
+def _cudart() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def bring_ahead(chunk: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import shutil
 from random import Random
@@ -20,7 +21,7 @@ from petal_swarm.models.chunks import PAGE_BYTES, ChunkLayout
 from petal_swarm.models.offload import Residence, house
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack, load_blocks
-from petal_swarm.models.transfers import MappedTransfer, ReadingTransfer
+from petal_swarm.models.transfers import MappedTransfer, ReadingTransfer, StreamTransfer
 from petal_swarm.span import Span
 
 BLOCKS = 6
@@ -410,3 +411,64 @@ def test_a_block_of_views_is_whichever_was_written_last(checkpoints, name, quant
         assert of_views.nbytes == twin.nbytes
         expected = BlockStack(checkpoint.config, Span(0, 1), [twin], dtype=torch.float32)
         assert error(outputs(of_views, Span(0, 1)), outputs(expected, Span(0, 1))) <= 1e-5
+
+
+class Cuda:
+    """What `StreamTransfer` asks of CUDA, in the order it was asked; copies happen at once."""
+
+    def __init__(self, monkeypatch):
+        self.log = []
+        monkeypatch.setattr(transfers, "_side_stream", lambda device: Stream(self, "side"))
+        monkeypatch.setattr(transfers.torch.cuda, "current_stream", lambda device: Stream(self, "main"))
+        monkeypatch.setattr(transfers.torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+        monkeypatch.setattr(transfers.torch.cuda, "Event", lambda: Event(self))
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.log.append("kept"))
+
+
+class Stream:
+    def __init__(self, cuda, name):
+        self._cuda, self.name = cuda, name
+
+    def record_event(self):
+        event = Event(self._cuda)
+        event.record(self)
+        return event
+
+    def wait_event(self, event):
+        assert event.of is not None, "what is waited for was recorded"
+        self._cuda.log.append(f"{self.name} waits for {event.of}")
+
+
+class Event:
+    def __init__(self, cuda):
+        self._cuda, self.of = cuda, None
+
+    def record(self, stream):
+        self.of = stream.name
+        self._cuda.log.append(f"{stream.name} recorded")
+
+
+def test_what_is_asked_of_cuda(bloom, monkeypatch):
+    """A copy begins behind what was launched before, and what is launched later begins behind the copy."""
+    cuda = Cuda(monkeypatch)
+    expected = outputs(loaded(bloom, None))
+    monkeypatch.setattr(
+        offload,
+        "ReadingTransfer",
+        lambda layout, read, slots, device: StreamTransfer(layout, chunks, slots, CPU),
+    )
+    chunks = []
+    put = offload._HostMemory.put
+
+    def putting(shelf, number, progress):
+        chunks.append(put(shelf, number, progress))
+        return chunks[-1]
+
+    monkeypatch.setattr(offload._HostMemory, "put", putting)
+    stack = loaded(bloom, Residence("cpu", 3))
+    assert cuda.log == ["kept", "kept"]
+    cuda.log.clear()
+    assert error(outputs(stack), expected) <= 1e-5
+    begun = ["main recorded", "side waits for main", "side recorded"]
+    assert cuda.log[:9] == [*begun, *begun, "main waits for side", *begun[:2]]
+    assert cuda.log.count("main recorded") == cuda.log.count("side recorded")
