@@ -19,6 +19,7 @@ from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Slice
 
 from . import test_engine
+from .test_adapted_sessions import layout_of, served
 from .test_engine import opened, output, step
 from .tiny import WHOLE, Tiny, close, rows
 
@@ -91,6 +92,17 @@ def test_a_step_that_does_not_fit_alone_runs_in_parts(tiny: Tiny, monkeypatch: p
     last = StepRequest("a", WHOLE, (Slice(0, 0, 45), Slice(1, 0, 30)), hidden[:75], rows="last")
     both = [tiny.expected(hidden[:45])[-1:], tiny.expected(hidden[45:75])[-1:]]
     assert close(output(engine, last), torch.cat(both))
+
+
+def test_parts_of_a_step_have_its_adapter(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, hidden = tiny.engine(), rows(60)
+    for session in "ab":
+        engine.open_session(session, max_length=64, adapter=served(tiny, layout_of(tiny), 1))
+    expected = output(engine, step("a", hidden))
+    assert not close(tiny.expected(hidden), expected), "or it changes nothing"
+    memory = Memory(20, monkeypatch)
+    assert close(output(engine, step("b", hidden)), expected)
+    assert memory.refused == [60, 60, 30]
 
 
 @pytest.mark.parametrize("error", ERRORS, ids=["cuda", "cpu"])
