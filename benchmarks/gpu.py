@@ -59,6 +59,8 @@ def save_blocks(shape: str, folder: Path) -> Path:
             tensor = torch.empty(size, dtype=torch.bfloat16)
             # Uniform numbers are drawn much faster than normal ones, and a 176B block has 2.5 billion.
             tensors[name] = tensor.uniform_(-1, 1, generator=generator).mul_(size[-1] ** -0.5)
+    for kind in ("weight", "bias"):  # a part of what identifies a model
+        tensors[f"{family_of(config).ends.final_norm}.{kind}"] = torch.ones(config.hidden_size)
     save_file(tensors, path / "model.safetensors")
     return path
 

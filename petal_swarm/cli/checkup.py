@@ -40,12 +40,16 @@ LITTLE_DISK_BYTES = 20 << 30
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """`state`: `ok`, `warning` or `problem`. `advice` is what to do next, empty if nothing."""
+    """`state`: `ok`, `warning` or `problem`. `advice` is what to do next, empty if nothing.
+
+    `details` are lines that say how `text` was found.
+    """
 
     name: str
     state: str
     text: str
     advice: str = ""
+    details: tuple[str, ...] = ()
 
 
 async def examine(
@@ -116,13 +120,8 @@ def hardware(config: ServerConfig, checkpoint: Checkpoint | None) -> Check:
     """The device that a server would take, its free memory, and how much of the model fits."""
     import torch
 
-    from petal_swarm.server.hardware import (
-        block_capacity,
-        free_bytes,
-        resolve_device,
-        resolve_dtype,
-        resolve_quant,
-    )
+    from petal_swarm.server.hardware import free_bytes, resolve_device
+    from petal_swarm.server.loader import Loader
 
     try:
         device = resolve_device(config.device)
@@ -130,9 +129,7 @@ def hardware(config: ServerConfig, checkpoint: Checkpoint | None) -> Check:
         text = f"{name}, {free_bytes(device) / 2**30:.1f} GiB free"
         if checkpoint is None:
             return Check("hardware", "ok", text)
-        dtype = resolve_dtype(config.dtype, checkpoint.config, device)
-        quant = resolve_quant(config.quant, checkpoint.config)
-        fitting = block_capacity(checkpoint.config, dtype, quant, device)
+        plan = Loader(config, checkpoint).plan(None)
     except ConfigError as error:
         return Check(
             "hardware", "problem", str(error), "close other programs, or take a smaller model or --quant"
@@ -140,7 +137,8 @@ def hardware(config: ServerConfig, checkpoint: Checkpoint | None) -> Check:
     return Check(
         "hardware",
         "ok",
-        f"{text}: {fitting} of {checkpoint.config.num_blocks} blocks of {checkpoint.name} fit",
+        f"{text}: {plan.num_blocks} of {checkpoint.config.num_blocks} blocks of {checkpoint.name} fit",
+        details=tuple(plan.lines()),
     )
 
 

@@ -83,8 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def show_check(check: Check) -> None:
-    """One line, and a second where something is to be done."""
+    """One line, how it was found, and another where something is to be done."""
     print(_printable(f"{_MARKS[check.state]} {check.name}: {check.text}"), flush=True)
+    for line in check.details:
+        print(_printable(f"     {line}"), flush=True)
     if check.advice:
         print(_printable(f"     -> {check.advice}"), flush=True)
 

@@ -202,6 +202,19 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         " dropped is computed again (default: a quarter of what is free; 0: do not train)",
     )
     blocks.add_argument(
+        "--offload",
+        default="none",
+        choices=("none", "cpu", "disk"),
+        help="host blocks that do not fit the device as well: in the host's memory, or files in --cache-dir;"
+        " they are brought to the device ahead of use (default: %(default)s; no training with it)",
+    )
+    blocks.add_argument(
+        "--device-memory",
+        type=int,
+        metavar="MIB",
+        help="memory of the device for blocks and KV cache (default: most of what is free now)",
+    )
+    blocks.add_argument(
         "--threads",
         type=positive,
         metavar="N",
@@ -246,6 +259,8 @@ def run(arguments: argparse.Namespace) -> int:
         adapters=tuple(arguments.adapters),
         adapter_mib=arguments.adapter_mib,
         training_mib=arguments.training_mib,
+        offload=arguments.offload,
+        device_memory_mib=arguments.device_memory,
         cache_dir=None if arguments.cache_dir == "none" else arguments.cache_dir or default,
     )
     _allow_many_files()

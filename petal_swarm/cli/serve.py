@@ -155,6 +155,8 @@ async def leave(server: Server, signals: Signals) -> None:
 
 def describe(server: Server) -> None:
     """Say on stderr what is served, and what to do next."""
+    if server.memory is not None:
+        print("\n".join(server.memory.lines()), file=sys.stderr)
     address = best_address(server.addresses)
     kept = server.announcement()
     weights = kept.dtype if kept.quant == "none" else f"{kept.quant} weights, {kept.dtype}"

@@ -20,9 +20,16 @@ from petal_swarm.engine.adapted import AdaptedSessions
 from petal_swarm.engine.kv_cache import KVCache
 from petal_swarm.engine.pace import smooth
 from petal_swarm.engine.prefixes import PrefixScope
-from petal_swarm.engine.steps import PlacedStep, StepRequest, StepResult, check_finite, count_rows
+from petal_swarm.engine.steps import (
+    PlacedStep,
+    StepRequest,
+    StepResult,
+    check_finite,
+    count_rows,
+    cut_slices,
+)
 from petal_swarm.errors import BadTensorError, PetalSwarmError, RemoteError
-from petal_swarm.models.devices import release_cached, to_device, wait_for
+from petal_swarm.models.devices import is_out_of_memory, release_cached, to_device, wait_for
 from petal_swarm.models.packed_adapters import ServedAdapter
 from petal_swarm.models.packing import PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack
@@ -49,6 +56,11 @@ class EngineStats:
     block_time_s: float
     prefill_tokens_per_s: float
 
+
+#: With memory for no more rows than this a step fails,
+_LEAST_ROWS = 16
+#: and so many prefill batches after one that did not fit, twice as large ones are tried again.
+_BATCHES_UNTIL_DOUBLED = 32
 
 #: A batch of at most so many rows tells what one token takes, one of at least so many how fast prefill is.
 _FEW_ROWS = 4
@@ -82,6 +94,9 @@ class Engine:
         self.block_time_s = 0.0
         #: Running mean of how fast prefill passes the whole span; 0 before the first.
         self.prefill_tokens_per_s = 0.0
+        #: How many rows of prefill to compute at once: fewer for a while after memory ran out.
+        self.fitting_rows = max_batch_tokens
+        self._fitted = 0
 
     @property
     def kv_tokens_free(self) -> int:
@@ -252,11 +267,11 @@ class Engine:
         fits = True
         try:
             _hand_out(chunks, self.stack.forward(hidden, packed, self._pool, blocks))
-        except torch.OutOfMemoryError:
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                self.distrust(chunks)
+                raise
             fits = False
-        except BaseException:
-            self.distrust(chunks)
-            raise
         if not fits:  # behind the clause: until then the traceback holds what the batch had allocated
             self.compute_alone(chunks, hidden, packed)
         self.synchronize()
@@ -266,18 +281,15 @@ class Engine:
         return elapsed
 
     def compute_alone(self, chunks: Sequence[Chunk], hidden: torch.Tensor, packed: PackedBatch) -> None:
-        """Each chunk of a batch by itself, after memory ran out for all at once."""
+        """Each chunk of a batch by itself, in parts if it must be, after memory ran out for all at once."""
         logger.warning("out of memory in a batch of %d rows of %d steps", packed.tokens, len(chunks))
         row, pieces = 0, iter(packed.slices)
         for step, rows in chunks:
-            release_cached(self.stack.device)
             own = [piece._replace(row=piece.row - row) for piece in _leading(pieces, rows)]
-            part = PackedBatch.build(own, self.stack.device)
-            if packed.lora:
-                part.lora = self._adapted.segments([Chunk(step, rows)])
-            try:
-                step.give(self.stack.forward(hidden[row : row + rows], part, self._pool, step.request.blocks))
-            except torch.OutOfMemoryError:
+            found = self._in_parts(step, hidden[row : row + rows], own)
+            if found is not None:
+                step.give(found)
+            else:
                 self.distrust([Chunk(step, rows)])
                 step.error = RemoteError(
                     f"the server has no memory left for a step of {rows} tokens;"
@@ -285,6 +297,34 @@ class Engine:
                 )
             row += rows
         release_cached(self.stack.device)
+
+    def _in_parts(
+        self, step: PlacedStep, hidden: torch.Tensor, pieces: Sequence[PackedSlice]
+    ) -> torch.Tensor | None:
+        """Rows of one step, in parts half as large each time that memory runs out; None if none is left."""
+        found: list[torch.Tensor] = []
+        row, rows = 0, len(hidden)
+        while row < len(hidden):
+            release_cached(self.stack.device)
+            part = hidden[row : row + rows]
+            packed = PackedBatch.build(cut_slices(pieces, row, row + len(part)), self.stack.device)
+            packed.lora = self._adapted.segments([Chunk(step, len(part))])
+            fits = True
+            try:
+                found.append(self.stack.forward(part, packed, self._pool, step.request.blocks))
+            except BaseException as error:
+                if not is_out_of_memory(error):
+                    self.distrust([Chunk(step, len(hidden))])
+                    raise
+                fits = False
+            if fits:
+                row += len(part)
+            elif len(part) <= _LEAST_ROWS:
+                return None
+            else:
+                rows = max(_LEAST_ROWS, len(part) // 2)
+                self.fitted(len(part), False)
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def distrust(self, chunks: Sequence[Chunk]) -> None:
         """Rows of these steps have their places, and will never be computed: share nothing of them."""
@@ -305,6 +345,17 @@ class Engine:
         """Wait for the device, or only the launching would be timed."""
         if not self._on_host:
             wait_for(self.stack.device)
+
+    def fitted(self, rows: int, fits: bool) -> None:
+        """Whether a prefill batch of so many rows had the memory that it needs."""
+        if not fits:
+            self.fitting_rows = max(_LEAST_ROWS, min(self.fitting_rows, rows // 2))
+            self._fitted = 0
+        elif self.fitting_rows < self.max_batch_tokens:
+            self._fitted += 1
+            if self._fitted >= _BATCHES_UNTIL_DOUBLED:
+                self._fitted = 0
+                self.fitting_rows = min(2 * self.fitting_rows, self.max_batch_tokens)
 
     def learn(self, rows: int, blocks: Span, elapsed_s: float) -> None:
         """A batch of so many rows took so long in so many blocks.
@@ -362,11 +413,12 @@ class Batch:
         started = time.perf_counter()
         try:
             hidden = next(self._forward)
-        except torch.OutOfMemoryError:
+        except BaseException as error:
+            if not is_out_of_memory(error):
+                self._engine.distrust(self._chunks)
+                raise
             self._blocks_left = 0
-        except BaseException:
-            self._engine.distrust(self._chunks)
-            raise
+            self._engine.fitted(self.rows, False)
         else:
             self._blocks_left -= 1
             if not self._blocks_left:
@@ -378,6 +430,7 @@ class Batch:
         elapsed = time.perf_counter() - started
         self.compute_s += elapsed
         if self.done:
+            self._engine.fitted(self.rows, True)
             self._engine.learn(self.rows, self._blocks, self.compute_s)
         self.done = not self._blocks_left
         return elapsed

@@ -213,7 +213,7 @@ class Executor(Generic[T]):
         self._computed(portions, elapsed, now)
 
     def _begin_prefill(self, now: float) -> None:
-        rows = self._pace.chunk_rows(now)
+        rows = min(self._pace.chunk_rows(now), self.engine.fitting_rows)
         portions = self._place(self._scheduler.next_prefills(rows), now)
         if portions:
             try:

@@ -176,6 +176,18 @@ class PlacedStep:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
+def cut_slices(pieces: Sequence[PackedSlice], start: int, stop: int) -> list[PackedSlice]:
+    """The slices of the rows `start:stop` of a packed matrix, as a matrix of their own."""
+    found = []
+    for piece in pieces:
+        first, last = max(start, piece.row), min(stop, piece.row + piece.length)
+        if first < last:
+            position = piece.position + first - piece.row
+            extents = _first_rows(piece.extents, position + last - first)
+            found.append(PackedSlice(first - start, last - first, position, extents))
+    return found
+
+
 def _first_rows(extents: tuple[tuple[int, int], ...], count: int) -> tuple[tuple[int, int], ...]:
     """The extents of the first `count` positions."""
     kept = []

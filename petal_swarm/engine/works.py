@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from petal_swarm.errors import PetalSwarmError, RemoteError
+from petal_swarm.models.devices import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -96,6 +97,9 @@ class Works:
 
 
 def internal_error(error: Exception) -> RemoteError:
-    """What whoever asked for work is told of a bug; the details are for this server's log."""
+    """What whoever asked for work is told of a bug or a lack of memory; the details are for this log."""
+    if is_out_of_memory(error):
+        logger.warning("out of memory: %s", str(error).partition("\n")[0])
+        return RemoteError("the server has no memory left for this; use another server, or try again")
     logger.error("computing failed", exc_info=error)
     return RemoteError(f"the server failed to compute: {type(error).__name__}")

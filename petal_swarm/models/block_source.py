@@ -46,6 +46,14 @@ class BlockSource:
         prefix = family.block_prefix.format(number)
         return {name.removeprefix(prefix): tensors.pop(name) for name in family.block_tensors(config, number)}
 
+    def pass_over(self, number: int, progress: Progress | None) -> None:
+        """Tell `progress` of block `number` the same as if it had been read."""
+        if progress is not None:
+            shapes = self.checkpoint.family.block_tensors(self.checkpoint.config, number).values()
+            kind = self.dtype if self.quant == "none" else torch.float32
+            size = sum(torch.Size(shape).numel() for shape in shapes) * kind.itemsize
+            progress(size, size)
+
     def _plain(self, number: int, progress: Progress | None) -> dict[str, Weight]:
         shapes = self.checkpoint.family.block_tensors(self.checkpoint.config, number)
         if self.shard is None:
@@ -62,10 +70,9 @@ class BlockSource:
     def _quantized(self, number: int, progress: Progress | None) -> dict[str, Weight]:
         shapes = self.checkpoint.family.block_tensors(self.checkpoint.config, number)
         tensors = None if self.cache is None else self.cache.load(number, self.quant, self._own(shapes))
-        if tensors is not None and progress is not None:
-            size = sum(torch.Size(shape).numel() for shape in shapes.values()) * torch.float32.itemsize
-            progress(size, size)  # the same as if they had been read
-        if tensors is None:
+        if tensors is not None:
+            self.pass_over(number, progress)
+        else:
             convert = partial(self._convert, number)
             tensors = self.checkpoint.load_converted(shapes, convert, progress=progress, threads=self.threads)
             if self.cache is not None:

@@ -30,6 +30,17 @@ def wait_for(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
+#: What allocators say that have no error of their own: of the CPU, CUDA's driver and cuBLAS, Metal, C++.
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "ALLOC_FAILED", "bad_alloc")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether there was no memory for something, on any device."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
 def release_cached(device: torch.device) -> None:
     """Give back what torch keeps for later; after running out of memory that is in the wrong sizes."""
     if device.type == "cuda":

@@ -52,6 +52,12 @@ class Int8Rows(NamedTuple):
         return (self.values * self.scales.unsqueeze(1)).to(dtype)
 
 
+class ViewedInt8Rows(Int8Rows):
+    """Rows that a product must leave where they are: in memory that others fill by turns."""
+
+    __slots__ = ()
+
+
 def quantize_int8(weight: Tensor) -> Int8Rows:
     """Rounds `weight [out, in]` to 255 levels for each row; a row that is not finite gets such a scale."""
     values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -273,9 +279,10 @@ def _fused_works(values: Tensor) -> bool:
 
 
 def make_int8_linear(weight: Int8Rows, bias: Tensor | None) -> PackedInt8Linear | Int8Linear:
-    """The fastest kind for the device that the weight is on."""
+    """The fastest kind for the device that the weight is on; oneDNN's packed numbers are nobody's to view."""
     if weight.values.device.type != "cpu" or not packing_works():
         return Int8Linear(weight, bias)
     if weight.values.numel() < _SMALL_WEIGHT:
         return Int8Linear(weight, bias, fused=False)
-    return PackedInt8Linear(weight, bias)
+    viewed = isinstance(weight, ViewedInt8Rows)
+    return Int8Linear(weight, bias) if viewed else PackedInt8Linear(weight, bias)

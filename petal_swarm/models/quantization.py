@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from petal_swarm.errors import CheckpointError
-from petal_swarm.models.int8 import Int8Rows, make_int8_linear, quantize_int8
+from petal_swarm.models.int8 import Int8Rows, ViewedInt8Rows, make_int8_linear, quantize_int8
 from petal_swarm.models.linear import Linear, Projection
 from petal_swarm.models.nf4 import Nf4Rows, bitsandbytes, block_size_for, make_nf4_linear, quantize_nf4
 
@@ -96,6 +96,11 @@ def stack_rows(weights: Sequence[Weight]) -> Weight:
         return first.contiguous() if len(plain) == 1 else torch.cat(list(plain))
     quantized = cast(Sequence[Int8Rows | Nf4Rows], weights)
     return type(first)(*(torch.cat(parts) for parts in zip(*quantized, strict=True)))
+
+
+def viewed(weight: Weight) -> Weight:
+    """The same numbers, for a projection whose tensors can be views of memory that others fill."""
+    return ViewedInt8Rows(*weight) if isinstance(weight, Int8Rows) else weight
 
 
 def make_linear(weight: Weight, bias: Tensor | None = None) -> Projection:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeAlias
 
 import torch
@@ -18,11 +18,13 @@ from petal_swarm.models.checkpoint import Checkpoint, Progress
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.families import family_of
 from petal_swarm.models.family import Block
+from petal_swarm.models.offload import Residence, house
 from petal_swarm.models.packed_adapters import AdaptedBlocks, ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
 from petal_swarm.models.quantization import Quant
 from petal_swarm.models.rope import RotaryTable, interleave_keys
 from petal_swarm.models.sharding import Shard
+from petal_swarm.models.streaming import Pass, Streaming
 from petal_swarm.models.training import TrainingPlan, with_gradients
 from petal_swarm.span import Span
 
@@ -33,7 +35,9 @@ Sequences: TypeAlias = Mapping[int | None, TrainingPlan]
 class BlockStack:
     """Blocks `span` of a model, without embeddings and head; with `shard`, the blocks are that part of them.
 
-    `nbytes` is the memory of the weights. Not safe for several threads at a time: tables of positions grow.
+    `nbytes` is the device's memory that the weights take. With `streaming` some come there by turns, and
+    there is no training: a gradient's way back would find others in their places. Not safe for several
+    threads at a time: tables of positions grow.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class BlockStack:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         shard: Shard | None = None,
+        streaming: Streaming | None = None,
     ) -> None:
         assert len(blocks) == len(span), "one block for each number of the span"
         self.config = config
@@ -52,8 +57,11 @@ class BlockStack:
         self.dtype = dtype
         self.device = torch.device(device)
         self._shard = shard
-        self.nbytes = sum(block.nbytes for block in blocks)
+        streamed = () if streaming is None else streaming.places
+        self.nbytes = sum(block.nbytes for place, block in enumerate(blocks) if place not in streamed)
+        self.nbytes += 0 if streaming is None else streaming.nbytes
         self._blocks = tuple(blocks)
+        self._streaming = streaming
         self._own_config = config if shard is None else shard.config(config)
         own = self._own_config
         self._heads = Heads(own.num_heads, own.num_kv_heads, own.head_dim)
@@ -72,6 +80,11 @@ class BlockStack:
     def ranks(self) -> int:
         """How many share the blocks out."""
         return 1 if self._shard is None else self._shard.ranks
+
+    @property
+    def streamed_blocks(self) -> int:
+        """How many blocks come to the device only when they are used."""
+        return 0 if self._streaming is None else len(self._streaming.places)
 
     def allocate(self, pool_tokens: int, kv_dtype: str) -> KVPool:
         """The KV pool of an engine that runs these blocks; see `KVPool.allocate`."""
@@ -101,7 +114,10 @@ class BlockStack:
         """
         assert self.span.covers(blocks), f"blocks {blocks} are not all in {self.span}"
         adapted = self._adapted if batch.lora else None
-        own = self._blocks if adapted is None else adapted.blocks
+        whole = self._blocks if adapted is None else adapted.blocks
+        own: tuple[Block, ...] | Pass = whole
+        if self._streaming is not None:
+            own = self._streaming.begin(whole, blocks.start - self.span.start, blocks.end - self.span.start)
         plans: dict[int | None, AttentionPlan] = {}
         for index in range(blocks.start - self.span.start, blocks.end - self.span.start):
             window = self._windows[index]
@@ -169,6 +185,7 @@ class BlockStack:
 
         Under autograd gradients flow to `hidden` and `adapter`, not to the weights. Not in inference mode.
         """
+        assert self._streaming is None, "blocks that are streamed are not trained through"
         index = block - self.span.start
         shape = (2, self._heads.kv, 0, self._heads.size)
         prefix = hidden.new_empty(shape) if adapter.prefix is None else self.arrange_prefix(adapter.prefix)
@@ -195,39 +212,52 @@ def load_blocks(
     device: torch.device | str = "cpu",
     quant: Quant = "none",
     cache: BlockCache | None = None,
+    residence: Residence | None = None,
     progress: Progress | None = None,
     threads: int | None = None,
 ) -> BlockStack:
     """Loads the blocks of `span`, one after the other: memory peaks one block above their size.
 
     Matrices are quantized as they are read, one in each of `threads`; `cache` keeps quantized blocks for the
-    next time. `progress(done, total)` counts bytes of the span.
+    next time. `residence` says where blocks are that do not fit the device; without one all have to.
+    `progress(done, total)` counts bytes of the span.
 
     Raises:
-        ConfigError: the model has no such blocks, or cannot be quantized so.
+        ConfigError: the model has no such blocks, cannot be quantized so, or there is no room for them.
         CheckpointError: tensors are missing, misshapen or damaged.
     """
     source = BlockSource(checkpoint, dtype, device, quant, cache, threads)
-    blocks = read_blocks(source, span, progress)
-    return BlockStack(checkpoint.config, span, blocks, dtype=dtype, device=device)
+    if residence is None:
+        blocks, streaming = read_blocks(source, span, progress), None
+    else:
+        _check_span(checkpoint, span)
+        blocks, streaming = house(source, span, residence, partial(_of_span, progress, len(span)))
+    return BlockStack(checkpoint.config, span, blocks, dtype=dtype, device=device, streaming=streaming)
 
 
 def read_blocks(source: BlockSource, span: Span, progress: Progress | None = None) -> list[Block]:
     """As `load_blocks`, for a stack of any kind: the blocks, or the part of them that `source` is for."""
     checkpoint = source.checkpoint
     config, family = checkpoint.config, checkpoint.family
-    if span.end > config.num_blocks:
-        raise ConfigError(f"{checkpoint.name} has blocks 0:{config.num_blocks}, so there is no span {span}")
+    _check_span(checkpoint, span)
     own = config if source.shard is None else source.shard.config(config)
+    report = partial(_of_span, progress, len(span))
     blocks: list[Block] = []
     for number in span.blocks():
-        report = None if progress is None else _of_span(progress, len(blocks), len(span))
-        blocks.append(family.build_block(own, source.read(number, report)))
+        blocks.append(family.build_block(own, source.read(number, report(len(blocks)))))
     return blocks
 
 
-def _of_span(progress: Progress, before: int, count: int) -> Progress:
+def _check_span(checkpoint: Checkpoint, span: Span) -> None:
+    count = checkpoint.config.num_blocks
+    if span.end > count:
+        raise ConfigError(f"{checkpoint.name} has blocks 0:{count}, so there is no span {span}")
+
+
+def _of_span(progress: Progress | None, count: int, before: int) -> Progress | None:
     """Blocks of a model are of one size, so a block's share of the span is known before it is read."""
+    if progress is None:
+        return None
 
     def report(done: int, total: int) -> None:
         progress(before * total + done, count * total)

@@ -160,6 +160,7 @@ def capacity_key(engine: Engine, *, quant: str, kv_dtype: str, chunk: int) -> st
         "intermediate_size": config.intermediate_size,
         # A step's own cost is shared by its blocks, and few blocks fit the processor's cache.
         "blocks": len(stack.span),
+        "streamed": stack.streamed_blocks,
         "chunk": chunk,
         "ranks": stack.ranks,
         "version": __version__,

@@ -19,6 +19,7 @@ MIN_KV_TOKENS = 64
 MAX_BATCH_TOKENS = MAX_PAGES * PAGE_TOKENS
 KV_DTYPES = ("auto", "int8")
 REACHABILITY = ("auto", "public", "private")
+OFFLOADS = ("none", "cpu", "disk")
 NOWHERE = "none"
 EVERYWHERE = "/ip4/0.0.0.0/tcp/0"
 
@@ -28,13 +29,13 @@ class ServerConfig:
     """Settings of one server; the names are those of `run_server --help`.
 
     Without a `cache_dir` nothing is kept for the next start. `swarm_key` is the file of a private swarm's
-    key. Only `allow_peers` may open sessions, if there are any.
-    Without a `cache_dir` nothing is kept for the next start. `rebalance` is whether it moves to other blocks
-    when the swarm needs them more; None is yes, unless `blocks` says which. `adapters` are offered to
+    key. Only `allow_peers` may open sessions, if there are any. `rebalance` is whether it moves to other
+    blocks when the swarm needs them more; None is yes, unless `blocks` says which. `adapters` are offered to
     everybody, each a folder or Hub id, or `NAME=` and that; `adapter_mib` is the room for clients' own.
-    `training_mib` is the room for what passes of training keep; None is a share of the free memory.
-    `tensor_parallel` is over how many devices of one kind each block is shared out; such a server does not
-    train.
+    `training_mib` is the room for what passes of training keep; None is a share of the free memory. Blocks
+    and KV cache take `device_memory_mib` at most; None is a share of what is free. Blocks that do not fit are
+    where `offload` says, and there is no training then. `tensor_parallel` is over how many devices of one
+    kind each block is shared out; such a server does not train either.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -67,6 +68,8 @@ class ServerConfig:
     adapter_mib: int = 512
     training_mib: int | None = None
     tensor_parallel: int = 1
+    offload: str = "none"
+    device_memory_mib: int | None = None
 
     def __post_init__(self) -> None:
         if self.new_swarm == bool(self.initial_peers):
@@ -109,7 +112,18 @@ class ServerConfig:
             raise ConfigError(f"--kv-dtype must be one of {', '.join(KV_DTYPES)}, got {self.kv_dtype!r}")
         if self.kv_tokens is not None and self.kv_tokens < MIN_KV_TOKENS:
             raise ConfigError(f"--kv-tokens must be at least {MIN_KV_TOKENS}, got {self.kv_tokens}")
-
+        if self.offload not in OFFLOADS:
+            raise ConfigError(f"--offload must be one of {', '.join(OFFLOADS)}, got {self.offload!r}")
+        if self.offload == "disk" and self.cache_dir is None:
+            raise ConfigError("--offload disk keeps blocks in files: it needs a --cache-dir")
+        if self.offload != "none" and self.tensor_parallel > 1:
+            raise ConfigError("blocks that are shared out cannot come and go: --offload or --tensor-parallel")
+        if self.offload != "none" and self.training_mib:
+            raise ConfigError(
+                "blocks that come and go cannot be trained through: --offload or --training-mib"
+            )
+        if self.device_memory_mib is not None and self.device_memory_mib < 1:
+            raise ConfigError(f"--device-memory must be at least 1, got {self.device_memory_mib}")
         if self.adapter_mib < 0:
             raise ConfigError(f"--adapter-mib must be at least 0, got {self.adapter_mib}")
         if self.training_mib is not None and self.training_mib < 0:
@@ -125,7 +139,7 @@ class ServerConfig:
 
     @property
     def trains(self) -> bool:
-        return self.training_mib != 0 and self.tensor_parallel == 1
+        return self.training_mib != 0 and self.offload == "none" and self.tensor_parallel == 1
 
     @property
     def rebalances(self) -> bool:

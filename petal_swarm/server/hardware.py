@@ -1,4 +1,4 @@
-"""What this machine can hold: the device, the dtype, how many blocks and how many tokens of KV cache."""
+"""What this machine is: the device, its free memory, the dtype; and what a model's parts take of it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,10 @@ from petal_swarm.errors import ConfigError
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.families import family_of
 from petal_swarm.models.int8_kv import row_bytes
+from petal_swarm.models.offload import OFFLOADS, Offload
 from petal_swarm.models.quantization import QUANTS, Quant, matrix_bytes
 from petal_swarm.wire.tensors import DTYPES
 
-#: Of the memory that is free at start, this part may go to blocks and KV cache together.
-_USABLE = 0.7
-_KV_SHARE = 0.25
-_MAX_DEFAULT_KV_TOKENS = 65_536
-_MIN_DEFAULT_KV_TOKENS = 2_048
 #: Of what is free once blocks and KV cache are there, training may take this part, up to a bound.
 _TRAINING_SHARE = 0.25
 _MAX_DEFAULT_TRAINING_BYTES = 8 << 30
@@ -92,6 +88,18 @@ def resolve_quant(name: str, config: ModelConfig) -> Quant:
     raise ConfigError(f"--quant must be auto or one of {', '.join(QUANTS)}, not {name!r}")
 
 
+def resolve_offload(name: str) -> Offload:
+    """Where blocks are that do not fit the device.
+
+    Raises:
+        ConfigError: there is no such place.
+    """
+    for offload in OFFLOADS:
+        if name == offload:
+            return offload
+    raise ConfigError(f"--offload must be one of {', '.join(OFFLOADS)}, got {name!r}")
+
+
 def block_bytes(config: ModelConfig, dtype: torch.dtype, quant: Quant) -> int:
     """One block's weights in bytes.
 
@@ -106,33 +114,6 @@ def kv_bytes_per_token(config: ModelConfig, dtype: torch.dtype, kv_dtype: str = 
     """Keys and values of one token in one block, in bytes; `kv_dtype` as in `KVPool.allocate`."""
     row = row_bytes(config.head_dim) if kv_dtype == "int8" else config.head_dim * dtype.itemsize
     return 2 * config.num_kv_heads * row
-
-
-def block_capacity(
-    config: ModelConfig, dtype: torch.dtype, quant: Quant, device: torch.device, devices: int = 1
-) -> int:
-    """How many blocks fit, leaving room for the KV cache and working space, if so many devices share them.
-
-    Raises:
-        ConfigError: not even one does.
-    """
-    usable = free_bytes(device) * _USABLE * (1 - _KV_SHARE) * devices
-    capacity = int(usable // block_bytes(config, dtype, quant))
-    if capacity < 1:
-        raise ConfigError(
-            f"one block of this model needs {block_bytes(config, dtype, quant) >> 20} MiB,"
-            f" and {free_bytes(device) >> 20} MiB are free on {device}"
-        )
-    return min(capacity, config.num_blocks)
-
-
-def default_kv_tokens(
-    config: ModelConfig, num_blocks: int, dtype: torch.dtype, device: torch.device, kv_dtype: str = "auto"
-) -> int:
-    """Tokens of KV cache for a span of `num_blocks`: a share of the free memory, within bounds."""
-    per_token = kv_bytes_per_token(config, dtype, kv_dtype) * num_blocks
-    fits = int(free_bytes(device) * _USABLE * _KV_SHARE // per_token)
-    return max(_MIN_DEFAULT_KV_TOKENS, min(fits, _MAX_DEFAULT_KV_TOKENS))
 
 
 def default_training_bytes(device: torch.device) -> int:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 
 from petal_swarm.engine.engine import Engine
@@ -12,22 +14,31 @@ from petal_swarm.engine.ranks import RankSettings
 from petal_swarm.errors import ConfigError
 from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.checkpoint import Checkpoint
+from petal_swarm.models.chunk_files import free_for_chunks
+from petal_swarm.models.offload import Residence
 from petal_swarm.models.sharding import Shard, check_ranks
 from petal_swarm.models.stack import BlockStack, load_blocks
 from petal_swarm.server.capacity import CapacityFile, calibrate
 from petal_swarm.server.config import ServerConfig
 from petal_swarm.server.hardware import (
-    block_capacity,
-    default_kv_tokens,
+    block_bytes,
+    free_bytes,
+    kv_bytes_per_token,
     rank_devices,
     resolve_device,
     resolve_dtype,
+    resolve_offload,
     resolve_quant,
 )
+from petal_swarm.server.memory_plan import MemoryPlan, Needs, Room, plan_memory, working_bytes
 from petal_swarm.server.ranks import load_ranks
 from petal_swarm.span import Span
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int], None]
+#: Of the host's free memory, for blocks that wait there.
+_HOST_SHARE = 0.7
 
 
 class Loader:
@@ -43,6 +54,9 @@ class Loader:
         self.device = resolve_device(config.device)
         self.dtype = resolve_dtype(config.dtype, checkpoint.config, self.device)
         self.quant = resolve_quant(config.quant, checkpoint.config)
+        self._offload = resolve_offload(config.offload)
+        #: How the memory of the blocks that were loaded last was counted.
+        self.memory: MemoryPlan | None = None
         self._config = config
         self._checkpoint = checkpoint
         self._on_lost = on_lost
@@ -57,29 +71,55 @@ class Loader:
         """How many blocks to host: as told, or as many as fit.
 
         Raises:
-            ConfigError: more than the model has, or not one fits.
+            ConfigError: more than the model has or than there is room for, or not one fits.
         """
-        model = self._checkpoint.config
-        told = self._config.num_blocks
+        told, model = self._config.num_blocks, self._checkpoint.config
         if told is not None and told > model.num_blocks:
             raise ConfigError(f"--num-blocks {told} is more than the model's {model.num_blocks} blocks")
-        devices = self._config.tensor_parallel if self.device.type == "cuda" else 1
-        return told or block_capacity(model, self.dtype, self.quant, self.device, devices)
+        return self.plan(told).num_blocks
+
+    def plan(self, num_blocks: int | None) -> MemoryPlan:
+        """Memory for `num_blocks`, or for as many as fit, of what is free now: of one device, where several
+        share the blocks out.
+
+        Raises:
+            ConfigError: not one fits, or not as many.
+        """
+        config, model, device = self._config, self._checkpoint.config, self.device
+        shares = (
+            config.tensor_parallel if device.type == "cuda" else 1
+        )  # on a CPU all parts are in one memory
+        part = model if shares == 1 else Shard(0, shares).config(model)
+        needs = Needs(
+            block_bytes=-(-block_bytes(model, self.dtype, self.quant) // shares),
+            kv_bytes_per_token=kv_bytes_per_token(part, self.dtype, config.kv_dtype),
+            working_bytes=working_bytes(model, self.dtype, self.quant, device.type, config.max_batch_tokens),
+            adapter_bytes=config.adapter_mib << 20,
+            model_blocks=model.num_blocks,
+        )
+        told = config.device_memory_mib
+        room = Room(
+            device=device.type,
+            free_bytes=free_bytes(device),
+            told_bytes=None if told is None else told << 20,
+            offload=self._offload,
+            away_bytes=self._away_bytes(),
+        )
+        return plan_memory(needs, room, num_blocks=num_blocks, kv_tokens=config.kv_tokens)
 
     def load(self, span: Span, progress: Progress | None = None) -> Engine:
         """The engine of `span`. Takes a while: for a thread. What `progress` raises ends it.
 
         Raises:
+            ConfigError: the span does not fit.
             CheckpointError: the weights cannot be read.
         """
         config = self._config
-        stack = self._load_blocks(span, progress)
-        model = self._checkpoint.config
-        if self.device.type == "cuda" and stack.ranks > 1:
-            model = Shard(0, stack.ranks).config(model)
-        kv_tokens = config.kv_tokens or default_kv_tokens(
-            model, len(span), self.dtype, self.device, config.kv_dtype
-        )
+        plan = self.memory = self.plan(len(span))
+        for line in plan.lines():
+            logger.info("%s", line)
+        stack = self._load_blocks(span, plan, progress)
+        kv_tokens = plan.kv_tokens
         try:
             engine = Engine(
                 stack,
@@ -95,7 +135,7 @@ class Loader:
             raise
         return engine
 
-    def _load_blocks(self, span: Span, progress: Progress | None) -> BlockStack:
+    def _load_blocks(self, span: Span, plan: MemoryPlan, progress: Progress | None) -> BlockStack:
         if self._config.tensor_parallel > 1:
             return self._load_ranks(span, progress)
         cache = None
@@ -108,6 +148,7 @@ class Loader:
             device=self.device,
             quant=self.quant,
             cache=cache,
+            residence=self._residence(plan),
             progress=progress,
         )
 
@@ -133,3 +174,23 @@ class Loader:
         if self.quant == "none" or self._config.cache_dir is None:
             return None
         return Path(self._config.cache_dir).expanduser() / "quantized"
+
+    def _residence(self, plan: MemoryPlan) -> Residence | None:
+        """Where blocks are that do not fit; None if all do."""
+        if plan.kept == plan.num_blocks:
+            return None
+        return Residence(self._offload, plan.kept + plan.slots, self._chunk_folder)
+
+    @property
+    def _chunk_folder(self) -> Path | None:
+        folder = self._config.cache_dir
+        return None if folder is None else Path(folder).expanduser() / "offloaded"
+
+    def _away_bytes(self) -> int:
+        """Room for blocks that do not fit the device."""
+        if self._offload == "none":
+            return 0
+        folder = self._chunk_folder
+        if self._offload == "cpu" or folder is None:
+            return int(psutil.virtual_memory().available * _HOST_SHARE)
+        return free_for_chunks(folder)

@@ -31,6 +31,7 @@ from petal_swarm.server.gate import StreamGate
 from petal_swarm.server.hardware import default_training_bytes
 from petal_swarm.server.host import SessionHost
 from petal_swarm.server.loader import Loader, Progress
+from petal_swarm.server.memory_plan import MemoryPlan
 from petal_swarm.server.offered import OfferedAdapter, read_offered
 from petal_swarm.server.rebalancer import Rebalancer, Timing
 from petal_swarm.server.training.host import TrainingHost
@@ -118,6 +119,11 @@ class Server:
     @property
     def addresses(self) -> tuple[str, ...]:
         return self._transport.addresses()
+
+    @property
+    def memory(self) -> MemoryPlan | None:
+        """How the memory of its blocks was counted, once they are loaded."""
+        return self._loader.memory
 
     @property
     def num_sessions(self) -> int:

@@ -36,7 +36,7 @@ def test_hardware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert hardware(config(), None).text.startswith("CPU, ")
     checkpoint = open_checkpoint(str(save_bloom(tmp_path / "tiny", blocks=2, hidden=32)))
     assert hardware(config(), checkpoint).text.endswith(f"2 of 2 blocks of {checkpoint.name} fit")
-    monkeypatch.setattr("petal_swarm.server.hardware.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("petal_swarm.server.loader.free_bytes", lambda device: 1000)
     full = hardware(config(), checkpoint)
     assert full.state == "problem"
     assert "are free on cpu" in full.text

@@ -114,7 +114,7 @@ def test_running_out_of_memory_costs_one_step(cuda: torch.device, tmp_path: Path
     engine.run([step("a", hidden[:20])])
     torch.cuda.empty_cache()
     total = torch.cuda.mem_get_info(cuda)[1]
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(cuda) + (32 << 20)) / total, cuda)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved(cuda) + (4 << 20)) / total, cuda)
     try:
         large, small = engine.run([step("b", hidden), step("a", hidden[20:30], 20)])
         assert type(large.error) is RemoteError

@@ -33,18 +33,6 @@ def test_bytes_of_a_token_are_those_of_the_pool(dtype, kv_dtype):
     assert pool.nbytes == 3 * 32 * hardware.kv_bytes_per_token(CONFIG, dtype, kv_dtype)
 
 
-def test_int8_makes_room_for_more_tokens(monkeypatch):
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: 1 << 28)
-    room = {
-        (dtype, kv_dtype): hardware.default_kv_tokens(CONFIG, 3, dtype, CPU, kv_dtype)
-        for dtype in (torch.float32, torch.bfloat16)
-        for kv_dtype in ("auto", "int8")
-    }
-    assert room[torch.float32, "int8"] == room[torch.bfloat16, "int8"]
-    assert room[torch.float32, "int8"] / room[torch.float32, "auto"] == pytest.approx(256 / 68, rel=0.01)
-    assert room[torch.bfloat16, "int8"] / room[torch.bfloat16, "auto"] == pytest.approx(128 / 68, rel=0.01)
-
-
 def test_a_kv_dtype_that_is_not_known():
     with pytest.raises(ConfigError, match="--kv-dtype must be one of auto, int8, got 'int4'"):
         ServerConfig(model="m", new_swarm=True, kv_dtype="int4")
@@ -109,10 +97,3 @@ def test_ranks_without_devices(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match=message):
         hardware.rank_devices(torch.device(device), 2)
-
-
-def test_devices_that_share_blocks_hold_more_of_them(monkeypatch):
-    room = hardware.block_bytes(CONFIG, torch.float32, "none") / 0.7 / 0.75
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: int(1.01 * room))
-    assert hardware.block_capacity(CONFIG, torch.float32, "none", CPU) == 1
-    assert hardware.block_capacity(CONFIG, torch.float32, "none", CPU, devices=3) == 3

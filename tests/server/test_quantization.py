@@ -15,6 +15,7 @@ from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.stack import load_blocks
 from petal_swarm.server import hardware
 from petal_swarm.server.config import ServerConfig
+from petal_swarm.server.loader import Loader
 from petal_swarm.span import Span
 from tests.checkpoints import save_bloom, save_llama
 from tests.swarm.local import LocalSwarm
@@ -48,13 +49,42 @@ def test_estimates_of_memory_are_what_is_used(request: Any, family: str, quant: 
     assert estimate == pytest.approx(stack.nbytes, rel=0.12)
 
 
-def test_quantized_blocks_fit_in_larger_numbers(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = open_checkpoint(str(bloom)).config
-    plain = hardware.block_bytes(config, torch.float32, "none")
-    monkeypatch.setattr(hardware, "free_bytes", lambda device: 2 * plain)
-    cpu = torch.device("cpu")
-    assert hardware.block_capacity(config, torch.float32, "none", cpu) == 1
-    assert hardware.block_capacity(config, torch.float32, "int8", cpu) == 2
+def test_quantized_blocks_fit_in_larger_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = open_checkpoint(str(save_bloom(tmp_path, blocks=2, hidden=256)))
+    plain = hardware.block_bytes(checkpoint.config, torch.float32, "none")
+    monkeypatch.setattr("petal_swarm.server.loader.free_bytes", lambda device: 5 * plain // 2)
+    fitting = []
+    for quant in ("none", "int8"):
+        config = ServerConfig(
+            model="m", new_swarm=True, quant=quant, kv_tokens=64, max_batch_tokens=64, adapter_mib=0
+        )
+        fitting.append(Loader(config, checkpoint).capacity())
+    assert fitting == [1, 2]
+
+
+def test_devices_that_share_blocks_hold_more_of_them(bloom: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's ranks are in one memory, each GPU has its own."""
+    checkpoint = open_checkpoint(str(bloom))
+    config = ServerConfig(
+        model="m",
+        new_swarm=True,
+        quant="none",
+        kv_tokens=64,
+        max_batch_tokens=64,
+        adapter_mib=0,
+        device="cpu",
+        device_memory_mib=1,
+        tensor_parallel=2,
+    )
+    room = hardware.block_bytes(checkpoint.config, torch.float32, "none")
+    loader = Loader(config, checkpoint)
+    on_cpu = loader.plan(1).needs
+    loader.device = torch.device("cuda", 0)
+    monkeypatch.setattr("petal_swarm.server.loader.free_bytes", lambda device: 1 << 34)
+    on_cuda = loader.plan(1).needs
+    assert on_cpu.block_bytes == room
+    assert on_cuda.block_bytes == room // 2
+    assert on_cuda.kv_bytes_per_token == on_cpu.kv_bytes_per_token // 2
 
 
 @pytest.mark.parametrize(("asked", "announced"), [("auto", "int8"), ("none", "none"), ("nf4", "nf4")])

@@ -148,5 +148,3 @@ def end_tokens_of(checkpoint: Checkpoint, tokenizer: Any) -> frozenset[int]:
     if stated is None:
         return frozenset()
     return frozenset((stated,) if isinstance(stated, int) else stated)
-
-
