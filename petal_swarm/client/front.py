@@ -29,12 +29,16 @@ class Front:
         """
         packed = packing.pack(given)
         hidden = self.ends.embed(packed) if given.dim() == 2 else self.ends.enter(packed)
-        if self.prompt is None or not prompted:
-            return hidden, packing.lengths
+        return self.enter(hidden, packing.lengths) if prompted else (hidden, packing.lengths)
+
+    def enter(self, hidden: Tensor, lengths: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """Put the soft prompt, if there is one, before each sequence of `hidden [tokens, hidden_size]`."""
+        if self.prompt is None:
+            return hidden, tuple(lengths)
         prompt = self.ends.enter(self.prompt.to(hidden))
-        sequences = torch.split(hidden, list(packing.lengths))
+        sequences = torch.split(hidden, list(lengths))
         rows = torch.cat([piece for sequence in sequences for piece in (prompt, sequence)])
-        return rows, tuple(length + len(prompt) for length in packing.lengths)
+        return rows, tuple(length + len(prompt) for length in lengths)
 
 
 def strip_prompt(rows: Tensor, lengths: Sequence[int], kept: Sequence[int]) -> Tensor:

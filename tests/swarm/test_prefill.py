@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from petal_swarm.client import session as session_module
+from petal_swarm.client import steps as steps_module
 from petal_swarm.client.session import InferenceSession
 from petal_swarm.engine.compute import Done, InlineCompute
 from petal_swarm.engine.steps import StepRequest
@@ -61,7 +61,7 @@ def test_the_chosen_size_follows_from_the_routes_figures(
         asked.append((tokens, stages, limit))
         return 64
 
-    monkeypatch.setattr(session_module, "choose_chunk", choose)
+    monkeypatch.setattr(steps_module, "choose_chunk", choose)
     ids = prompt(2, 80)
     mask = torch.ones_like(ids)
     mask[0, :20] = 0

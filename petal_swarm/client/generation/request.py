@@ -65,7 +65,8 @@ class GenerationRequest:
     An answer ends at an end-of-sequence token (unless `ignore_eos`), at one of the texts in `stops`, which is
     no part of it, or after `max_new_tokens`. `top_logprobs` asks for the logarithm of each token's
     probability, as the model has it before temperature and penalties, and for those of so many likeliest
-    others; `prompt_logprobs` asks the same for the prompt's tokens. `adapter` is a name of `Generator.adapters`.
+    others; `prompt_logprobs` asks the same for the prompt's tokens. `adapter` is a name of
+    `Generator.adapters`.
 
     Raises:
         ConfigError: a number is out of range.
