@@ -1,4 +1,4 @@
-"""A conversation goes back to those who hold its beginning, if that pays; routes cost what finding them says."""
+"""A conversation goes back to those who hold its beginning, if that pays; a price is that of the search."""
 
 from __future__ import annotations
 
