@@ -2,10 +2,11 @@
 
     python -m benchmarks.turns MODEL [--turns 10] [--chats 5] [--answer 40] [--threads 1]
 
-MODEL has a chat template: a GGUF file of SmolLM2, say. A turn is what somebody waits for: the template and the
-tokens of the whole conversation, a session that is opened, the prompt, the first token. Then the answer goes on
-to its end, and becomes a part of the next turn's prompt. All chats have the same system prompt, which first turns
-find in the servers' caches, too. As a control, the same turns with a client that shares no prefixes.
+MODEL has a chat template: a GGUF file of SmolLM2, say. A turn is what somebody waits for: the template and
+the tokens of the whole conversation, a session that is opened, the prompt, the first token. Then the answer
+goes on to its end, and becomes a part of the next turn's prompt. All chats have the same system prompt,
+which first turns find in the servers' caches, too. As a control, the same turns with a client that shares
+no prefixes.
 """
 
 from __future__ import annotations

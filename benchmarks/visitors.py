@@ -3,10 +3,11 @@
     python -m benchmarks.visitors MODEL.gguf [--visitors 32] [--rounds 3] [--dtype bfloat16]
 
 Prompts of 10 to 500 tokens, answers of 5 to 200, of a seeded mix, another one for each round; tokens that
-somebody asked for count, no others. All visitors come at the same moment. The swarm is two servers of one thread
-each; transformers has two threads. It gets the same prompts in left-padded batches, in order of arrival, or sorted
-by length before (bucketed). Each of `--batches` is tried with the first mix, and of either kind the fastest is
-measured. A visitor's latency is the time until the whole answer is there: in a batch, until its longest answer is.
+somebody asked for count, no others. All visitors come at the same moment. The swarm is two servers of one
+thread each; transformers has two threads. It gets the same prompts in left-padded batches, in order of
+arrival, or sorted by length before (bucketed). Each of `--batches` is tried with the first mix, and of
+either kind the fastest is measured. A visitor's latency is the time until the whole answer is there: in a
+batch, until its longest answer is.
 """
 
 from __future__ import annotations
