@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-REPLACEMENT = "\ufffd"
+from petal_swarm.models.text_stream import AnswerText
 
 
 class Answer:
@@ -32,36 +32,32 @@ class Answer:
         self.text = ""
         self.num_tokens = 0
         self.stopped = False
-        self._tokenizer = tokenizer
+        self._stream = AnswerText(tokenizer, stops=(stop,) if stop else ())
         self._write = write
-        self._stop = stop
         self._clock = clock
-        self._all = ""
         self._prompt_length: int | None = None
         self._started_s = self._first_s = self._last_s = clock()
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **unused: Any) -> torch.Tensor:
-        """Take `input_ids [1, tokens]`, whose last token is new; whether to stop."""
+        """Take `input_ids [1, tokens]`, whose last token is new, or several with drafts; whether to stop."""
         if self._prompt_length is None:
             self._prompt_length = input_ids.shape[1] - 1
             self._first_s = self._clock()
         self._last_s = self._clock()
-        new = input_ids[0, self._prompt_length :].tolist()
-        self.num_tokens = len(new)
-        self._show(self._decode(new))
+        self._take(input_ids[0, self._prompt_length + self.num_tokens :].tolist())
         return torch.full((input_ids.shape[0],), self.stopped, dtype=torch.bool, device=input_ids.device)
 
     def finish(self) -> None:
         """Print what was held back."""
-        if not self.stopped and self._prompt_length is not None:
-            self._emit(self._all)
+        if not self.stopped:
+            self._emit(self._stream.finish())
 
     def whole(self, tokens: torch.Tensor) -> None:
         """Print an answer that was not seen to grow: `tokens` of one sequence, without the prompt."""
         self._first_s = self._started_s
         self._last_s = self._clock()
-        self.num_tokens = len(tokens)
-        self._emit(self._decode(tokens.tolist()))
+        self._take(tokens.tolist())
+        self.finish()
 
     def interrupt(self) -> None:
         """End the answer after the token that is being computed."""
@@ -86,31 +82,16 @@ class Answer:
         )
         return f"{count}, the first after {self.first_token_s:.2f} s" if self.first_token_s else count
 
-    def _decode(self, tokens: list[int]) -> str:
-        # All of it each time: 0.1 ms for 300 tokens, and right for every kind of tokenizer.
-        text: str = self._tokenizer.decode(
-            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
-        return text
-
-    def _show(self, text: str) -> None:
-        """Print what is new and certain: no half of a character, nothing that may become the stop text."""
-        self._all = text
-        if self._stop and self._stop in text:
-            self._emit(text[: text.index(self._stop)])
-            self.stopped = True
-        elif not text.endswith(REPLACEMENT):
-            self._emit(text[: len(text) - _begun(text, self._stop)])
+    def _take(self, tokens: list[int]) -> None:
+        self.num_tokens += len(tokens)
+        for token in tokens:
+            self._emit(self._stream.take(token))
+        self.stopped = self.stopped or self._stream.stopped
 
     def _emit(self, text: str) -> None:
-        if len(text) > len(self.text):
-            self._write(text[len(self.text) :])
-            self.text = text
-
-
-def _begun(text: str, stop: str) -> int:
-    """How many characters at the end of `text` may be the beginning of `stop`."""
-    return next((n for n in range(min(len(stop), len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+        if text:
+            self._write(text)
+            self.text += text
 
 
 @contextlib.contextmanager

@@ -28,6 +28,7 @@ RUN_NOW_S = 0.0005
 MAX_LOGIT_BYTES = 128 << 20
 MAX_PIECE_BYTES = 16 << 20
 _SMOOTHING = 0.2
+_FIRST_S = 1e-3
 
 
 class Scored(NamedTuple):
@@ -59,8 +60,8 @@ class Head:
         self._waiting: list[_Job] = []
         self._scheduled = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="petal-swarm-head")
-        #: Running mean of what a batch takes; before the first one it may be long.
-        self._batch_s = 2 * RUN_NOW_S
+        #: Running mean of what a batch takes; the first one may be long.
+        self._batch_s = _FIRST_S
 
     async def choose(self, rows: Tensor, samplers: Sequence[Sampler], *, top: int | None) -> list[Scored]:
         """What follows each of `rows [answers, hidden_size]`, by its sampler.

@@ -1,0 +1,113 @@
+"""What a token costs by way of the gateway, against `generate` of the Python client: the same tiny BLOOM.
+
+    python -m benchmarks.gateway [--shape tiny|bloom-560m] [--servers 2] [--threads 1] [--rounds 7]
+
+Milliseconds a token for one answer at a time, rounds interleaved. `generator` is the gateway's part below
+HTTP: sessions, head, sampling and text in one event loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import SHAPES, checkpoint, interleaved, servers, workspace
+from petal_swarm import AutoSwarmModelForCausalLM
+from petal_swarm.client.config import ClientConfig
+from petal_swarm.client.generation.generator import Generator, connect_generator
+from petal_swarm.client.generation.request import GenerationRequest, Sampling
+from petal_swarm.client.loop import new_event_loop
+
+WAYS = {
+    "generator, greedy": Sampling(temperature=0),
+    "generator, top_p 0.9": Sampling(temperature=0.8, top_p=0.9, seed=1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--servers", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--tokens", type=int, default=200, help="new tokens of an answer")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    blocks = SHAPES[arguments.shape]["n_layer"]
+    share = blocks // arguments.servers
+    spans = [f"{start}:{start + share}" for start in range(0, blocks, share)]
+    with workspace() as folder:
+        path = checkpoint(arguments.shape, folder)
+        save_tokenizer(path, SHAPES[arguments.shape]["vocab_size"])
+        with servers(path, spans, "--threads", str(arguments.threads)) as running:
+            results = measure(path, running[0].address, arguments.tokens, arguments.rounds)
+    base = results["model.generate"]
+    for name, values in results.items():
+        more = statistics.median(value - other for value, other in zip(values, base, strict=True))
+        print(f"{name}: {statistics.median(values):.3f} ms a token, {more:+.3f} against model.generate")
+
+
+def measure(path: Path, address: str, tokens: int, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds a token of each way, round by round."""
+    ids = torch.randint(5, 900, (1, 16), generator=torch.Generator().manual_seed(1))
+    prompt = tuple(ids[0].tolist())
+    config = ClientConfig(initial_peers=(address,))
+    with (
+        asyncio.Runner(loop_factory=new_event_loop) as runner,
+        AutoSwarmModelForCausalLM.from_pretrained(
+            str(path), initial_peers=[address], progress=False
+        ) as model,
+    ):
+        generator = runner.run(connect_generator(str(path), config, progress=False))
+
+        def plain() -> float:
+            started = time.perf_counter()
+            model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            return (time.perf_counter() - started) / tokens * 1e3
+
+        def way(sampling: Sampling) -> Callable[[], float]:
+            request = GenerationRequest(
+                prompts=(prompt,), max_new_tokens=tokens, sampling=sampling, ignore_eos=True
+            )
+            return lambda: runner.run(timed(generator, request))
+
+        measures = {"model.generate": plain} | {name: way(sampling) for name, sampling in WAYS.items()}
+        for once in measures.values():
+            once()
+        try:
+            return interleaved(measures, rounds)
+        finally:
+            runner.run(generator.close())
+            runner.run(generator.swarm.close())
+
+
+async def timed(generator: Generator, request: GenerationRequest) -> float:
+    """Milliseconds a token of one answer."""
+    started = time.perf_counter()
+    count = 0
+    async for piece in generator.start(request):
+        count += piece.tokens
+    return (time.perf_counter() - started) / count * 1e3
+
+
+def save_tokenizer(folder: Path, count: int) -> None:
+    """A tokenizer in which every token is a word, since random models have none."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "</s>": 1} | {f"w{number}": number for number in range(2, count)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(
+        folder
+    )
+
+
+if __name__ == "__main__":
+    main()
