@@ -118,7 +118,7 @@ class Chat:
         system: str | None = None,
     ) -> None:
         from petal_swarm.cli.generate import end_tokens
-        from petal_swarm.cli.prompts import context_length
+        from petal_swarm.models.prompts import context_length
 
         self._model = model
         self._tokenizer = tokenizer
@@ -158,7 +158,7 @@ class Chat:
 
     def _answer(self) -> str:
         from petal_swarm.cli.answer import Answer, stopped_by_ctrl_c
-        from petal_swarm.cli.prompts import encode_chat, stop_text
+        from petal_swarm.models.prompts import encode_chat, stop_text
 
         input_ids = encode_chat(self._tokenizer, self.messages)
         room = self._max_length - input_ids.shape[1]

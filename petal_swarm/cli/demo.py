@@ -1,4 +1,4 @@
-"""`petal-swarm demo`: a whole swarm on this machine, from nothing to an answer."""
+"""`petal-swarm demo`: a whole swarm on this machine, from nothing to an answer, or to a page to ask on."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from petal_swarm.cli.common import default_threads, load_client, new_parser, positive, run_program
+from petal_swarm.cli.gateway import port
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -21,18 +22,33 @@ DEFAULT_QUESTION = "Explain in one sentence why bees live in swarms."
 EXAMPLES = """\
   petal-swarm demo
   petal-swarm demo "What is the capital of France?"
+  petal-swarm demo --web
   petal-swarm demo --model ./SmolLM2-135M-Instruct.Q4_1.gguf --servers 5 "Why is the sky blue?"
 
-Nobody else can reach these servers, and all of them end with the demo."""
+Nobody else can reach these servers, nor, without --host, the page. All of it ends with the demo."""
 
 
 def build_parser(prog: str = "petal-swarm demo") -> argparse.ArgumentParser:
     parser = new_parser(
-        prog, "Start servers on this machine that share a model's blocks, and ask them a question.", EXAMPLES
+        prog,
+        "Start servers on this machine that share a model's blocks, and ask them a question, or open a page"
+        " where you can.",
+        EXAMPLES,
     )
     parser.add_argument("question", metavar="QUESTION", nargs="?", default=DEFAULT_QUESTION)
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="Hugging Face id, folder, or GGUF file (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--web", action="store_true", help="serve a page, a map of the swarm and an OpenAI-compatible API"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address that the page is served at; 0.0.0.0 lets other machines in (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--port", type=port, default=8080, help="of the page; 0 is any that is free (default: %(default)s)"
     )
     parser.add_argument(
         "--servers", type=positive, default=3, metavar="N", help="how many servers (default: %(default)s)"
@@ -68,6 +84,8 @@ def run(arguments: argparse.Namespace) -> int:
     from petal_swarm.models.checkpoint import open_checkpoint
     from petal_swarm.models.tokenizer import load_tokenizer
 
+    if arguments.web:
+        check_address(arguments)
     started_s = time.monotonic()
     checkpoint = open_checkpoint(arguments.model)
     spans = split_evenly(checkpoint.config.num_blocks, arguments.servers)
@@ -81,6 +99,8 @@ def run(arguments: argparse.Namespace) -> int:
         address = await_servers([(first, spans[0])], started_s, arguments)
         others = [(start(swarm, i, span, address, arguments), span) for i, span in enumerate(spans[1:], 2)]
         await_servers(others, started_s, arguments)
+        if arguments.web:
+            return serve_page(address, arguments)
         with load_client(client_arguments(arguments, address)) as model:
             ask(model, tokenizer, arguments)
     return 0
@@ -114,6 +134,26 @@ def await_servers(
     return servers[0][0].address.result() if servers else ""
 
 
+def check_address(arguments: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: the page cannot be served there; better said before the servers load their blocks.
+    """
+    from petal_swarm.gateway.serving import listen
+
+    listen(arguments.host, arguments.port).close()
+
+
+def serve_page(address: str, arguments: argparse.Namespace) -> int:
+    """A gateway in this process, until Ctrl-C."""
+    from petal_swarm.cli import gateway
+
+    words = ["--model", arguments.model, "--host", arguments.host, "--port", str(arguments.port)]
+    words += ["--threads", str(arguments.threads), "--log-level", arguments.log_level, "--drain-timeout", "0"]
+    print("\nopening the page; Ctrl-C ends all of it", flush=True)
+    return gateway.run(gateway.build_parser().parse_args([*words, "--initial-peers", address]))
+
+
 def client_arguments(arguments: argparse.Namespace, address: str) -> argparse.Namespace:
     """What `load_client` wants to know."""
     return argparse.Namespace(
@@ -133,7 +173,7 @@ def ask(model: Any, tokenizer: Any, arguments: argparse.Namespace) -> None:
     """Print question and answer, the route and the speed."""
     from petal_swarm.cli.answer import Answer
     from petal_swarm.cli.generate import end_tokens, write
-    from petal_swarm.cli.prompts import check_room, context_length, encode_chat, stop_text
+    from petal_swarm.models.prompts import check_room, context_length, encode_chat, stop_text
 
     input_ids = encode_chat(tokenizer, [{"role": "user", "content": arguments.question}])
     check_room(input_ids.shape[1], arguments.max_new_tokens, context_length(model.config))

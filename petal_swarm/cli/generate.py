@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None, prog: str = "petal-swarm generate") -> i
 def run(arguments: argparse.Namespace) -> int:
     prompt = read_prompt(arguments.prompt)
 
-    from petal_swarm.cli.prompts import encode_chat, encode_text, has_template
+    from petal_swarm.models.prompts import encode_chat, encode_text, has_template
 
     tokenizer = load_tokenizer(arguments)
     if arguments.chat and not has_template(tokenizer):
@@ -92,7 +92,7 @@ def read_prompt(given: str | None) -> str:
 def answer(model: Any, tokenizer: Any, input_ids: Any, arguments: argparse.Namespace) -> None:
     """Print the answer on stdout, then the route and the speed on stderr."""
     from petal_swarm.cli.answer import Answer
-    from petal_swarm.cli.prompts import check_room, context_length
+    from petal_swarm.models.prompts import check_room, context_length
 
     check_room(input_ids.shape[1], arguments.max_new_tokens, context_length(model.config))
     options = sampling(arguments) | end_tokens(model, tokenizer)

@@ -21,7 +21,8 @@ STOP_S = 5.0
 START_S = 300.0
 LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 KV_TOKENS = 4096
-COMMAND = (sys.executable, "-m", "petal_swarm.cli.tethered")
+TETHERED = (sys.executable, "-m", "petal_swarm.cli.tethered")
+COMMAND = (*TETHERED, "run-server")
 
 
 def split_evenly(num_blocks: int, parts: int) -> list[Span]:

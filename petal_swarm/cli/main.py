@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": ("generate", "answer one prompt with the swarm"),
     "chat": ("chat", "talk with the swarm"),
     "tune": ("tune", "teach the model something, from a file of yours: LoRA"),
+    "gateway": ("gateway", "an OpenAI-compatible API and a page for a swarm"),
     "key": ("key", "make the key of a private swarm"),
     "doctor": ("doctor", "would a server work on this machine, and could others reach it"),
     "status": ("status", "who serves which blocks, how fast, how busy"),

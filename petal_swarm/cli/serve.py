@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import gc
 import logging
-import signal
 import sys
-from typing import Any
 
+from petal_swarm.cli.signals import Signals, first_of
 from petal_swarm.client.loading_bar import loading_bar
 from petal_swarm.directory.dht import DhtDirectory
 from petal_swarm.directory.reachability import Reachability, advice, candidates, sentence
@@ -154,11 +153,6 @@ async def leave(server: Server, signals: Signals) -> None:
     await asyncio.gather(draining, return_exceptions=True)
 
 
-async def first_of(*futures: asyncio.Future[Any]) -> None:
-    """Return when one of them is done; none is cancelled."""
-    await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
-
-
 def describe(server: Server) -> None:
     """Say on stderr what is served, and what to do next."""
     address = best_address(server.addresses)
@@ -182,21 +176,3 @@ def best_address(addresses: tuple[str, ...]) -> str:
     """The one address to print: one that other machines can dial, if there is any."""
     public = [address for address in addresses if not is_loopback(address)]
     return (public or list(addresses))[0]
-
-
-class Signals:
-    """`first` and `second` are done when that many SIGTERM or SIGINT have come."""
-
-    def __init__(self) -> None:
-        loop = asyncio.get_running_loop()
-        self.first: asyncio.Future[None] = loop.create_future()
-        self.second: asyncio.Future[None] = loop.create_future()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            with contextlib.suppress(NotImplementedError):  # Windows
-                loop.add_signal_handler(number, self._on_signal)
-
-    def _on_signal(self) -> None:
-        for future in (self.first, self.second):
-            if not future.done():
-                future.set_result(None)
-                return

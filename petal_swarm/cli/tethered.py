@@ -1,4 +1,4 @@
-"""`run_server` that ends with the program that started it, however that one ends.
+"""`petal-swarm` that ends with the program that started it, however that one ends.
 
 The starter holds the other end of stdin, and the kernel closes it even after `kill -9`. Works on every
 system, where the signal that Linux sends when a parent dies does not.
@@ -12,14 +12,14 @@ import sys
 import threading
 import time
 
-from petal_swarm.cli import run_server
+from petal_swarm.cli import main as programs
 
 GRACE_S = 5.0
 
 
 def main(argv: list[str] | None = None) -> int:
     threading.Thread(target=_leave_with_starter, name="tether", daemon=True).start()
-    return run_server.main(argv)
+    return programs.main(argv)
 
 
 def _leave_with_starter() -> None:

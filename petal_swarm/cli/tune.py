@@ -164,7 +164,7 @@ def check_length(max_length: int, config: Any) -> None:
     Raises:
         ConfigError: examples may be longer than the model's context.
     """
-    from petal_swarm.cli.prompts import context_length
+    from petal_swarm.models.prompts import context_length
 
     limit = context_length(config)
     if limit is not None and max_length > limit:

@@ -149,6 +149,8 @@ class Swarm:
             CacheFullError, BusyError: still full.
             PetalSwarmError: what the last attempt failed with.
         """
+        if self.config.audit_rate or not self.config.share_prefixes:
+            held = None
         if isinstance(adapter, NamedAdapter):
             model = replace(model, offered=adapter.id)
         failed: set[str] = set()

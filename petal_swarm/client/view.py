@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from itertools import product
 
@@ -56,6 +56,8 @@ class View:
         self._lookups: dict[str, asyncio.Task[list[Announcement]]] = {}
         self.avoidance = Avoidance(now=_now)
         self.traffic = Traffic()
+        #: Called with every peer that failed, and how; they must not wait.
+        self.listeners: list[Callable[[str, PetalSwarmError], None]] = []
 
     async def announcements(self, model: str) -> list[Announcement]:
         """Who serves the model now. Whoever asks meanwhile gets the same answer."""
@@ -84,6 +86,8 @@ class View:
             self.avoidance.busy(peer_id, error.retry_after_s or self.config.retry_busy_s)
         elif not isinstance(error, IdleError):
             self.avoidance.failed(peer_id)
+            for listener in tuple(self.listeners):
+                listener(peer_id, error)
 
     async def is_there(self, hop: Hop, timeout_s: float) -> bool:
         """Whether a server answers a ping in time; whatever else it is busy with."""

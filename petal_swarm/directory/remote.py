@@ -217,31 +217,41 @@ class Pinger:
         self._slots = asyncio.Semaphore(parallel)
 
     async def measure(
-        self, announcements: Iterable[Announcement], *, timeout_s: float = PING_TIMEOUT_S
+        self,
+        announcements: Iterable[Announcement],
+        *,
+        timeout_s: float = PING_TIMEOUT_S,
+        max_age_s: float | None = None,
     ) -> dict[str, float]:
         """Seconds of a round trip by peer id, for those that answer within `timeout_s` in all.
 
-        This peer itself is left out. Never raises for the network's sake. Those who measure the same peers at
-        the same time share the pings; what comes too late for one counts for the next.
+        This peer itself is left out. Those who measure the same peers at the same time share the pings; what
+        comes too late for one counts for the next. A `max_age_s` of 0 asks all of them, whatever is
+        remembered. Never raises for the network's sake.
         """
+        now = self._now()
+        oldest = now - (self._max_age_s if max_age_s is None else max_age_s)
         wanted = {
             announcement.peer_id: announcement.addresses
             for announcement in announcements
             if announcement.peer_id != self._transport.peer_id
         }
-        fresh, lately = self.known(wanted), self._now() - SILENT_S
+        fresh = self._measured_since(oldest, wanted)
+        spared_since = now - (SILENT_S if max_age_s is None else max_age_s)
         probes = [
             self._probes.get(peer_id) or self._probe(peer_id, addresses, timeout_s)
             for peer_id, addresses in wanted.items()
-            if peer_id not in fresh and self._silent.get(peer_id, lately) <= lately
+            if peer_id not in fresh and self._silent.get(peer_id, spared_since) <= spared_since
         ]
         if probes:
             await asyncio.wait(probes, timeout=timeout_s)
-        return self.known(wanted)
+        return self._measured_since(oldest, wanted)
 
     def known(self, peer_ids: Iterable[str]) -> dict[str, float]:
         """What was measured for these peers and is not too old, in seconds."""
-        oldest = self._now() - self._max_age_s
+        return self._measured_since(self._now() - self._max_age_s, peer_ids)
+
+    def _measured_since(self, oldest: float, peer_ids: Iterable[str]) -> dict[str, float]:
         found = {peer_id: self._results.get(peer_id) for peer_id in peer_ids}
         return {peer_id: entry[0] for peer_id, entry in found.items() if entry and entry[1] >= oldest}
 

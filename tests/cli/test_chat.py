@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from petal_swarm.cli.chat import Chat, converse, rewind
-from petal_swarm.cli.prompts import context_length, encode_chat, encode_text, plain_chat
 from petal_swarm.errors import ConfigError, HopLostError, MissingBlocksError
+from petal_swarm.models.prompts import context_length, encode_chat, encode_text, plain_chat
 from tests.cli.fakes import FakeModel, FakeSession
 from tests.cli.tokenizers_of_tests import characters
 

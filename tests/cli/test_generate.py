@@ -5,8 +5,8 @@ import pytest
 
 from petal_swarm.cli.common import sampling
 from petal_swarm.cli.generate import answer, build_parser, end_tokens, read_prompt
-from petal_swarm.cli.prompts import encode_text
 from petal_swarm.errors import ConfigError
+from petal_swarm.models.prompts import encode_text
 from tests.cli.fakes import FakeModel
 from tests.cli.tokenizers_of_tests import characters
 

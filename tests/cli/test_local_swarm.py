@@ -48,7 +48,7 @@ time.sleep(600)
 TETHERED = """
 import subprocess, sys, time
 from petal_swarm.cli import run_server, tethered
-def serve(argv):
+def serve(argv, prog):
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     print("ready", child.pid, flush=True)
     child.wait()
@@ -56,7 +56,7 @@ run_server.main = serve
 tethered.GRACE_S = 0.1
 import signal
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-tethered.main(sys.argv[1:])
+tethered.main(["run-server"])
 """
 
 

@@ -1,6 +1,7 @@
 import json
 
-from petal_swarm.cli.status import Status, show, to_json
+from petal_swarm.cli.status import show
+from petal_swarm.client.status import Status, to_json
 from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
 

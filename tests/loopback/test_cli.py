@@ -20,7 +20,7 @@ pytest.importorskip("hivemind")
 
 from petal_swarm.cli.local_swarm import LocalSwarm, ServerProcess, wait_ready
 from petal_swarm.cli.main import main
-from petal_swarm.cli.prompts import plain_chat
+from petal_swarm.models.prompts import plain_chat
 from tests.checkpoints import VOCABULARY, reference, save_bloom
 from tests.cli.tokenizers_of_tests import save_words
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from petal_swarm.client.generation.generator import Generator
+from petal_swarm.client.generation.request import GenerationRequest
 from petal_swarm.client.ring import Ring
 from petal_swarm.client.swarm import Swarm
 from petal_swarm.client.view import FRESH_S, ModelRef
@@ -17,6 +19,8 @@ from petal_swarm.errors import CacheFullError
 from petal_swarm.routing import Held
 from petal_swarm.wire.announcement import Announcement
 from tests.swarm.local import LocalSwarm
+from tests.swarm.test_generation import GREEDY, expected, generator_of, prompt, tokens_of
+from tests.swarm.test_prefixes import RowCounter
 
 #: So slow that round trips, which are measured by a real clock, do not matter beside.
 TOKEN_S = 1.0
@@ -26,9 +30,9 @@ class Client:
     """Opens sessions of up to 16 tokens; all servers are said to be equally fast."""
 
     def __init__(self, local: LocalSwarm) -> None:
-        model = local.model()
-        self.swarm: Swarm = model._swarm
-        self.ref: ModelRef = model._ref
+        self.generator: Generator = generator_of(local)
+        self.swarm: Swarm = self.generator.swarm
+        self.ref: ModelRef = self.generator.ref
         self.lookups = 0
         self._lookup = self.swarm.directory.lookup
         self.swarm.directory.lookup = self._equal  # type: ignore[method-assign]
@@ -44,6 +48,14 @@ class Client:
     async def open(self, count: int = 1, held: Held | None = None) -> list[Ring]:
         openings = (self.swarm.open_ring(self.ref, max_length=16, held=held) for _ in range(count))
         return await asyncio.gather(*openings)
+
+    async def ask(self, prompt: tuple[int, ...], new_tokens: int) -> tuple[tuple[int, ...], str]:
+        """The prompt and its answer, and who gave it, of whom there is one."""
+        request = GenerationRequest(prompts=(prompt,), max_new_tokens=new_tokens, sampling=GREEDY)
+        generation = self.generator.start(request)
+        said = tokens_of([piece async for piece in generation])
+        (hop,) = generation.progress.route
+        return (*prompt, *said), hop.peer_id
 
 
 def peers(rings: list[Ring]) -> Counter[str]:
@@ -152,5 +164,41 @@ def test_the_next_turn_goes_elsewhere_when_its_servers_are_full_or_gone(local: L
         (another,) = await client.open(held=held)
         assert held.hops[0].peer_id not in peers([other, another])
         await close([other, another])
+
+    local.run(run())
+
+
+def test_turns_of_several_chats_find_what_the_last_ones_left(local: LocalSwarm, bloom: Path) -> None:
+    client, counter = Client(local), RowCounter(local)
+
+    async def turns(said: list[tuple[int, ...]]) -> list[tuple[tuple[int, ...], str]]:
+        return await asyncio.gather(*(client.ask(one, 30) for one in said))
+
+    async def run() -> None:
+        first = await turns([prompt(150, seed) for seed in range(3)])
+        chats = [said for said, _ in first]
+        assert len({peer for _, peer in first}) == 3
+        counter.take()
+        # In another order, or they would spread to the same servers anyway.
+        more = [(*said, *prompt(9, seed=7)) for said in chats[::-1]]
+        second = await turns(more)
+        assert [peer for _, peer in second] == [peer for _, peer in first][::-1]
+        # Of 180 tokens 179 were computed, 176 of them in full pages.
+        assert counter.take() == [4 + 9 + 29] * 3
+        for asked, (said, _) in zip(more, second, strict=True):
+            assert list(said[len(asked) :]) == expected(bloom, asked, 30)
+
+    local.run(run())
+
+
+def test_a_client_that_shares_nothing_does_not_go_back(local: LocalSwarm) -> None:
+    client = Client(local)
+    client.swarm.config = replace(client.swarm.config, share_prefixes=False)
+
+    async def run() -> None:
+        (ring,) = await client.open()
+        (other,) = await client.open(held=Held(ring.route.hops, 1000))
+        assert peers([other]) != peers([ring])
+        await close([ring, other])
 
     local.run(run())

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from petal_swarm.cli.prompts import Message, has_template, plain_chat
 from petal_swarm.errors import ConfigError
+from petal_swarm.models.prompts import Message, has_template, plain_chat
 
 ROLES = ("system", "user", "assistant", "tool")
 

@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from petal_swarm.cli.generate import end_tokens
-from petal_swarm.cli.prompts import encode_chat, encode_text, has_template
 from petal_swarm.cli.tuning.plan import Material
+from petal_swarm.models.prompts import encode_chat, encode_text, has_template
 
 NEW_TOKENS = 40
 #: Where an example has no prompt, so many of its tokens are one.

@@ -27,8 +27,8 @@ class Piece:
 
     `text` is what is certain now: it may be empty while a character, or what may become a stop text, is not
     whole, and is then part of a later piece. `tokens` counts the new tokens it stands for: zero in a piece
-    that only ends the answer. `logprobs` belong to these tokens, or in a first piece of no tokens to the
-    prompt's.
+    that only ends the answer. `logprobs` belong to these tokens; in a first piece of no tokens to the
+    prompt's, and in a last one to the end-of-sequence token.
     """
 
     choice: int

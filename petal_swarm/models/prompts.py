@@ -28,7 +28,7 @@ def encode_text(tokenizer: Any, text: str) -> torch.Tensor:
     Raises:
         ConfigError: there is nothing in it.
     """
-    return _encode(tokenizer, text, special=True)
+    return torch.tensor([text_tokens(tokenizer, text)])
 
 
 def encode_chat(tokenizer: Any, messages: list[Message]) -> torch.Tensor:
@@ -37,15 +37,25 @@ def encode_chat(tokenizer: Any, messages: list[Message]) -> torch.Tensor:
     Raises:
         ConfigError: the model's template refuses it.
     """
+    return torch.tensor([chat_tokens(tokenizer, messages)])
+
+
+def text_tokens(tokenizer: Any, text: str) -> list[int]:
+    """As `encode_text`, a list."""
+    return _tokens(tokenizer, text, special=True)
+
+
+def chat_tokens(tokenizer: Any, messages: list[Message]) -> list[int]:
+    """As `encode_chat`, a list."""
     if not has_template(tokenizer):
-        return _encode(tokenizer, plain_chat(messages), special=True)
+        return _tokens(tokenizer, plain_chat(messages), special=True)
     from jinja2 import TemplateError
 
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
+    except (TemplateError, TypeError, ValueError, LookupError) as error:
         raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
-    return _encode(tokenizer, text, special=False)
+    return _tokens(tokenizer, text, special=False)
 
 
 def plain_chat(messages: list[Message]) -> str:
@@ -77,8 +87,8 @@ def check_room(prompt_tokens: int, new_tokens: int, limit: int | None) -> None:
         )
 
 
-def _encode(tokenizer: Any, text: str, *, special: bool) -> torch.Tensor:
+def _tokens(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
     if not ids:
         raise ConfigError("the prompt is empty")
-    return torch.tensor([ids])
+    return ids

@@ -1,0 +1,1 @@
+"""OpenAI's HTTP API: what may be asked, and how answers are written."""

@@ -1,0 +1,71 @@
+// Having a turn answered: the stream goes into the turn, which is what is shown and kept.
+
+import { ask } from "./api.js";
+import { routeFrom } from "./route.js";
+import { explain } from "./words.js";
+
+const SAVE_EVERY_MS = 1000;
+
+/** Answers of this page that are under way, one at most for each conversation. */
+export class Answering {
+  /** `onChange(conversation, turn)` after each change of a turn; `save(conversation)` now and then. */
+  constructor({ onChange, save }) {
+    this.onChange = onChange;
+    this.save = save;
+    this.running = new Map();
+    this.leaving = false;
+    window.addEventListener("pagehide", () => {
+      this.leaving = true; // what fails from now on fails because of that
+    });
+    window.addEventListener("pageshow", () => {
+      this.leaving = false;
+    });
+  }
+
+  isRunning(conversation) {
+    return this.running.has(conversation.id);
+  }
+
+  stop(conversation) {
+    this.running.get(conversation.id)?.abort();
+  }
+
+  /** Put `request` to the gateway. The answer goes into `turn`, whose state becomes asked, then one of done,
+      stopped, failed. */
+  async answer(conversation, turn, request, key) {
+    const aborter = new AbortController();
+    this.running.set(conversation.id, aborter);
+    Object.assign(turn, { text: "", state: "asked", stage: { state: "opening" }, error: null, route: null, finish: null });
+    this.save(conversation);
+    this.onChange(conversation, turn);
+    try {
+      await this.#read(conversation, turn, ask(request, { key, signal: aborter.signal }));
+      turn.state = "done";
+    } catch (error) {
+      turn.state = aborter.signal.aborted ? "stopped" : this.leaving ? "left" : "failed";
+      if (turn.state === "failed") turn.error = explain(error);
+    }
+    turn.stage = null;
+    this.running.delete(conversation.id);
+    conversation.updated = Date.now();
+    this.save(conversation);
+    this.onChange(conversation, turn);
+  }
+
+  async #read(conversation, turn, parts) {
+    let savedAt = performance.now();
+    for await (const part of parts) {
+      if (part.text) turn.text += part.text;
+      if (part.finish) turn.finish = part.finish;
+      if (part.swarm) {
+        turn.stage = part.swarm;
+        if (part.swarm.route) turn.route = routeFrom(part.swarm);
+      }
+      this.onChange(conversation, turn);
+      if (performance.now() - savedAt > SAVE_EVERY_MS) {
+        savedAt = performance.now();
+        this.save(conversation);
+      }
+    }
+  }
+}

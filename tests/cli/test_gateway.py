@@ -1,0 +1,89 @@
+"""Arguments of `petal-swarm gateway`, and what they mean for the guard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from petal_swarm.cli.front_door import guard_config
+from petal_swarm.cli.gateway import build_parser
+from petal_swarm.cli.main import main
+from petal_swarm.errors import ConfigError
+from petal_swarm.gateway.guard import PRIVATE, PUBLIC
+
+PEER = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDasaFDPtTnvLvp8pUkS1sGWUHeN2cQTneTYkjJtEw2aZ"
+
+
+def parsed(*words: str) -> Any:
+    return build_parser().parse_args(["--model", "m", *words, "--initial-peers", PEER])
+
+
+def test_only_this_machine_has_no_limits() -> None:
+    config = guard_config(parsed())
+    assert config.limits == PRIVATE
+    assert config.allowed_hosts == ("localhost", "127.0.0.1", "::1")
+    assert (config.keys_file, config.cors_origins, config.max_body_bytes) == (None, (), 2 << 20)
+
+
+@pytest.mark.parametrize("words", [("--host", "0.0.0.0"), ("--trusted-proxy", "127.0.0.1")])
+def test_who_lets_others_in_has_limits(words: tuple[str, ...]) -> None:
+    assert guard_config(parsed(*words)).limits == PUBLIC
+
+
+def test_limits_that_are_given() -> None:
+    words = ("--host", "0.0.0.0", "--requests-per-min", "5", "--tokens-per-min", "0", "--api-keys", "keys")
+    config = guard_config(parsed(*words, "--allow-anonymous", "--cors", "https://a.example", "--cors", "*"))
+    assert config.limits.requests_per_min == 5
+    assert config.limits.tokens_per_min is None
+    assert config.limits.max_requests == PUBLIC.max_requests
+    assert (config.keys_file, config.allow_anonymous) == (Path("keys"), True)
+    assert config.cors_origins == ("https://a.example", "*")
+    assert config.allowed_hosts is None
+
+
+def test_further_names() -> None:
+    assert guard_config(parsed("--allow-host", "My.Box")).allowed_hosts[-1] == "my.box"
+
+
+def test_anonymous_visitors_need_keys_to_be_exceptions_from() -> None:
+    with pytest.raises(ConfigError, match="--api-keys"):
+        guard_config(parsed("--allow-anonymous"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--port", "65536"), "0 to 65535"),
+        (("--port", "http"), "0 to 65535"),
+        (("--adapter", "pirate"), "NAME=FOLDER"),
+        (("--max-queue", "-1"), "at least 0"),
+        (("--max-requests", "0"), "at least 1"),
+        (("--requests-per-min", "many"), "at least 0"),
+    ],
+)
+def test_arguments_that_cannot_be(words: tuple[str, ...], says: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parsed(*words)
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("--host", "192.0.2.1"), "cannot listen at 192.0.2.1"),
+        (("--port", "0"), "no-such-model"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(words: tuple[str, ...], says: str, capsys: Any) -> None:
+    asked = ["--model", "./no-such-model", *words, "--initial-peers", PEER]
+    assert main(["gateway", *asked]) == 2
+    captured = capsys.readouterr()
+    assert (captured.out, len(captured.err.splitlines())) == ("", 1), captured.err
+    assert says in captured.err
+
+
+def test_adapters_have_names() -> None:
+    assert parsed("--adapter", "a=./x=y", "--adapter", "b=org/b").adapters == [("a", "./x=y"), ("b", "org/b")]
