@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import uvloop
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from benchmarks.harness import median_ratio, servers
 from petal_swarm.client.config import ClientConfig
@@ -75,7 +75,10 @@ class Batches:
     """transformers in a thread of this process."""
 
     def __init__(self, path: Path, dtype: torch.dtype) -> None:
-        model = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, dtype=dtype)
+        plain = GgufConfig(dequantize=True)  # its kernels for packed weights are slower
+        model = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=dtype, quantization_config=plain
+        )
         model.eval().generation_config.eos_token_id = None  # all answers are as long as was asked for
         self._model = model
 
@@ -125,6 +128,8 @@ async def serve_by_swarm(generator: Generator, mix: Sequence[Wish]) -> Served:
 
 
 async def best_size(batches: Batches, mix: Sequence[Wish], sizes: Sequence[int], *, bucketed: bool) -> int:
+    if len(sizes) == 1:
+        return sizes[0]
     tried = {size: (await batches.serve(mix, size, bucketed=bucketed)).tokens_per_s for size in sizes}
     kind = "bucketed" if bucketed else "static"
     print(f"{kind}, tokens/s by batch size: {', '.join(f'{s}: {r:.0f}' for s, r in tried.items())}")
