@@ -3,30 +3,41 @@
     python -m benchmarks.gateway [--shape tiny|bloom-560m] [--servers 2] [--threads 1] [--rounds 7]
 
 Milliseconds a token for one answer at a time, rounds interleaved. `generator` is the gateway's part below
-HTTP: sessions, head, sampling and text in one event loop.
+HTTP: sessions, head, sampling and text in one event loop. `gateway` is a process of its own, and here is read
+what it streams to a plain socket; `first event` is the milliseconds to the first one.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
+import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.harness import SHAPES, checkpoint, interleaved, servers, workspace
 from petal_swarm import AutoSwarmModelForCausalLM
+from petal_swarm.cli.local_swarm import TETHERED, LocalSwarm
 from petal_swarm.client.config import ClientConfig
 from petal_swarm.client.generation.generator import Generator, connect_generator
 from petal_swarm.client.generation.request import GenerationRequest, Sampling
 from petal_swarm.client.loop import new_event_loop
 
-WAYS = {
-    "generator, greedy": Sampling(temperature=0),
-    "generator, top_p 0.9": Sampling(temperature=0.8, top_p=0.9, seed=1),
+MODEL_NAME = "benchmark"
+FIRST_EVENT = "gateway, first event"
+WAYS: dict[str, tuple[dict[str, Any], Sampling]] = {
+    "greedy": ({"do_sample": False}, Sampling(temperature=0)),
+    "top_p 0.9": (
+        {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "top_k": 0},
+        Sampling(temperature=0.8, top_p=0.9),
+    ),
 }
 
 
@@ -46,14 +57,31 @@ def main() -> None:
         path = checkpoint(arguments.shape, folder)
         save_tokenizer(path, SHAPES[arguments.shape]["vocab_size"])
         with servers(path, spans, "--threads", str(arguments.threads)) as running:
-            results = measure(path, running[0].address, arguments.tokens, arguments.rounds)
-    base = results["model.generate"]
+            address = running[0].address
+            with LocalSwarm(command=(*TETHERED, "gateway")) as gateways:
+                words = [
+                    "--model",
+                    str(path),
+                    "--model-name",
+                    MODEL_NAME,
+                    "--port",
+                    "0",
+                    "--threads",
+                    str(arguments.threads),
+                ]
+                gateway = gateways.start("gateway", [*words, "--initial-peers", address])
+                url = gateway.address.result(60)
+                results = measure(path, address, url, arguments.tokens, arguments.rounds)
     for name, values in results.items():
+        if name == FIRST_EVENT:
+            print(f"{name}: {statistics.median(values):.1f} ms")
+            continue
+        base = results["model.generate, " + name.partition(", ")[2]]
         more = statistics.median(value - other for value, other in zip(values, base, strict=True))
         print(f"{name}: {statistics.median(values):.3f} ms a token, {more:+.3f} against model.generate")
 
 
-def measure(path: Path, address: str, tokens: int, rounds: int) -> dict[str, list[float]]:
+def measure(path: Path, address: str, url: str, tokens: int, rounds: int) -> dict[str, list[float]]:
     """Milliseconds a token of each way, round by round."""
     ids = torch.randint(5, 900, (1, 16), generator=torch.Generator().manual_seed(1))
     prompt = tuple(ids[0].tolist())
@@ -66,18 +94,26 @@ def measure(path: Path, address: str, tokens: int, rounds: int) -> dict[str, lis
     ):
         generator = runner.run(connect_generator(str(path), config, progress=False))
 
-        def plain() -> float:
+        def plain(options: dict[str, Any]) -> float:
             started = time.perf_counter()
-            model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+            model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, **options)
             return (time.perf_counter() - started) / tokens * 1e3
 
-        def way(sampling: Sampling) -> Callable[[], float]:
+        def streamed(sampling: Sampling) -> float:
             request = GenerationRequest(
                 prompts=(prompt,), max_new_tokens=tokens, sampling=sampling, ignore_eos=True
             )
-            return lambda: runner.run(timed(generator, request))
+            return runner.run(timed(generator, request))
 
-        measures = {"model.generate": plain} | {name: way(sampling) for name, sampling in WAYS.items()}
+        def asked(sampling: Sampling) -> float:
+            return read_stream(url, prompt, tokens, sampling)[1]
+
+        measures: dict[str, Callable[[], float]] = {}
+        for name, (options, sampling) in WAYS.items():
+            measures[f"model.generate, {name}"] = partial(plain, options)
+            measures[f"generator, {name}"] = partial(streamed, sampling)
+            measures[f"gateway, {name}"] = partial(asked, sampling)
+        measures[FIRST_EVENT] = lambda: read_stream(url, prompt, 1, Sampling(temperature=0))[0]
         for once in measures.values():
             once()
         try:
@@ -94,6 +130,32 @@ async def timed(generator: Generator, request: GenerationRequest) -> float:
     async for piece in generator.start(request):
         count += piece.tokens
     return (time.perf_counter() - started) / count * 1e3
+
+
+def read_stream(url: str, prompt: tuple[int, ...], tokens: int, sampling: Sampling) -> tuple[float, float]:
+    """Milliseconds to the first event, and for each token of the whole."""
+    body = {
+        "model": MODEL_NAME,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    started = time.perf_counter()
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    first_ms, count = 0.0, 0
+    while line := answer.readline():
+        if line.startswith(b"data: {"):
+            count += 1
+            first_ms = first_ms or (time.perf_counter() - started) * 1e3
+    took_ms = (time.perf_counter() - started) * 1e3
+    connection.close()
+    assert count == tokens, f"{count} events for {tokens} tokens"
+    return first_ms, took_ms / tokens
 
 
 def save_tokenizer(folder: Path, count: int) -> None:

@@ -31,8 +31,7 @@ Nobody else can reach these servers, nor, without --host, the page. All of it en
 def build_parser(prog: str = "petal-swarm demo") -> argparse.ArgumentParser:
     parser = new_parser(
         prog,
-        "Start servers on this machine that share a model's blocks, and ask them a question, or open a page"
-        " where you can.",
+        "Start servers on this machine that share a model's blocks, and ask them, or serve a page for that.",
         EXAMPLES,
     )
     parser.add_argument("question", metavar="QUESTION", nargs="?", default=DEFAULT_QUESTION)

@@ -98,8 +98,8 @@ def line_of(happening: Happening) -> str:
 
 def feed_line(happening: Happening) -> Text:
     event = happening.event
-    line = Text(f"{_clock(happening.at_s)} ", style="dim")
-    return line.append(printable(event.sentence), style=FEED_STYLES.get(event.kind, "default not dim"))
+    line = Text().append(f"{_clock(happening.at_s)} ", style="dim")
+    return line.append(printable(event.sentence), style=FEED_STYLES.get(event.kind))
 
 
 def _mood(status: Status, is_reachable: bool) -> str:
@@ -120,14 +120,12 @@ def _axis(scale: Scale) -> Text:
 def _coverage(status: Status, scale: Scale) -> Text:
     """How many serve each block, as heights; a gap is a sign of its own."""
     counts = coverage((p for p in status.announcements if p.peer_id in status.rtts_s), status.num_blocks)
-    line = Text("servers".ljust(NAME_COLUMNS), style="dim")
+    line = Text().append("servers".ljust(NAME_COLUMNS), style="dim")
     top = max(*counts, len(HEIGHTS))
     for column in range(scale.columns):
         count = min(counts[block] for block in scale.blocks_at(column))
         height = HEIGHTS[min(len(HEIGHTS) - 1, (count - 1) * len(HEIGHTS) // top)]
-        line.append(
-            "×" if not count else height, style="white on red not dim" if not count else "green not dim"
-        )
+        line.append("×" if not count else height, style="white on red" if not count else "green")
     return line
 
 
@@ -182,7 +180,8 @@ def _lane(status: Status, lane: Sequence[Announcement], scale: Scale) -> Text:
 
 
 def _look(status: Status, peer: Announcement) -> str:
-    return "busy" if peer.peer_id in status.busy else status.state(peer)
+    state = status.state(peer)
+    return "busy" if state == "serving" and peer.peer_id in status.busy else state
 
 
 def _called(status: Status, peer: Announcement) -> str:

@@ -123,23 +123,30 @@ def _blocks(peer: Announcement) -> str:
 
 def looks_different(old: Status, new: Status) -> frozenset[str]:
     """The peer ids of those in `new` that are not as they were, as far as one could see."""
-    before = {peer.peer_id: _appearance(old, peer) for peer in old.announcements}
+    before = {peer.peer_id: peer for peer in old.announcements}
     return frozenset(
-        peer.peer_id for peer in new.announcements if before.get(peer.peer_id) != _appearance(new, peer)
+        peer.peer_id
+        for peer in new.announcements
+        if (was := before.get(peer.peer_id)) is None
+        or _standing(old, was) != _standing(new, peer)
+        # Most of a large swarm is as it was a moment ago: the same object.
+        or (was is not peer and _figures(was) != _figures(peer))
     )
 
 
-def _appearance(status: Status, peer: Announcement) -> tuple[object, ...]:
+def _standing(status: Status, peer: Announcement) -> tuple[object, ...]:
     rtt_s = status.rtts_s.get(peer.peer_id)
     return (
-        peer.span,
-        peer.name,
-        status.state(peer),
-        peer.moving_to,
         peer.peer_id in status.busy,
+        None if rtt_s is None else round(2 * math.log2(max(rtt_s, SAME_RTT_S))),
+    )
+
+
+def _figures(peer: Announcement) -> tuple[object, ...]:
+    return (
+        (peer.span, peer.name, peer.state, peer.moving_to),
         f"{tokens_per_s(peer):.2g}",
         f"{peer.queue_s:.1g}",
         round(load(peer), 2),
-        None if rtt_s is None else round(2 * math.log2(max(rtt_s, SAME_RTT_S))),
         (peer.dtype, peer.quant, peer.version, peer.trains, peer.adapters),
     )

@@ -46,7 +46,7 @@ class Status:
 
 def in_order(announcements: Iterable[Announcement]) -> tuple[Announcement, ...]:
     """By span, as they are shown."""
-    return tuple(sorted(announcements, key=lambda a: (a.span, a.name, a.peer_id)))
+    return tuple(sorted(announcements, key=lambda a: (a.span.start, a.span.end, a.name, a.peer_id)))
 
 
 def tokens_per_s(peer: Announcement) -> float:

@@ -41,7 +41,7 @@ PING_TIMEOUT_S = 2.0
 MAX_CHANGES = 256
 MAX_EVENTS = 200
 #: A swarm of more servers than these is shown in part, those of the first blocks first.
-MAX_PEERS = 2000
+MAX_PEERS = 1000
 
 #: Instead of one event for each server.
 LOST = Event("lost", "the swarm cannot be reached")

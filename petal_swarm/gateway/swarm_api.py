@@ -30,6 +30,8 @@ MAX_READERS = 512
 RETRY_AFTER_S = 15
 #: Events that come with the whole.
 RECENT = 50
+#: Nearly all readers are at the newest version or the one before it.
+KEPT_CHANGES = 32
 
 
 def swarm_routes(watch: SwarmWatch, *, max_readers: int = MAX_READERS) -> list[BaseRoute]:
@@ -71,16 +73,16 @@ class _SwarmApi:
         self._watch = watch
         self._max_readers = max_readers
         self._readers = 0
-        #: Each change is encoded once, for all readers.
-        self._encoded: dict[int, bytes] = {}
+        #: Each change is encoded once, and the whole once for each version, for all readers.
+        self._changes: dict[int, bytes] = {}
+        self._whole = (0, b"")
 
     async def document(self, request: Request) -> Response:
         await self._watch.fresh(FRESH_S)
-        document = swarm_to_json(self._watch)
         headers = {"Cache-Control": "no-store"}
-        if document is None:
+        if not (whole := self._encode_whole()):
             return _refuse("the gateway is going down", headers)
-        return JSONResponse(document, headers=headers)
+        return Response(whole, media_type="application/json", headers=headers)
 
     async def events(self, request: Request) -> Response:
         if self._readers >= self._max_readers:
@@ -96,13 +98,12 @@ class _SwarmApi:
         while True:
             changes = None if version is None else self._watch.since(version)
             if changes is None:
-                document = swarm_to_json(self._watch)
-                version = self._watch.version if document else None
-                if version and document:
-                    yield self._event("swarm", version, document)
+                version = self._watch.version or None
+                if version:
+                    yield self._event("swarm", version, self._encode_whole())
             for change in changes or ():
                 version = change.version
-                yield self._encode(change)
+                yield self._event("change", version, self._encode(change))
             if not await self._watch.later_than(version or 0, timeout_s=BEAT_S):
                 yield b"event: beat\ndata:\n\n"
 
@@ -116,18 +117,22 @@ class _SwarmApi:
         finally:
             self._readers -= 1
 
+    def _encode_whole(self) -> bytes:
+        """Empty before the first look."""
+        if self._whole[0] != self._watch.version and (document := swarm_to_json(self._watch)) is not None:
+            self._whole = (self._watch.version, _encode(document))
+        return self._whole[1]
+
     def _encode(self, change: Change) -> bytes:
-        encoded = self._encoded.get(change.version)
+        encoded = self._changes.get(change.version)
         if encoded is None:
-            encoded = self._event("change", change.version, change_to_json(change))
-            self._encoded[change.version] = encoded
-            if len(self._encoded) > 64:
-                del self._encoded[next(iter(self._encoded))]
+            encoded = self._changes[change.version] = _encode(change_to_json(change))
+            if len(self._changes) > KEPT_CHANGES:
+                del self._changes[next(iter(self._changes))]
         return encoded
 
-    def _event(self, kind: str, version: int, document: dict[str, Any]) -> bytes:
-        data = json.dumps(document, separators=(",", ":"))
-        return f"id: {self._watch.id}-{version}\nevent: {kind}\ndata: {data}\n\n".encode()
+    def _event(self, kind: str, version: int, data: bytes) -> bytes:
+        return b"id: %s-%d\nevent: %s\ndata: %s\n\n" % (self._watch.id.encode(), version, kind.encode(), data)
 
     def _version_of(self, event_id: str) -> int | None:
         watch, _, version = event_id.partition("-")
@@ -153,6 +158,10 @@ class _EventStream(StreamingResponse):
         scope = {**scope, "asgi": {"spec_version": "2.3"}}
         with self._swarm.reading(), contextlib.suppress(TimeoutError):
             await super().__call__(scope, receive, send_in_time)
+
+
+def _encode(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, separators=(",", ":")).encode()
 
 
 def _state(status: Status, trouble: str | None) -> dict[str, Any]:

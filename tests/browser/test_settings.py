@@ -77,7 +77,7 @@ def test_all_conversations_can_be_deleted(page: Page, gateway: ScriptedGateway) 
     page.click("#forget")
     assert page.locator(".conversation").count() == 1, "asks first"
     page.click("#forget")
-    page.wait_for_function("document.querySelectorAll('.conversation').length === 0")
+    page.wait_for_function("() => document.querySelectorAll('.conversation').length === 0")
     assert page.evaluate("Object.keys(localStorage).filter(key => key.includes('conversation')).length") == 0
 
 

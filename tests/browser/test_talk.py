@@ -270,7 +270,7 @@ def test_answers_go_on_while_another_conversation_is_open(page: Page, gateway: S
     ask(page, "Be quick")
     wait_answered(page)
     answer.send(text(" but surely."), finish()).end()
-    page.wait_for_function("document.querySelectorAll('.pulsing').length === 0")
+    page.wait_for_function("() => document.querySelectorAll('.pulsing').length === 0")
     page.click(".conversation:has-text('Take your time')")
     assert answers(page) == ["Slowly but surely."]
 

@@ -125,6 +125,7 @@ def test_a_template_that_refuses() -> None:
 FAILURES = [
     (MissingBlocksError("nobody serves blocks 3 to 5; start a server", [3]), 503, "missing_blocks", True),
     (CacheFullError("full", retry_after_s=2.5), 503, "swarm_full", True),
+    (CacheFullError("a cache of 512 tokens"), 503, "swarm_too_small", False),
     (BusyError("busy"), 503, "swarm_full", True),
     (DeadlineError("late"), 504, "timeout", True),
     (HopLostError("lost"), 503, "swarm_failed", True),

@@ -220,9 +220,13 @@ def test_a_server_killed_in_mid_answer_is_not_noticed(checkpoint: Path) -> None:
         async def work() -> tuple[list[Piece], Generation, list[str]]:
             request = GenerationRequest(prompts=(ids,), max_new_tokens=40, sampling=GREEDY, choices=2)
             generation, pieces, killed = generator.start(request), [], []
+            totals: dict[str, float] = {}
             async for piece in generation:
                 if piece.choice == 0:
                     pieces.append(piece)
+                    for hop in generation.progress.route:
+                        assert hop.total_s >= totals.get(hop.peer_id, 0.0), "who stays keeps its sum"
+                        totals[hop.peer_id] = hop.total_s
                     if len(pieces) in (10, 25):
                         victim = generation.progress.route[len(pieces) == 25].peer_id
                         killed.append(victim)
@@ -297,6 +301,25 @@ def test_who_goes_away_frees_the_session(bloom: Path, moment_s: float, way: str)
         swarm.run(work())
 
 
+def test_who_goes_away_while_blocks_are_waited_for(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:2"]) as swarm:
+        generator = generator_of(swarm)
+
+        async def work() -> None:
+            generation = generator.start(GenerationRequest(prompts=(prompt(9),), max_new_tokens=5))
+            reading = asyncio.ensure_future(collect(generation))
+            await asyncio.sleep(1)
+            before = swarm.loop.time()
+            await generation.aclose()
+            assert swarm.loop.time() - before < 0.1
+            with pytest.raises(StreamClosedError):
+                await reading
+            names = [getattr(task.get_coro(), "__name__", "") for task in asyncio.all_tasks()]
+            assert "open_ring" not in names
+
+        swarm.run(work())
+
+
 def test_who_stops_reading_closes(bloom: Path) -> None:
     with LocalSwarm(bloom, ["0:2", "2:4"]) as swarm:
         generator = generator_of(swarm)
@@ -313,6 +336,28 @@ def test_who_stops_reading_closes(bloom: Path) -> None:
             assert [piece async for piece in unread] == []
 
         swarm.run(work())
+
+
+def test_closing_ends_what_runs(bloom: Path) -> None:
+    with LocalSwarm(bloom, ["0:2", "2:4"]) as swarm:
+        generator = generator_of(swarm)
+
+        async def work() -> None:
+            request = GenerationRequest(prompts=(prompt(9),), max_new_tokens=500)
+            reading = [asyncio.ensure_future(collect(generator.start(request))) for _ in range(3)]
+            await asyncio.sleep(0.1)
+            late = generator.start(request)
+            await generator.close()
+            await generator.close()
+            for one in reading:
+                with pytest.raises(StreamClosedError):
+                    await one
+            assert [piece async for piece in late] == []
+            with pytest.raises(StreamClosedError):
+                await collect(generator.start(request))
+
+        swarm.run(work())
+        assert_all_freed(swarm)
 
 
 def test_a_session_that_is_lost_is_an_error(bloom: Path) -> None:

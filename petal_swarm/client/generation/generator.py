@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,6 +47,7 @@ class Generator:
         self.ref = ref
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
+        self._running: weakref.WeakSet[Generation] = weakref.WeakSet()
         self._model = Model(
             swarm,
             ref,
@@ -78,7 +80,9 @@ class Generator:
         if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
             raise ConfigError(f"tokens must be 0 to {self.vocabulary - 1}")
         self._model.adapters.check(request.adapter)
-        return Generation(self._model, request)
+        generation = Generation(self._model, request)
+        self._running.add(generation)
+        return generation
 
     async def adapters(self) -> tuple[str, ...]:
         """Names of adapters that a request can have; what servers offer may be a few seconds old.
@@ -89,8 +93,9 @@ class Generator:
         return await self._model.adapters.names()
 
     async def close(self) -> None:
-        """Free what was made here. Generations that still run should be closed before."""
-        await asyncio.to_thread(self._model.head.close)
+        """End what still runs, and the thread of the head. Idempotent."""
+        await asyncio.gather(*(generation.aclose() for generation in list(self._running)))
+        await self._model.head.close()
 
 
 async def connect_generator(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from petal_swarm.client.generation.sampling import Sampler, choose
-from petal_swarm.errors import NotFiniteError
+from petal_swarm.errors import NotFiniteError, StreamClosedError
 from petal_swarm.models.ends import Ends
 from petal_swarm.models.finite import all_finite
 
@@ -63,6 +63,7 @@ class Head:
         self._row_bytes = 4 * ends.lm_head().shape[0]
         self._waiting: list[_Job] = []
         self._scheduled = False
+        self._closed = False
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="petal-swarm-head")
         #: Running mean of what a batch takes; the first one may be long.
         self._batch_s = _FIRST_S
@@ -90,12 +91,20 @@ class Head:
             scored += await self._add(rows[some], given[some], top)
         return scored
 
-    def close(self) -> None:
-        self._pool.shutdown(wait=True, cancel_futures=True)
+    async def close(self) -> None:
+        """Wait for the batch that is being computed, and refuse the rest. Idempotent."""
+        self._closed = True
+        waiting, self._waiting = self._waiting, []
+        for job in waiting:
+            if not job.result.done():
+                job.result.set_exception(_closed())
+        await asyncio.to_thread(self._pool.shutdown)
 
     def _add(
         self, rows: Tensor, wanted: Sequence[Sampler | int], top: int | None
     ) -> asyncio.Future[list[Scored]]:
+        if self._closed:
+            raise _closed()
         loop = asyncio.get_running_loop()
         result: asyncio.Future[list[Scored]] = loop.create_future()
         self._waiting.append(_Job(rows, wanted, top, result))
@@ -147,16 +156,20 @@ class Head:
             self._scheduled = False
 
 
+def _closed() -> StreamClosedError:
+    return StreamClosedError("the generator is closed")
+
+
 @torch.inference_mode()
 def _guarded(ends: Ends, jobs: Sequence[_Job]) -> tuple[list[list[Scored] | Exception], float]:
     """What becomes of each job, and how long that took."""
-    started_s = time.perf_counter()
+    started_s = time.thread_time()  # not the time in which others had the processor
     results: list[list[Scored] | Exception]
     try:
         results = [*_run(ends, jobs)]
     except Exception as error:
         results = [error] if len(jobs) == 1 else [_guarded(ends, [job])[0][0] for job in jobs]
-    return results, time.perf_counter() - started_s
+    return results, time.thread_time() - started_s
 
 
 def _run(ends: Ends, jobs: Sequence[_Job]) -> list[list[Scored]]:

@@ -63,6 +63,7 @@ class Reader:
         self._config = config
         self._vocabulary = vocabulary
         self._context_tokens = context_tokens
+        self._one_at_a_time = asyncio.Lock()
 
     async def chat(self, body: ChatBody, adapter: str | None) -> Asked:
         """
@@ -134,7 +135,8 @@ class Reader:
         if characters <= INLINE_CHARACTERS:
             tokens: list[int] = work(*arguments)
             return tokens
-        return await asyncio.to_thread(work, *arguments)
+        async with self._one_at_a_time:  # long prompts of a crowd leave the other cores to the swarm
+            return await asyncio.to_thread(work, *arguments)
 
     async def _decode(self, tokens: list[int]) -> str:
         self._check_tokens(tokens, "prompt")
@@ -189,7 +191,8 @@ class Reader:
         if wanted is None:
             wanted = min(default, limit, max(room, 1))
         if wanted > room:
-            raise too_long(longest, wanted, self._context_tokens)
+            param = "messages" if isinstance(body, ChatBody) else "prompt"
+            raise too_long(longest, wanted, self._context_tokens, param)
         return wanted
 
 

@@ -93,12 +93,12 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def too_long(prompt_tokens: int, new_tokens: int, limit: int) -> ApiError:
-    """Prompt and answer are longer than the model's context."""
+def too_long(prompt_tokens: int, new_tokens: int, limit: int, param: str) -> ApiError:
+    """Prompt and answer are longer than the model's context; `param` is where the prompt was."""
     return bad_request(
         f"This model's context has {limit} tokens; {prompt_tokens} of prompt and {new_tokens} of answer were"
         " asked for. Shorten the prompt or the answer.",
-        "messages",
+        param,
         "context_length_exceeded",
     )
 
@@ -137,6 +137,10 @@ def from_swarm(error: PetalSwarmError) -> ApiError:
             "This is longer than the swarm can hold; shorten the prompt or the answer.",
             code="context_length_exceeded",
         )
+    if isinstance(error, CacheFullError) and error.retry_after_s is None:
+        # Servers say when to come again, unless it would never fit.
+        told = "No server of the swarm has room for this; ask for a shorter answer, or fewer of them."
+        return ApiError(503, told, code="swarm_too_small")
     if isinstance(error, (CacheFullError, BusyError)):
         retry_s = error.retry_after_s if error.retry_after_s is not None else RETRY_S
         return ApiError(503, "The swarm is full at the moment.", code="swarm_full", retry_after_s=retry_s)

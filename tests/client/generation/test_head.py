@@ -71,7 +71,7 @@ def test_what_arrives_together_is_one_product(ends: Ends, watched: Watched, in_l
                 *(head.choose(rows(count, count), greedy(count), top=None) for count in (1, 2, 5))
             )
         finally:
-            head.close()
+            await head.close()
 
     found = asyncio.run(work())
     assert watched.batches == [(8, in_loop)]
@@ -103,7 +103,7 @@ def test_what_arrives_meanwhile_is_the_next(watched: Watched, monkeypatch: pytes
         await asyncio.sleep(0)
         let_go.set()
         await asyncio.gather(first, *others)
-        head.close()
+        await head.close()
 
     asyncio.run(work())
     assert [count for count, _ in watched.batches] == [1, 3]
@@ -119,7 +119,7 @@ def test_a_batch_has_bounds(watched: Watched, in_loop: bool, monkeypatch: pytest
         both = await asyncio.gather(
             head.score(rows(7), given, top=0), head.choose(rows(9), greedy(9), top=None)
         )
-        head.close()
+        await head.close()
         return both
 
     scored, chosen = asyncio.run(work())
@@ -137,7 +137,7 @@ def test_probabilities_are_of_the_logits_as_they_are(ends: Ends, in_loop: bool) 
             head.choose(rows(2), [Sampler(given, ()), Sampler(GREEDY, ())], top=2),
             head.score(rows(2), [5, 6], top=1),
         )
-        head.close()
+        await head.close()
         return both
 
     chosen, scored = asyncio.run(work())
@@ -157,7 +157,7 @@ def test_who_sends_numbers_that_are_none_fails_alone(ends: Ends, in_loop: bool) 
         found = await asyncio.gather(
             *(head.choose(some, greedy(len(some)), top=None) for some in given), return_exceptions=True
         )
-        head.close()
+        await head.close()
         return found
 
     fine, failed, also_fine = asyncio.run(work())
@@ -173,7 +173,7 @@ def test_short_batches_come_back_into_the_loop(watched: Watched, monkeypatch: py
         head = Head(watched)  # type: ignore[arg-type]
         for _ in range(9):
             await head.choose(rows(1), greedy(1), top=None)
-        head.close()
+        await head.close()
 
     asyncio.run(work())
     assert watched.batches[0] == (1, False), "how long it takes is not known before"
