@@ -4,10 +4,11 @@
 
 Prompts of 10 to 500 tokens, answers of 5 to 200, of a seeded mix, another one for each round; tokens that
 somebody asked for count, no others. All visitors come at the same moment. The swarm is two servers of one
-thread each; transformers has two threads. It gets the same prompts in left-padded batches, in order of
-arrival, or sorted by length before (bucketed). Each of `--batches` is tried with the first mix, and of
-either kind the fastest is measured. A visitor's latency is the time until the whole answer is there: in a
-batch, until its longest answer is.
+thread each, and a gateway with one; its generator, without HTTP, is measured beside. transformers has two
+threads in all. It gets the same prompts in left-padded batches, in order of arrival, or sorted by length
+before (bucketed). Each of `--batches` is tried with the first mix, and of either kind the fastest is
+measured. A visitor's latency is the time until the whole answer is there: in a batch, until its longest
+answer is.
 """
 
 from __future__ import annotations
@@ -21,16 +22,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import httpx
 import torch
-import uvloop
 from transformers import AutoModelForCausalLM, GgufConfig
 
-from benchmarks.harness import median_ratio, servers
+from benchmarks.harness import READY_TIMEOUT_S, median_ratio, servers
+from petal_swarm.cli.local_swarm import TETHERED, LocalSwarm
 from petal_swarm.client.config import ClientConfig
 from petal_swarm.client.generation.generator import Generator, connect_generator
 from petal_swarm.client.generation.request import GenerationRequest, Sampling
+from petal_swarm.client.loop import new_event_loop
 
 THREADS = 2
+MODEL_NAME = "model"
 PROMPT_TOKENS = (10, 500)
 ANSWER_TOKENS = (5, 200)
 #: Ids above are not used: some of them are special in some model.
@@ -108,7 +112,31 @@ class Batches:
         self._model.generate(ids, attention_mask=mask, max_new_tokens=most, do_sample=False, pad_token_id=0)
 
 
-async def serve_by_swarm(generator: Generator, mix: Sequence[Wish]) -> Served:
+async def serve_by_gateway(url: str, mix: Sequence[Wish]) -> Served:
+    started = time.perf_counter()
+
+    async def answer(client: httpx.AsyncClient, wish: Wish) -> float:
+        body = {
+            "model": MODEL_NAME,
+            "prompt": wish.prompt,
+            "max_tokens": wish.answer_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+        }
+        events = 0
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
+            async for line in response.aiter_lines():
+                events += line.startswith("data: {")
+        assert events == wish.answer_tokens
+        return time.perf_counter() - started
+
+    everybody = httpx.Limits(max_connections=len(mix))
+    async with httpx.AsyncClient(limits=everybody, timeout=READY_TIMEOUT_S) as client:
+        return served(mix, await asyncio.gather(*(answer(client, wish) for wish in mix)))
+
+
+async def serve_by_generator(generator: Generator, mix: Sequence[Wish]) -> Served:
     started = time.perf_counter()
 
     async def answer(wish: Wish) -> float:
@@ -136,24 +164,31 @@ async def best_size(batches: Batches, mix: Sequence[Wish], sizes: Sequence[int],
     return max(tried, key=lambda size: tried[size])
 
 
-async def run(arguments: argparse.Namespace, address: str) -> None:
+async def run(arguments: argparse.Namespace, address: str, url: str) -> None:
     torch.set_num_threads(1)
     dtype = getattr(torch, arguments.dtype)
     batches = Batches(arguments.model, dtype)
     config = ClientConfig(initial_peers=(address,))
     generator: Any = await connect_generator(str(arguments.model), config, dtype=dtype, progress=False)
-    await serve_by_swarm(generator, wishes(4, seed=0))
+    await serve_by_generator(generator, wishes(4, seed=0))
+    await serve_by_gateway(url, wishes(4, seed=0))
     first = wishes(arguments.visitors, seed=1)
     sizes = [await best_size(batches, first, arguments.batches, bucketed=kind) for kind in (False, True)]
-    results: dict[str, list[Served]] = {"swarm": [], "static": [], "bucketed": []}
+    results: dict[str, list[Served]] = {"gateway": [], "generator": [], "static": [], "bucketed": []}
     for number in range(arguments.rounds):
-        mix = wishes(arguments.visitors, seed=2 + number)
-        results["swarm"].append(await serve_by_swarm(generator, mix))
+        mix = wishes(arguments.visitors, seed=2 + 2 * number)
+        other = wishes(arguments.visitors, seed=3 + 2 * number)  # servers know the first one's prompts now
+        results["gateway"].append(await serve_by_gateway(url, mix))
+        results["generator"].append(await serve_by_generator(generator, other))
         results["static"].append(await batches.serve(mix, sizes[False], bucketed=False))
         results["bucketed"].append(await batches.serve(mix, sizes[True], bucketed=True))
     await generator.close()
     await generator.swarm.close()
-    ours = results["swarm"]
+    report(results)
+
+
+def report(results: dict[str, list[Served]]) -> None:
+    ours = results["gateway"]
     for kind, theirs in results.items():
         rate = statistics.median(each.tokens_per_s for each in theirs)
         p95_s = statistics.median(each.p95_s for each in theirs)
@@ -161,7 +196,7 @@ async def run(arguments: argparse.Namespace, address: str) -> None:
         sooner = median_ratio([each.p95_s for each in theirs], [each.p95_s for each in ours])
         print(
             f"{kind}: {rate:.0f} tokens/s, p95 latency {p95_s:.1f} s;"
-            f" the swarm has {faster:.2f} times the tokens/s, {sooner:.2f} times sooner"
+            f" the gateway has {faster:.2f} times the tokens/s, {sooner:.2f} times sooner"
         )
 
 
@@ -177,7 +212,13 @@ def main() -> None:
     threads = str(max(1, THREADS // len(arguments.spans)))
     options = ("--threads", threads, "--dtype", arguments.dtype, "--kv-tokens", "32768")
     with servers(arguments.model, arguments.spans, *options) as running:
-        uvloop.run(run(arguments, running[0].address))
+        address = running[0].address
+        words = ["--model", str(arguments.model), "--model-name", MODEL_NAME, "--port", "0", "--threads", "1"]
+        words += ["--dtype", arguments.dtype, "--max-requests", str(arguments.visitors)]
+        with LocalSwarm(command=(*TETHERED, "gateway")) as gateways:
+            gateway = gateways.start("gateway", [*words, "--initial-peers", address])
+            with asyncio.Runner(loop_factory=new_event_loop) as runner:
+                runner.run(run(arguments, address, gateway.address.result(READY_TIMEOUT_S)))
 
 
 if __name__ == "__main__":
