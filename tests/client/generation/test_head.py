@@ -192,7 +192,7 @@ def test_rows_that_usually_come_together_wait_for_each_other(
         for _ in range(5):
             await asyncio.sleep(0)
         await asyncio.gather(first, head.choose(rows(1), [Sampler(GREEDY, ())], top=None))
-        head.close()
+        await head.close()
 
     asyncio.run(run())
     assert [count for count, _ in watched.batches] == batches
