@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from petal_swarm.client.traffic import IDLE_S, Traffic
+from petal_swarm.client.traffic import IDLE_S, MESSAGE_S, Traffic
 from petal_swarm.routing import Hop, Route
 from petal_swarm.span import Span
 
@@ -39,3 +39,9 @@ def test_sessions_count_while_they_are_opened_open_and_in_use() -> None:
     other.idle_s = 0.0
     one.is_over = True
     assert traffic.load_s() == {"b": 0.25}
+
+
+def test_a_session_is_some_load_however_fast_the_server_says_it_is() -> None:
+    traffic = Traffic()
+    with traffic.opening(Route((Hop("a", Span(0, 1), token_s=0.0),), 1.0)):
+        assert traffic.load_s() == {"a": MESSAGE_S}
