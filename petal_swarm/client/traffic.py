@@ -30,9 +30,9 @@ class Session(Protocol):
 class Traffic:
     """Keeps count of this client's sessions at each peer, of those too that are just being opened.
 
-    A row of each session that decodes is in the same batches as those of the next one, and costs about what a
-    token of a prompt does, or its message does. Servers announce their load, too, but a second later: by then many sessions may
-    have been opened.
+    A row of each session that decodes is in the same batches as those of the next one, and costs about what
+    a token of a prompt does, or its message does. Servers announce their load, too, but a second later: by
+    then many sessions may have been opened.
     """
 
     def __init__(self) -> None:
