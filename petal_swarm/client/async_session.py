@@ -15,6 +15,7 @@ from petal_swarm.client.steps import Steps, one_token_each, rows_of
 from petal_swarm.client.swarm import Swarm
 from petal_swarm.client.view import ModelRef
 from petal_swarm.errors import ConfigError, DeadlineError, SessionTooLongError, StreamClosedError
+from petal_swarm.routing.affinity import Held
 from petal_swarm.routing.route import Hop, Route
 from petal_swarm.wire.messages.steps import Output, Rows
 
@@ -36,8 +37,9 @@ class Sent(NamedTuple):
 class AsyncSession:
     """Many steps over one KV cache, by one task at a time; nothing happens before `open`.
 
-    `max_length` bounds the tokens of each sequence. Cancelling any of the methods leaves the session open:
-    whoever made it calls `aclose`, which ends it at the servers whatever it was in the middle of.
+    `max_length` bounds the tokens of each sequence; `held` is as in `Swarm.open_ring`. Cancelling any of the
+    methods leaves the session open: whoever made it calls `aclose`, which ends it at the servers whatever it
+    was in the middle of.
     """
 
     def __init__(
@@ -47,11 +49,13 @@ class AsyncSession:
         *,
         max_length: int,
         adapter: Adapter | NamedAdapter | None = None,
+        held: Held | None = None,
     ) -> None:
         self._steps = Steps(max_length)
         self._swarm = swarm
         self._model = model
         self._adapter = adapter
+        self._held = held
         self._opening: asyncio.Task[Ring] | None = None
         self._ring: Ring | None = None
         self._ending: asyncio.Task[None] | None = None
@@ -94,7 +98,9 @@ class AsyncSession:
             return
         # In a task of its own, so that a ring that comes together with a cancellation is not lost.
         self._opening = asyncio.ensure_future(
-            self._swarm.open_ring(self._model, max_length=self._steps.max_length, adapter=self._adapter)
+            self._swarm.open_ring(
+                self._model, max_length=self._steps.max_length, adapter=self._adapter, held=self._held
+            )
         )
         try:
             ring = await self._opening

@@ -218,6 +218,15 @@ class Ring:
         """Whether anything was sent that no answer covers yet."""
         return self.last_sent > self.answered
 
+    @property
+    def is_over(self) -> bool:
+        return self.error is not None
+
+    @property
+    def idle_s(self) -> float:
+        """For how long there has been nothing to do."""
+        return 0.0 if self.is_waiting else self._loop.time() - self._progress_s
+
     def is_due(self, step: int) -> bool:
         """Whether the answer of a step up to this one is wanted, and has not come."""
         return any(number <= step for number in self._pending)

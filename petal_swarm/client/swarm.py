@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import time
 from dataclasses import replace
 
 from petal_swarm.client.adapters import Adapter, NamedAdapter
 from petal_swarm.client.audit_ledger import AuditLedger
 from petal_swarm.client.auditor import Auditor
 from petal_swarm.client.config import ClientConfig
+from petal_swarm.client.conversations import Conversations
 from petal_swarm.client.dialling import OpenFailedError
 from petal_swarm.client.openings import Openings
 from petal_swarm.client.repair import Repairer
@@ -29,6 +31,7 @@ from petal_swarm.net.identity import Identity
 from petal_swarm.net.private import PrivateTransport
 from petal_swarm.net.swarm_key import SwarmKey, load_swarm_key
 from petal_swarm.net.transport import Transport
+from petal_swarm.routing.affinity import Held
 from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.routing.route import Route
 from petal_swarm.wire.messages.opening import SESSION_ID_BYTES
@@ -51,6 +54,8 @@ class Swarm:
         self.view = View(config, transport, directory)
         #: What audits of servers have found, in all sessions.
         self.audits = AuditLedger()
+        #: Where prompts went, for those who know their tokens: see `open_ring`.
+        self.conversations = Conversations(now=time.monotonic)
         self._logs = LogBudget(config.max_log_bytes)
 
     @classmethod
@@ -124,9 +129,17 @@ class Swarm:
             await asyncio.sleep(RETRY_S)
 
     async def open_ring(
-        self, model: ModelRef, *, max_length: int, adapter: Adapter | NamedAdapter | None = None
+        self,
+        model: ModelRef,
+        *,
+        max_length: int,
+        adapter: Adapter | NamedAdapter | None = None,
+        held: Held | None = None,
     ) -> Ring:
         """Open a session along the fastest route, around servers that fail or refuse.
+
+        Servers that have computed the beginning of its prompt already, as `held` says, are taken instead
+        where that pays.
 
         After `open_attempts` it gives up if some are full, and waits once, `wait_for_room_s` at most. Where
         servers cannot be reached, it tries again, those that failed too, until `wait_for_blocks_s` are over.
@@ -136,6 +149,8 @@ class Swarm:
             CacheFullError, BusyError: still full.
             PetalSwarmError: what the last attempt failed with.
         """
+        if self.config.audit_rate or not self.config.share_prefixes:
+            held = None
         if isinstance(adapter, NamedAdapter):
             model = replace(model, offered=adapter.id)
         failed: set[str] = set()
@@ -150,7 +165,7 @@ class Swarm:
             attempts += 1
             try:
                 route = await self.view.find_route(
-                    model, kv_tokens=max_length, avoid=frozenset(failed | full)
+                    model, kv_tokens=max_length, avoid=frozenset(failed | full), held=held
                 )
             except MissingBlocksError:
                 if last is None:
@@ -212,7 +227,8 @@ class Swarm:
         session = secrets.token_bytes(SESSION_ID_BYTES)
         openings = Openings(self.view, self.transport, model, max_length=max_length, adapter=adapter)
         opening = openings.of_session(session, route.hops, wait_s=wait_s)
-        members = await openings.open_all(route.hops, opening, self.config.open_timeout_s)
+        with self.view.traffic.opening(route):
+            members = await openings.open_all(route.hops, opening, self.config.open_timeout_s)
         auditor = None
         if self.config.audit_rate:
             auditor = Auditor(
@@ -225,7 +241,9 @@ class Swarm:
                 adapter=adapter,
             )
         log = self._logs.new_log()
-        return Ring(session, route, members, log, keeper=Repairer(openings).keep, observer=auditor)
+        ring = Ring(session, route, members, log, keeper=Repairer(openings).keep, observer=auditor)
+        self.view.traffic.add(ring)
+        return ring
 
     async def close(self) -> None:
         """Leave the swarm. Idempotent."""

@@ -11,13 +11,15 @@ from itertools import product
 
 from petal_swarm.client.avoidance import Avoidance
 from petal_swarm.client.config import ClientConfig
+from petal_swarm.client.traffic import Traffic
 from petal_swarm.directory.directory import Directory
 from petal_swarm.directory.remote import Pinger, measure_rtt
 from petal_swarm.errors import BusyError, CacheFullError, IdleError, MissingBlocksError, PetalSwarmError
 from petal_swarm.net.transport import Transport
+from petal_swarm.routing.affinity import Held, goes_back
 from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.routing.links import Measurements
-from petal_swarm.routing.route import Hop, Route, find_route
+from petal_swarm.routing.route import Hop, Route, find_route, price_route
 from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
 
@@ -28,6 +30,8 @@ RETRY_LOOKUP_S = 0.5
 ASSUMED_BANDWIDTH_BYTES_PER_S = 12.5e6
 #: In a hurry, what was heard of the swarm so long ago is good enough for a first try.
 RECENT_S = 60.0
+#: Servers announce new figures once a second: what was heard so long ago is as good as new, until it fails.
+FRESH_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +53,28 @@ class View:
         self._directory = directory
         self._pinger = Pinger(transport)
         self._heard: dict[str, tuple[list[Announcement], float]] = {}
+        self._lookups: dict[str, asyncio.Task[list[Announcement]]] = {}
         self.avoidance = Avoidance(now=_now)
+        self.traffic = Traffic()
         #: Called with every peer that failed, and how; they must not wait.
         self.listeners: list[Callable[[str, PetalSwarmError], None]] = []
 
     async def announcements(self, model: str) -> list[Announcement]:
-        """Who serves the model now."""
+        """Who serves the model now. Whoever asks meanwhile gets the same answer."""
+        lookup = self._lookups.get(model)
+        if lookup is None or lookup.done():
+            lookup = self._lookups[model] = asyncio.create_task(self._look_up(model))
+            lookup.add_done_callback(_seen)  # all who wait may be cancelled
+        return await asyncio.shield(lookup)
+
+    async def _look_up(self, model: str) -> list[Announcement]:
         found = await self._directory.lookup(model)
         self._heard[model] = (found, _now())
         return found
+
+    async def _lately(self, model: str, max_age_s: float) -> list[Announcement]:
+        heard, heard_s = self._heard.get(model, ([], 0.0))
+        return heard if heard and _now() - heard_s <= max_age_s else await self.announcements(model)
 
     async def measure(self, announcements: list[Announcement]) -> dict[str, float]:
         """Round trips to these peers in seconds, by peer id; those that do not answer are left out."""
@@ -90,9 +107,12 @@ class View:
         span: Span | None = None,
         trains: bool = False,
         min_batch_tokens: int = 0,
+        held: Held | None = None,
     ) -> Route:
-        """The fastest route; waits up to `wait_for_blocks_s` for blocks that nobody serves yet.
+        """The fastest route, or that of `held` where it `goes_back`.
 
+        Waits up to `wait_for_blocks_s` for blocks that nobody serves yet. What was heard of the swarm within
+        the last second is good enough for a session's first attempt, which is the one that avoids nobody.
         Peers that failed lately are used only where nobody else is left, those in `avoid` never. The route
         is through the whole model, or `span`. If it `trains`, it is of servers that take part in training.
         Those that take less than `min_batch_tokens` at once are used only where nobody else is left, too.
@@ -102,8 +122,9 @@ class View:
         """
         deadline = _now() + self.config.wait_for_blocks_s
         waiting = False
+        max_age_s = 0.0 if avoid else FRESH_S
         while True:
-            heard = await self.announcements(model.key)
+            heard = await self._lately(model.key, max_age_s)
             known = _able(offering(model, heard), trains)
             usable = self._without(known, avoid | self.avoidance.banned)
             rtts = await self.measure(usable)
@@ -111,9 +132,13 @@ class View:
             try:
                 for those in (self._without(wide, self.avoidance.peers()), wide):
                     with contextlib.suppress(MissingBlocksError):
-                        return self._fastest(model, those, rtts, kv_tokens=kv_tokens, span=span)
+                        route = self._fastest(model, those, rtts, kv_tokens=kv_tokens, span=span)
+                        return self._back(held, route, model, those, rtts, kv_tokens)
                 return self._fastest(model, usable, rtts, kv_tokens=kv_tokens, span=span)
             except MissingBlocksError as error:
+                if max_age_s:
+                    max_age_s = 0.0
+                    continue
                 told = _why(error, model, heard, trains)
                 if avoid or _now() >= deadline:
                     raise MissingBlocksError(
@@ -146,9 +171,7 @@ class View:
         Raises:
             MissingBlocksError: nobody could.
         """
-        heard, heard_s = self._heard.get(model.key, ([], 0.0))
-        if fresh or not heard or _now() - heard_s > RECENT_S:
-            heard = await self.announcements(model.key)
+        heard = await self._lately(model.key, 0.0 if fresh else RECENT_S)
         able = [a for a in _able(offering(model, heard), trains) if a.max_batch_tokens >= min_batch_tokens]
         kinds = {(hop.dtype, hop.quant) for hop in like}
         alike = [a for a in able if (a.dtype, a.quant) in kinds]
@@ -190,13 +213,37 @@ class View:
         return find_route(
             usable,
             span or model.num_blocks,
-            measurements=Measurements(
-                client_rtts_s=rtts_s, default_bandwidth_bytes_per_s=ASSUMED_BANDWIDTH_BYTES_PER_S
-            ),
+            measurements=self._measurements(rtts_s),
             step_bytes=4 * model.hidden_size,
             kv_tokens=kv_tokens,
             before=before,
             after=after,
+        )
+
+    def _back(
+        self,
+        held: Held | None,
+        fastest: Route,
+        model: ModelRef,
+        usable: list[Announcement],
+        rtts_s: dict[str, float],
+        kv_tokens: int,
+    ) -> Route:
+        """The route of `held` if that pays, else the fastest."""
+        again = held and price_route(
+            held.hops,
+            usable,
+            measurements=self._measurements(rtts_s),
+            step_bytes=4 * model.hidden_size,
+            kv_tokens=kv_tokens,
+        )
+        return again if held and again and goes_back(held.tokens, again, fastest) else fastest
+
+    def _measurements(self, rtts_s: dict[str, float]) -> Measurements:
+        return Measurements(
+            client_rtts_s=rtts_s,
+            default_bandwidth_bytes_per_s=ASSUMED_BANDWIDTH_BYTES_PER_S,
+            client_load_s=self.traffic.load_s(),
         )
 
     def _without(self, known: list[Announcement], avoided: frozenset[str]) -> list[Announcement]:
@@ -229,6 +276,11 @@ def _why(error: MissingBlocksError, model: ModelRef, heard: list[Announcement], 
 
 def _serve(known: list[Announcement], blocks: Iterable[int]) -> bool:
     return all(any(block in one.span for one in known) for block in blocks)
+
+
+def _seen(lookup: asyncio.Task[list[Announcement]]) -> None:
+    if not lookup.cancelled():
+        lookup.exception()
 
 
 def _now() -> float:

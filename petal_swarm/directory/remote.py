@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from petal_swarm.directory.book import Bookshelf
 from petal_swarm.errors import (
@@ -27,6 +27,7 @@ from petal_swarm.wire.messages.directory import Listing, ListRequest, Ping, Pong
 from petal_swarm.wire.protocols import DIRECTORY
 
 logger = logging.getLogger(__name__)
+V = TypeVar("V")
 
 #: One answer is enough for a view of the swarm; the second covers a server that is late or lies.
 ANSWERS = 2
@@ -36,6 +37,8 @@ ASK_TIMEOUT_S = 4.0
 GRACE_S = 0.5
 MAX_CONTACTS = 128
 PING_TIMEOUT_S = 2.0
+#: Who did not answer a ping is not waited for again so soon.
+SILENT_S = 5.0
 
 
 @dataclass(slots=True)
@@ -207,9 +210,11 @@ class Pinger:
         self._transport = transport
         self._max_age_s = max_age_s
         self._limit = limit
-        self._parallel = parallel
         self._now = now
         self._results: dict[str, tuple[float, float]] = {}
+        self._silent: dict[str, float] = {}
+        self._probes: dict[str, asyncio.Task[None]] = {}
+        self._slots = asyncio.Semaphore(parallel)
 
     async def measure(
         self,
@@ -220,29 +225,26 @@ class Pinger:
     ) -> dict[str, float]:
         """Seconds of a round trip by peer id, for those that answer within `timeout_s` in all.
 
-        This peer itself is left out. A `max_age_s` of 0 asks all of them, whatever is remembered. Never
-        raises for the network's sake.
+        This peer itself is left out. Those who measure the same peers at the same time share the pings; what
+        comes too late for one counts for the next. A `max_age_s` of 0 asks all of them, whatever is
+        remembered. Never raises for the network's sake.
         """
-        oldest = self._now() - (self._max_age_s if max_age_s is None else max_age_s)
+        now = self._now()
+        oldest = now - (self._max_age_s if max_age_s is None else max_age_s)
         wanted = {
             announcement.peer_id: announcement.addresses
             for announcement in announcements
             if announcement.peer_id != self._transport.peer_id
         }
-        slots = asyncio.Semaphore(self._parallel)
         fresh = self._measured_since(oldest, wanted)
-        tasks = [
-            asyncio.create_task(self._probe(peer_id, addresses, slots, timeout_s))
+        spared_since = now - (SILENT_S if max_age_s is None else max_age_s)
+        probes = [
+            self._probes.get(peer_id) or self._probe(peer_id, addresses, timeout_s)
             for peer_id, addresses in wanted.items()
-            if peer_id not in fresh
+            if peer_id not in fresh and self._silent.get(peer_id, spared_since) <= spared_since
         ]
-        if tasks:
-            try:
-                await asyncio.wait(tasks, timeout=timeout_s)
-            finally:
-                for task in tasks:
-                    task.cancel()
-                await asyncio.wait(tasks)
+        if probes:
+            await asyncio.wait(probes, timeout=timeout_s)
         return self._measured_since(oldest, wanted)
 
     def known(self, peer_ids: Iterable[str]) -> dict[str, float]:
@@ -253,13 +255,27 @@ class Pinger:
         found = {peer_id: self._results.get(peer_id) for peer_id in peer_ids}
         return {peer_id: entry[0] for peer_id, entry in found.items() if entry and entry[1] >= oldest}
 
-    async def _probe(
-        self, peer_id: str, addresses: Sequence[str], slots: asyncio.Semaphore, timeout_s: float
-    ) -> None:
-        async with slots:
-            with contextlib.suppress(PetalSwarmError):
-                rtt_s = await measure_rtt(self._transport, peer_id, addresses, timeout_s=timeout_s)
-                self._results.pop(peer_id, None)
-                self._results[peer_id] = (rtt_s, self._now())
-                if len(self._results) > self._limit:
-                    del self._results[next(iter(self._results))]
+    def _probe(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> asyncio.Task[None]:
+        probe = asyncio.create_task(self._ping(peer_id, addresses, timeout_s))
+        self._probes[peer_id] = probe
+        probe.add_done_callback(lambda _: self._probes.pop(peer_id, None))
+        return probe
+
+    async def _ping(self, peer_id: str, addresses: Sequence[str], timeout_s: float) -> None:
+        async with self._slots:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    rtt_s = await measure_rtt(self._transport, peer_id, addresses, timeout_s=timeout_s)
+            except (PetalSwarmError, TimeoutError):
+                _put_last(self._silent, peer_id, self._now(), self._limit)
+            else:
+                self._silent.pop(peer_id, None)
+                _put_last(self._results, peer_id, (rtt_s, self._now()), self._limit)
+
+
+def _put_last(table: dict[str, V], key: str, value: V, limit: int) -> None:
+    """The newest `limit` entries are kept."""
+    table.pop(key, None)
+    table[key] = value
+    if len(table) > limit:
+        del table[next(iter(table))]

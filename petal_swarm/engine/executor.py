@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Generic, NamedTuple, TypeVar
 
 from petal_swarm.engine.engine import Batch, Chunk, Engine
-from petal_swarm.engine.pace import Company, Pace
+from petal_swarm.engine.pace import Company, Pace, prefill_share
 from petal_swarm.engine.scheduler import Job, Portion, Scheduler
 from petal_swarm.engine.steps import StepResult
 from petal_swarm.engine.works import Work, Works, internal_error
@@ -111,7 +111,7 @@ class Executor(Generic[T]):
 
     def ran(self, elapsed_s: float, blocks: int) -> None:
         """Somebody ran a decode step past this queue, while it was idle."""
-        self._pace.decoded(self._clock(), elapsed_s, blocks, prefill_waits=False)
+        self._pace.decoded(self._clock(), elapsed_s, blocks, prefill_share=0.0)
 
     def queue_s(self, more_steps: int = 0, more_rows: int = 0) -> float:
         """An estimate of the work that waits, in seconds, and of more decode steps and rows of prefill."""
@@ -191,6 +191,13 @@ class Executor(Generic[T]):
     def _prefill_waits(self) -> bool:
         return self._paused is not None or self._scheduler.prefill_ready
 
+    def _prefilling_peers(self) -> list[str]:
+        """Whose prompts wait or are under way, a session each."""
+        peers = self._scheduler.prefilling_peers
+        if self._paused is not None:
+            peers += [job.request.peer for job, _ in self._paused.portions]
+        return peers
+
     def _work_goes_first(self, now: float) -> bool:
         if self._pace.work_due_s <= now:
             return True
@@ -208,7 +215,8 @@ class Executor(Generic[T]):
             return
         now = self._clock()
         blocks = len(portions[0].job.request.blocks)
-        self._pace.decoded(now, elapsed, blocks, prefill_waits=self._prefill_waits)
+        share = prefill_share((job.request.peer for job, _ in portions), self._prefilling_peers())
+        self._pace.decoded(now, elapsed, blocks, prefill_share=share)
         self._company.decoded(now, [job.request.session for job, _ in portions])
         self._computed(portions, elapsed, now)
 

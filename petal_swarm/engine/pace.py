@@ -1,17 +1,21 @@
 """When batches run and how large they are, by what they were measured to take. Pure: no clock, no tensors.
 
 Whoever decodes waits for at most one block of a prefill batch; so a chunk has as many rows as make one
-block of it short beside a decode step, and prefill is owed a share of the time that decoding takes. A
-decode batch waits a moment for sessions that are about to join it.
+block of it short beside a decode step, and prefill is owed a share of the time that decoding takes: more
+of it when a peer's own prompts keep its sessions from decoding together. A decode batch waits a moment for
+sessions that are about to join it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable
 
 #: Of the time of a decode batch: what one block of prefill may take, and what prefill is owed after it.
 BLOCK_SHARE = 1 / 4
 PREFILL_SHARE = 1 / 3
+#: What it is owed at most where whoever decodes has prompts waiting, too.
+MOST_PREFILL_SHARE = 4.0
 #: What a piece of work may take, of the time that decode and prefill had since the last one.
 WORK_SHARE = 1 / 3
 
@@ -63,12 +67,12 @@ class Pace:
         """Whether prefill, if any waits, goes before the next decode batch."""
         return self._owed_s > 0.0
 
-    def decoded(self, now_s: float, elapsed_s: float, blocks: int, *, prefill_waits: bool) -> None:
-        """A decode batch took `elapsed_s` until `now_s`."""
+    def decoded(self, now_s: float, elapsed_s: float, blocks: int, *, prefill_share: float) -> None:
+        """A decode batch took `elapsed_s` until `now_s`; see `prefill_share`."""
         if now_s - self._last_decode_s < ACTIVE_S:
             self._decode_every_s = smooth(self._decode_every_s, now_s - self._last_decode_s)
         self._last_decode_s = now_s
-        self._owed_s = elapsed_s * PREFILL_SHARE if prefill_waits else 0.0
+        self._owed_s = elapsed_s * prefill_share
         self.decode_s = smooth(self.decode_s, elapsed_s)
         self.block_s = smooth(self.block_s, elapsed_s / blocks)
 
@@ -138,6 +142,20 @@ class Company:
         if self._until_s is None:
             self._until_s = now_s + decode_s * LINGER_IN_ALL
         return max(0.0, min(decode_s * LINGER, self._until_s - now_s))
+
+
+def prefill_share(decoding: Iterable[str], prefilling: Iterable[str]) -> float:
+    """Of the time of a decode batch, what prefill is owed after it; both name the peer of each session.
+
+    A batch of few rows takes hardly less than one of many. So a peer of whose sessions most still wait with
+    their prompts gets the others to decode beside them sooner if the few wait. A peer that has no prompt
+    here never waits for those of others longer than for `PREFILL_SHARE` of the time.
+    """
+    waiting = Counter(prefilling)
+    if not waiting:
+        return 0.0
+    own = min((waiting[peer] / count for peer, count in Counter(decoding).items()), default=0.0)
+    return min(max(own, PREFILL_SHARE), MOST_PREFILL_SHARE)
 
 
 def smooth(mean: float, value: float) -> float:

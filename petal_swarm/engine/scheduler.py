@@ -88,6 +88,11 @@ class Scheduler(Generic[T]):
         return bool(self._prefills)
 
     @property
+    def prefilling_peers(self) -> list[str]:
+        """The peer of each session with rows of prefill that could run."""
+        return [job.request.peer for job in self._prefills.values()]
+
+    @property
     def parked(self) -> list[Job[T]]:
         """Steps that wait for room, in order of arrival."""
         return sorted(self._parked.values(), key=_number)

@@ -19,7 +19,8 @@ Costs = NDArray[np.float64]
 class Measurements:
     """What the client knows about the network, and what it assumes where nobody measured.
 
-    `client_rtts_s` maps peer ids to round trips in seconds. A bandwidth of 0 is unknown.
+    `client_rtts_s` maps peer ids to round trips in seconds. A bandwidth of 0 is unknown. `client_load_s`
+    is by how many seconds a step will take longer at a peer for what this client has under way there.
     The defaults are those of a slow home connection far away, so that a peer which nobody
     measured is not preferred to one that was.
 
@@ -31,10 +32,13 @@ class Measurements:
     client_bandwidth_bytes_per_s: float = 0.0
     default_rtt_s: float = 0.1
     default_bandwidth_bytes_per_s: float = 1.25e6
+    client_load_s: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for peer_id, rtt_s in self.client_rtts_s.items():
             _require_finite(f"the round trip to {peer_id}", rtt_s)
+        for peer_id, load_s in self.client_load_s.items():
+            _require_finite(f"the load of {peer_id}", load_s)
         _require_finite("client_bandwidth_bytes_per_s", self.client_bandwidth_bytes_per_s)
         _require_finite("default_rtt_s", self.default_rtt_s)
         _require_finite("default_bandwidth_bytes_per_s", self.default_bandwidth_bytes_per_s)

@@ -111,7 +111,7 @@ def find_route(
     ends = [_endpoint(peer_id, known) for peer_id in (before, after)]
     known_links = measurements or Measurements()
     graph = _graph(servers, ends, wanted, known_links, step_bytes)
-    unfit = np.array([a.kv_tokens_free < kv_tokens or a.moving_to is not None for a in servers])
+    unfit = np.array([not _has_room(a, kv_tokens) for a in servers])
     visits = cheapest_path(_penalised(graph, np.where(unfit, FULL_PENALTY_S, 0.0)))
     hops, previous = [], ends[0]
     for server, start, end in visits:
@@ -121,6 +121,41 @@ def find_route(
         )
         previous = servers[server]
     return Route(tuple(hops), graph.cost_s(visits))  # without penalties and their rounding
+
+
+def price_route(
+    hops: Sequence[Hop],
+    announcements: Iterable[Announcement],
+    *,
+    measurements: Measurements | None = None,
+    step_bytes: int = 0,
+    kv_tokens: int = 0,
+) -> Route | None:
+    """The consecutive `hops` of an earlier route at today's figures, from the client and back to it.
+
+    None if one of them serves its blocks no more, has no room for `kv_tokens`, or is about to move.
+    """
+    by_peer = {a.peer_id: a for a in latest(announcements)}
+    servers = [by_peer[hop.peer_id] for hop in hops if hop.peer_id in by_peer]
+    if len(servers) < len(hops) or not all(
+        a.state == "serving" and a.span.covers(hop.span) and _has_room(a, kv_tokens)
+        for a, hop in zip(servers, hops, strict=True)
+    ):
+        return None
+    links = measurements or Measurements()
+    first = hops[0].span.start
+    graph = _graph(servers, [None, None], Span(first, hops[-1].span.end), links, step_bytes)
+    senders = [None, *servers[:-1]]
+    again = [
+        _hop(server, hop.span, link_rate_bytes_per_s(sender, server, links))
+        for sender, server, hop in zip(senders, servers, hops, strict=True)
+    ]
+    visits = [(i, hop.span.start - first, hop.span.end - first) for i, hop in enumerate(hops)]
+    return Route(tuple(again), graph.cost_s(visits))
+
+
+def _has_room(server: Announcement, kv_tokens: int) -> bool:
+    return server.kv_tokens_free >= kv_tokens and server.moving_to is None
 
 
 def _endpoint(peer_id: str | None, known: Sequence[Announcement]) -> Announcement | None:
@@ -159,7 +194,8 @@ def _graph(
 ) -> Graph:
     links_s = link_costs_s([*servers, *ends], measurements, step_bytes)
     count = len(servers)
-    hop_s = np.array([a.queue_s + a.step_time_s for a in servers])
+    load_s = measurements.client_load_s
+    hop_s = np.array([a.queue_s + a.step_time_s + load_s.get(a.peer_id, 0.0) for a in servers])
     return Graph(
         blocks=len(wanted),
         starts=np.array([max(a.span.start, wanted.start) - wanted.start for a in servers]),

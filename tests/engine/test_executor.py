@@ -45,8 +45,8 @@ class Steps(Pace):
     def owes_prefill(self) -> bool:
         return self._owed > 0
 
-    def decoded(self, now_s: float, elapsed_s: float, blocks: int, *, prefill_waits: bool) -> None:
-        self._owed = self.owed_blocks if prefill_waits else 0
+    def decoded(self, now_s: float, elapsed_s: float, blocks: int, *, prefill_share: float) -> None:
+        self._owed = self.owed_blocks if prefill_share else 0
 
     def prefilled(self, elapsed_s: float, rows: int) -> None:
         self._owed -= 1
@@ -784,9 +784,9 @@ class Timed(Steps):
         assert self.bench is not None
         self.bench.now += 1.0
 
-    def decoded(self, now_s: float, elapsed_s: float, blocks: int, *, prefill_waits: bool) -> None:
+    def decoded(self, now_s: float, elapsed_s: float, blocks: int, *, prefill_share: float) -> None:
         self.tick()
-        Pace.decoded(self, now_s, 1.0, blocks, prefill_waits=prefill_waits)
+        Pace.decoded(self, now_s, 1.0, blocks, prefill_share=prefill_share)
 
     def prefilled(self, elapsed_s: float, rows: int) -> None:
         self.tick()

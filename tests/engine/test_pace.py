@@ -13,17 +13,19 @@ from petal_swarm.engine.pace import (
     LINGER,
     LINGER_IN_ALL,
     MIN_ROWS,
+    MOST_PREFILL_SHARE,
     PREFILL_SHARE,
     Company,
     Pace,
+    prefill_share,
     smooth,
 )
 
 MAX_ROWS = 2048
 
 
-def decoding(pace: Pace, now_s: float, elapsed_s: float = 0.024, *, prefill_waits: bool = True) -> None:
-    pace.decoded(now_s, elapsed_s, 12, prefill_waits=prefill_waits)
+def decoding(pace: Pace, now_s: float, elapsed_s: float = 0.024, *, share: float = PREFILL_SHARE) -> None:
+    pace.decoded(now_s, elapsed_s, 12, prefill_share=share)
 
 
 def test_before_anything_was_measured_a_chunk_is_a_whole_batch() -> None:
@@ -96,7 +98,7 @@ def test_prefill_neither_saves_up_nor_is_owed_what_it_did_not_wait_for() -> None
     pace.prefilled(100.0, 16)
     decoding(pace, 0.0, 0.03)
     assert pace.owes_prefill
-    decoding(pace, 0.0, 0.03, prefill_waits=False)
+    decoding(pace, 0.0, 0.03, share=0.0)
     assert not pace.owes_prefill
 
 
@@ -184,3 +186,14 @@ def test_a_pause_in_decoding_is_no_time_between_steps() -> None:
         decoding(pace, now_s, 0.01)
     pace.worked(100.02, 0.006)
     assert not pace.spares_time(100.02)
+
+
+def test_prompts_go_before_the_few_who_decode_if_they_are_of_the_same_peer() -> None:
+    assert prefill_share(["a"], []) == 0.0
+    assert prefill_share(["a"] * 4, ["a"] * 6) == 1.5
+    assert prefill_share(["a"] * 4, ["a"]) == PREFILL_SHARE
+    assert prefill_share(["a"], ["a"] * 30) == MOST_PREFILL_SHARE
+    # Who decodes and nothing else does not wait for other people's prompts.
+    assert prefill_share(["a"], ["b"] * 30) == PREFILL_SHARE
+    assert prefill_share(["a", "b"], ["b"] * 30) == PREFILL_SHARE
+    assert prefill_share(["a", "a", "b"], ["a"] * 4 + ["b"] * 3) == 2.0

@@ -103,10 +103,12 @@ class Generation:
         if self._closed:
             raise StreamClosedError("the generation was closed")
         room = self._request.max_tokens + adapter.prompt_tokens * len(request.prompts) * request.choices
+        scope, answers = (model.ref.key, request.adapter), self._answers()
+        held = model.swarm.conversations.recall(scope, request.prompts[0])
         session = self._session = AsyncSession(
-            model.swarm, model.ref, max_length=room, adapter=adapter.blocks
+            model.swarm, model.ref, max_length=room, adapter=adapter.blocks, held=held
         )
-        batch = _Batch(session, Front(model.ends, adapter.soft_prompt), self._answers(), NO_ROWS)
+        batch = _Batch(session, Front(model.ends, adapter.soft_prompt), answers, NO_ROWS)
         try:
             told = await self._prefill(batch)
             if request.prompt_logprobs:
@@ -117,6 +119,9 @@ class Generation:
                 for piece in await self._advance(batch):
                     yield piece
         finally:
+            if session.route and not session.repairs:  # a server that came later has not filed the beginning
+                said = (*request.prompts[0], *answers[0].tokens)
+                model.swarm.conversations.remember(scope, said, session.route.hops)
             session.end()
 
     def _answers(self) -> list[_Answer]:
@@ -225,6 +230,7 @@ class _Answer:
         self.choice = choice
         self.sampler = Sampler(request.sampling, prompt, number)
         self.is_over = False
+        self.tokens: list[int] = []
         self._text = AnswerText(model.tokenizer, stops=request.stops, prompt=prompt)
         self._texts = model.texts
         self._end_tokens = frozenset() if request.ignore_eos else model.end_tokens
@@ -235,6 +241,7 @@ class _Answer:
         if token in self._end_tokens:
             return "stop"
         self.sampler.saw(token)
+        self.tokens.append(token)
         self._left -= 1
         return None if self._left else "length"
 

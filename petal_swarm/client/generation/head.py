@@ -28,6 +28,10 @@ RUN_NOW_S = 0.0005
 MAX_LOGIT_BYTES = 128 << 20
 MAX_PIECE_BYTES = 16 << 20
 _SMOOTHING = 0.2
+#: Rows of sessions that decode together arrive one after the other. If the first of them went alone, the
+#: servers would get them apart as well, and compute them so: a batch in the thread waits for this part of
+#: what one takes, if batches are mostly of several.
+LINGER = 1 / 4
 _FIRST_S = 1e-3
 
 
@@ -63,6 +67,8 @@ class Head:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="petal-swarm-head")
         #: Running mean of what a batch takes; the first one may be long.
         self._batch_s = _FIRST_S
+        #: Running mean of how many came together.
+        self._company = 1.0
 
     async def choose(self, rows: Tensor, samplers: Sequence[Sampler], *, top: int | None) -> list[Scored]:
         """What follows each of `rows [answers, hidden_size]`, by its sampler.
@@ -104,7 +110,10 @@ class Head:
         self._waiting.append(_Job(rows, wanted, top, result))
         if not self._scheduled:
             self._scheduled = True
-            loop.call_soon(self._begin)
+            if self._batch_s < RUN_NOW_S or self._company < 2:
+                loop.call_soon(self._begin)
+            else:
+                loop.call_later(self._batch_s * LINGER, self._begin)
         return result
 
     def _begin(self) -> None:
@@ -133,6 +142,7 @@ class Head:
     def _finish(self, jobs: Sequence[_Job], outcome: tuple[list[list[Scored] | Exception], float]) -> None:
         results, took_s = outcome
         self._batch_s += (took_s - self._batch_s) * _SMOOTHING
+        self._company += (len(jobs) - self._company) * _SMOOTHING
         for job, result in zip(jobs, results, strict=True):
             if job.result.done():
                 continue

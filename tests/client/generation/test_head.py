@@ -178,3 +178,21 @@ def test_short_batches_come_back_into_the_loop(watched: Watched, monkeypatch: py
     asyncio.run(work())
     assert watched.batches[0] == (1, False), "how long it takes is not known before"
     assert watched.batches[-1] == (1, True)
+
+
+@pytest.mark.parametrize(("company", "batches"), [(4.0, [2]), (1.0, [1, 1])])
+def test_rows_that_usually_come_together_wait_for_each_other(
+    watched: Watched, company: float, batches: list[int]
+) -> None:
+    head = Head(watched)  # type: ignore[arg-type]
+    head._batch_s, head._company = 0.2, company
+
+    async def run() -> None:
+        first = asyncio.ensure_future(head.choose(rows(1), [Sampler(GREEDY, ())], top=None))
+        for _ in range(5):
+            await asyncio.sleep(0)
+        await asyncio.gather(first, head.choose(rows(1), [Sampler(GREEDY, ())], top=None))
+        await head.close()
+
+    asyncio.run(run())
+    assert [count for count, _ in watched.batches] == batches
