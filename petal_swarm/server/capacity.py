@@ -161,6 +161,7 @@ def capacity_key(engine: Engine, *, quant: str, kv_dtype: str, chunk: int) -> st
         # A step's own cost is shared by its blocks, and few blocks fit the processor's cache.
         "blocks": len(stack.span),
         "chunk": chunk,
+        "decoder": stack.decoder is not None,
         "version": __version__,
         "torch": torch.__version__,
     }

@@ -1,0 +1,32 @@
+"""Kernels of our own for a CUDA device, in Triton, and what decides whether they are used.
+
+Only `ready`, and what it says yes to, imports Triton. docs/decisions/0033-kernels-and-graphs.md has reasons.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import cache
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+#: Triton compiles for NVIDIA's Turing and later.
+_LEAST_CAPABILITY = (7, 5)
+
+
+@cache
+def ready(device: torch.device) -> bool:
+    """Whether kernels may be tried on `device`. Says once in the log why not, where one might expect them."""
+    if device.type != "cuda":
+        return False
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
+        logger.info("no kernels of our own: they are for NVIDIA's Turing and later")
+        return False
+    try:
+        import triton  # noqa: F401 - all that is asked is whether it loads
+    except (ImportError, OSError, RuntimeError) as error:
+        logger.info("no kernels of our own: Triton does not load (%s)", error)
+        return False
+    return True
