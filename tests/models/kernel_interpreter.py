@@ -1,7 +1,7 @@
 """Triton's interpreter, in which kernels run on CPU tensors: for tests of their numbers without a device.
 
-`pip install triton` where a CPU build of torch came without it. What bfloat16 gives on tensor cores the
-interpreter cannot say (it multiplies their bits as integers): tests/gpu can.
+`pip install triton` where a CPU build of torch came without it. Of bfloat16 the interpreter says little: it
+cuts numbers off instead of rounding them, and `tl.dot` multiplies their bits as integers. tests/gpu can.
 """
 
 from __future__ import annotations

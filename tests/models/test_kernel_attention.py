@@ -12,7 +12,7 @@ from tiny_models import error  # noqa: E402
 
 from petal_swarm.models.attention import AttentionPlan, Heads, MaskTable  # noqa: E402
 from petal_swarm.models.int8_kv import Int8Pool  # noqa: E402
-from petal_swarm.models.kernels import paged  # noqa: E402
+from petal_swarm.models.kernels import paged, rms  # noqa: E402
 from petal_swarm.models.kernels.paged import PagedPlan, Positions  # noqa: E402
 from petal_swarm.models.kernels.tables import Tables, lay_out  # noqa: E402
 from petal_swarm.models.norms import RMSNorm  # noqa: E402
@@ -119,3 +119,15 @@ def test_a_single_part_and_many(monkeypatch):
         found.append(case.both(slopes)[0])
     paged._processors.cache_clear()
     assert error(found[0], found[1]) < 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_rms_norm(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 1500, generator=generator).to(dtype) * 5
+    plain = RMSNorm(torch.rand(1500, generator=generator).to(dtype) + 0.5, 1e-5)
+    quick = rms._norm(plain.weight, plain.eps)
+    assert error(quick(x), plain(x)) < {torch.float32: 1e-6, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    assert rms._gives_the_same(plain.weight, plain.eps, plain)
+    assert not rms._gives_the_same(plain.weight, plain.eps, lambda x: plain(x) * 1.1)
+    assert plain._quick is None  # no device, no kernel

@@ -6,6 +6,7 @@ Only `ready`, and what it says yes to, imports Triton. docs/decisions/0033-kerne
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -30,3 +31,8 @@ def ready(device: torch.device) -> bool:
         logger.info("no kernels of our own: Triton does not load (%s)", error)
         return False
     return True
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device of a thread, wherever the tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

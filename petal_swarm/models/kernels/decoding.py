@@ -18,6 +18,7 @@ from torch import Tensor
 from petal_swarm.models.attention import Heads
 from petal_swarm.models.devices import to_device
 from petal_swarm.models.family import Block
+from petal_swarm.models.kernels import on
 from petal_swarm.models.kernels.paged import PagedPlan, Positions
 from petal_swarm.models.kernels.tables import Tables, lay_out
 from petal_swarm.models.packing import KVPool, PackedBatch
@@ -86,9 +87,15 @@ class Decoder:
 
         `blocks` are those of the whole span, or copies of them with the batch's adapters.
         """
-        rows = batch.tokens
-        if rows > len(batch.slices):
+        if batch.tokens > len(batch.slices):
             return None
+        with on(hidden.device):
+            return self._run(blocks, hidden, batch, first, last)
+
+    def _run(
+        self, blocks: Sequence[Block], hidden: Tensor, batch: PackedBatch, first: int, last: int
+    ) -> Tensor | None:
+        rows = batch.tokens
         recorder = self._recorder if not batch.lora else None
         size = next((size for size in self.sizes if size >= rows), None) if recorder else None
         if size is None and not self.unrecorded:
@@ -104,9 +111,8 @@ class Decoder:
         if graph is None:
             graph = self._record(recorder, blocks, hidden, (size, first, last))
         if graph is None:
-            tables = Tables.of(self._numbers, size)._replace(
-                lengths=self._numbers[:rows], slots=self._numbers[size : size + rows]
-            )
+            tables = Tables.of(self._numbers, size)
+            tables = tables._replace(lengths=tables.lengths[:rows])
             return self._through(blocks[first:last], first, tables, hidden)
         self._graphs.move_to_end((size, first, last))
         graph.given[:rows].copy_(hidden)

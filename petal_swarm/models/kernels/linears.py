@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from petal_swarm.models.int8 import Int8Linear, Int8Rows
-from petal_swarm.models.kernels import ready
+from petal_swarm.models.kernels import on, ready
 from petal_swarm.models.kernels.trials import ROWS, Product, Way, device_clock, fastest
 from petal_swarm.models.linear import Projection
 from petal_swarm.models.nf4 import Nf4Linear, Nf4Rows, bitsandbytes
@@ -43,12 +43,14 @@ class _Quick:
         name = names[min((x.shape[0] - 1).bit_length(), len(ROWS) - 1)]
         for way in self._ways:
             if way.name == name:
-                return way.product(x.contiguous(), residual)
+                with on(x.device):
+                    return way.product(x.contiguous(), residual)
         return self._plain(x, residual)
 
     def _try(self, x: Tensor) -> list[str | None]:
         kind, outer, inner = self._shape
-        found = fastest(self._plain, self._ways, inner, x.dtype, x.device, device_clock(x.device))
+        with on(x.device):
+            found = fastest(self._plain, self._ways, inner, x.dtype, x.device, device_clock(x.device))
         names = [None if way is None else way.name for way in found]
         told = ", ".join(f"{rows}: {name or 'as before'}" for rows, name in zip(ROWS, names, strict=True))
         logger.info("%s, %d x %d, %s, by rows: %s", kind.__name__, outer, inner, x.dtype, told)

@@ -28,9 +28,13 @@ class Tables(NamedTuple):
     @classmethod
     def of(cls, numbers: Tensor, rows: int) -> Tables:
         """The parts of what `lay_out` gave, or of where that was copied to."""
-        return cls(
-            numbers[:rows], numbers[rows : 2 * rows], numbers[2 * rows : 3 * rows], numbers[3 * rows :]
-        )
+        lengths, slots, starts = numbers[: _head_size(rows)].view(3, -1)[:, :rows]
+        return cls(lengths, slots, starts, numbers[_head_size(rows) :])
+
+
+def _head_size(rows: int) -> int:
+    """Each part begins at a multiple of 16 bytes: Triton compiles a kernel anew for pointers that do not."""
+    return 3 * (-(-rows // 4) * 4)
 
 
 def lay_out(slices: Sequence[PackedSlice], rows: int) -> Tensor | None:
@@ -41,7 +45,7 @@ def lay_out(slices: Sequence[PackedSlice], rows: int) -> Tensor | None:
     """
     begins: list[int] = []
     counts: list[int] = []
-    head = np.zeros((3, rows), np.int32)
+    head = np.zeros((3, _head_size(rows) // 3), np.int32)
     head[1] = -1
     listed = 0
     for row, piece in enumerate(slices):

@@ -102,16 +102,15 @@ def device_clock(device: torch.device) -> Clock:
     """Times work on `device`, launching not counted on CUDA. It waits, so it is not for a step."""
 
     def on_cuda(work: Callable[[], object]) -> float:
-        with torch.cuda.device(device):
+        work()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
+        begin.record()
+        for _ in range(_CALLS):
             work()
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            torch.cuda._sleep(_SLEEP_CYCLES)  # type: ignore[no-untyped-call]
-            begin.record()
-            for _ in range(_CALLS):
-                work()
-            end.record()
-            end.synchronize()
-            return float(begin.elapsed_time(end)) / 1000 / _CALLS
+        end.record()
+        end.synchronize()
+        return float(begin.elapsed_time(end)) / 1000 / _CALLS
 
     return on_cuda if device.type == "cuda" else wall_clock(device)
 

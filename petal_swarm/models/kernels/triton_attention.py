@@ -91,7 +91,7 @@ def place(
             tl.store(pair + target + 2 * number + 1, odd, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def decode(
     qkv,
     pair,
@@ -194,7 +194,7 @@ def decode(
         tl.store(totals + place, total, mask=member < group)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def combine(sums, tops, totals, out, parts, heads, size, part_block: tl.constexpr, size_block: tl.constexpr):
     """The result of all parts of `decode`; grid (rows, heads). A row that is nobody's is zero."""
     row_head = tl.program_id(0).to(tl.int64) * heads + tl.program_id(1)

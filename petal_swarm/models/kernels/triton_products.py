@@ -3,6 +3,8 @@
 Activations stay as they are, so outliers need nothing. Matrices are contiguous; offsets into weights are
 64-bit, since a projection of BLOOM-176B has 822 million numbers. Names of sizes: `rows` of activations
 `[rows, inner]`, weights `[outer, inner]`.
+
+Numbers that differ from step to step are not specialized on: a kernel is not compiled anew in mid-service.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ def _finished(total, scales, bias, residual, row, outer, columns, inside):
     return total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def int8_few(
     x,
     values,
@@ -73,7 +75,7 @@ def int8_few(
         tl.store(out + target, found.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def int8_tiles(
     x,
     values,
@@ -119,7 +121,7 @@ def int8_tiles(
         tl.store(out + target, total.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def nf4_few(
     x,
     codes,
@@ -170,7 +172,7 @@ def nf4_few(
         tl.store(out + target, found.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "parts"])
 def finish(
     partial,
     scales,
