@@ -108,6 +108,7 @@ class BlockStack:
 
         Before any row of the pool is in use; takes some seconds on CUDA.
         """
+        self.decoder = None
         if not ready(self.device):
             return
         from petal_swarm.models.kernels.decoding import SpanShape  # imports Triton
