@@ -193,6 +193,10 @@ def test_a_stack_asks_its_decoder_first(bloom):
         assert error(bloom.stack.forward(hidden, batch, pool, Span(1, 3)), expected) < 1e-4
         assert recorder.made == [2]
         bloom.stack.forward(hidden, batch, new_pool(bloom), Span(1, 3))
+        nothing = (None,) * len(bloom.stack._adapted._parts)
+        batch.lora = (Segment(0, 2, nothing),)  # without a graph, since it would hold this adapter
+        assert error(bloom.stack.forward(hidden, batch, pool, Span(1, 3)), expected) < 1e-4
+        assert bloom.stack._adapted.segments is batch.lora
         assert recorder.made == [2]
     finally:
         bloom.stack.decoder = None
