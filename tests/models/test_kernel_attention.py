@@ -113,11 +113,9 @@ def test_a_single_part_and_many(monkeypatch):
     case = Case(Heads(4, 2, 16), torch.float32, False)
     slopes = torch.linspace(0.05, 1, 4)
     found = []
-    for processors in (1, 1000):
-        monkeypatch.setattr(paged, "_PROCESSORS", processors)
-        paged._processors.cache_clear()
+    for count in (1, 1000):
+        monkeypatch.setattr(paged, "processors", lambda device, count=count: count)
         found.append(case.both(slopes)[0])
-    paged._processors.cache_clear()
     assert error(found[0], found[1]) < 1e-6
 
 

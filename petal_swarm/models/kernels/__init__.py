@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 #: Triton compiles for NVIDIA's Turing and later.
 _LEAST_CAPABILITY = (7, 5)
+# Of a device whose number nobody knows: in Triton's interpreter.
+_PROCESSORS = 8
 
 
 @cache
@@ -36,3 +38,11 @@ def ready(device: torch.device) -> bool:
 def on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device of a thread, wherever the tensors are."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """How many multiprocessors there are to keep busy."""
+    if device.type != "cuda":
+        return _PROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

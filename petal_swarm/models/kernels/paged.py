@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from petal_swarm.models.attention import Heads
+from petal_swarm.models.kernels import processors
 from petal_swarm.models.kernels import triton_attention as kernels
 from petal_swarm.models.kernels.tables import Tables
 from petal_swarm.models.norms import RMSNorm
@@ -18,8 +18,6 @@ _BLOCK_KEYS = 64
 # Tensor cores multiply tiles of so many rows; heads that share no keys do without.
 _LEAST_TILE = 16
 _MOST_PARTS = 32
-# Of a device whose number of multiprocessors nobody knows: in Triton's interpreter.
-_PROCESSORS = 8
 
 
 class Positions(NamedTuple):
@@ -59,7 +57,7 @@ class PagedPlan:
         self._norm: RMSNorm | None = None
         programs = len(tables.lengths) * heads.kv
         useful = -(-pool_tokens // _BLOCK_KEYS)
-        self._parts = max(1, min(2 * _processors(tables.lengths.device) // programs, _MOST_PARTS, useful))
+        self._parts = max(1, min(2 * processors(tables.lengths.device) // programs, _MOST_PARTS, useful))
 
     def rotate(self, qkv: Tensor, norm: RMSNorm | None) -> Tensor:
         """Left to `attend`, which does it in the kernel that stores keys and values."""
@@ -147,10 +145,3 @@ class PagedPlan:
             half_block=1 << (heads.size // 2 - 1).bit_length(),
             num_warps=1,
         )
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)

@@ -6,13 +6,13 @@ of them waits for the device, and all may be recorded in a CUDA graph. Importing
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from petal_swarm.models.int8 import Int8Rows
+from petal_swarm.models.kernels import processors
 from petal_swarm.models.kernels import triton_products as kernels
 from petal_swarm.models.nf4 import Nf4Rows
 
@@ -28,8 +28,6 @@ _SUMMED_NUMBERS = 8192
 _SUMMED_OUTER = 16
 _FINISHED_COLUMNS = 1024
 _MOST_PARTS = 16
-# Of a device whose number of multiprocessors nobody knows: in Triton's interpreter.
-_PROCESSORS = 8
 
 
 class _Tile(NamedTuple):
@@ -59,16 +57,9 @@ class _Parts(NamedTuple):
     sums: Tensor | None
 
 
-@cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _PROCESSORS
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
 def _parts(x: Tensor, outer: int, tiles: int, inner: int, block: int) -> _Parts:
     """In how many parts to sum, so that few tiles still use the whole device: two programs each, or more."""
-    count = min(2 * _processors(x.device) // tiles, inner // (2 * block), _MOST_PARTS)
+    count = min(2 * processors(x.device) // tiles, inner // (2 * block), _MOST_PARTS)
     if count < 2:
         return _Parts(1, inner, None)
     size = -(-inner // (count * block)) * block
