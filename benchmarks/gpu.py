@@ -1,11 +1,12 @@
 """Steps of an engine on a GPU: tokens a second, and how much of the memory's bandwidth that uses.
 
-    python -m benchmarks.gpu [--shapes bloom-560m bloom-176b-block] [--modes bfloat16 int8 nf4]
+    python -m benchmarks.gpu [--shapes bloom-560m bloom-176b-block] [--modes bfloat16 int8 nf4] [--plain]
     python -m benchmarks.gpu --device cpu --shapes tiny --modes float32 --seconds 0.1
 
 A decode step has to read every weight and the keys and values of every session once. "of bandwidth" is the
 time that takes at the measured speed of a copy, as a share of the time of the step, which begins and ends
-with hidden states on the host, as in a server. Blocks have random weights.
+with hidden states on the host, as in a server. Blocks have random weights. `--plain` leaves out kernels and
+graphs of our own, to compare with.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ from benchmarks.harness import workspace
 from petal_swarm.engine.engine import Engine
 from petal_swarm.engine.steps import StepRequest
 from petal_swarm.errors import ConfigError, PetalSwarmError
+from petal_swarm.models import stack as stack_module
 from petal_swarm.models.checkpoint import Checkpoint, open_checkpoint
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.devices import wait_for
 from petal_swarm.models.families import family_of
+from petal_swarm.models.kernels import linears, rms
 from petal_swarm.models.stack import BlockStack, load_blocks
 from petal_swarm.server.capacity import device_name
 from petal_swarm.server.hardware import kv_bytes_per_token, resolve_device
@@ -106,6 +109,7 @@ class Bench:
         self._engine = Engine(
             stack, kv_tokens=sessions * room, max_batch_tokens=CHUNK_TOKENS, kv_dtype=kv_dtype
         )
+        self._engine.quicken()
         self._hidden = torch.randn(CHUNK_TOKENS, stack.config.hidden_size).to(stack.dtype)
         self._sessions = range(sessions)
         for session in self._sessions:
@@ -178,6 +182,7 @@ def main() -> None:
     parser.add_argument("--kv-dtypes", nargs="+", default=["auto", "int8"], choices=("auto", "int8"))
     parser.add_argument("--sessions", type=int, nargs="+", default=SESSIONS, metavar="N")
     parser.add_argument("--context", type=int, default=512, metavar="TOKENS")
+    parser.add_argument("--plain", action="store_true", help="without kernels and graphs of our own")
     parser.add_argument("--seconds", type=float, default=1.0, help="to measure each figure for")
     arguments = parser.parse_args()
     try:
@@ -185,10 +190,13 @@ def main() -> None:
     except ConfigError as error:
         print(f"nothing measured: {error}")
         return
+    if arguments.plain:
+        for module in (linears, rms, stack_module):
+            module.ready = lambda device: False
     with torch.inference_mode(), workspace() as folder:
         bytes_per_s = bandwidth(device, arguments.seconds)
         print(f"{device_name(device)}, torch {torch.__version__}: a copy moves {bytes_per_s / 1e9:.0f} GB/s")
-        print(f"context {arguments.context} tokens\n")
+        print(f"context {arguments.context} tokens{', no kernels' if arguments.plain else ''}\n")
         print("| blocks | weights | KV cache | step | ms | tokens/s | MB to move | of bandwidth |")
         print("|---|---|---|---|---|---|---|---|")
         for shape in arguments.shapes:

@@ -123,6 +123,11 @@ class Engine:
                 self._cache.close(key)
                 raise
 
+    @torch.inference_mode()
+    def quicken(self) -> None:
+        """Before the first session: see `BlockStack.quicken`."""
+        self.stack.quicken(self._pool)
+
     def close_session(self, key: Hashable) -> None:
         """End a session and free its cache; unknown keys are ignored."""
         self._cache.close(key)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from petal_swarm.models.differentiable import layer_norm, rms_norm
+from petal_swarm.models.kernels.rms import Norm, quick_rms_norm
 
 
 class LayerNorm:
@@ -36,7 +37,7 @@ class RMSNorm:
     is normalized in float32, rounded, then multiplied by the weight.
     """
 
-    __slots__ = ("_scaled", "_sum_eps", "eps", "weight")
+    __slots__ = ("_quick", "_scaled", "_sum_eps", "eps", "weight")
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         size = weight.shape[-1]
@@ -45,10 +46,14 @@ class RMSNorm:
         # x / sqrt(sum/size + eps) = x * sqrt(size) / sqrt(sum + size*eps): one operation fewer a call
         self._sum_eps = size * eps
         self._scaled = weight.float() * size**0.5
+        self._quick: Norm | None = None
+        self._quick = quick_rms_norm(weight, eps, self)
 
     def __call__(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             return rms_norm(x, self.weight, self.eps)
+        if self._quick is not None:
+            return self._quick(x)
         if x.dtype == torch.float32:
             return (x * self._inverse_length(x)).mul_(self._scaled)
         wide = x.float()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from petal_swarm.errors import CheckpointError
 from petal_swarm.models.int8 import Int8Rows, ViewedInt8Rows, make_int8_linear, quantize_int8
+from petal_swarm.models.kernels.linears import quick_linear
 from petal_swarm.models.linear import Linear, Projection
 from petal_swarm.models.nf4 import Nf4Rows, bitsandbytes, block_size_for, make_nf4_linear, quantize_nf4
 
@@ -105,11 +106,12 @@ def viewed(weight: Weight) -> Weight:
 
 def make_linear(weight: Weight, bias: Tensor | None = None) -> Projection:
     """The product with `weight` in the way that is fastest on its device."""
-    if isinstance(weight, Int8Rows):
-        return make_int8_linear(weight, bias)
-    if isinstance(weight, Nf4Rows):
-        return make_nf4_linear(weight, bias)
-    return Linear(weight, bias)
+    if isinstance(weight, Tensor):
+        return Linear(weight, bias)
+    quick = quick_linear(weight, bias)
+    if quick is not None:
+        return quick
+    return make_int8_linear(weight, bias) if isinstance(weight, Int8Rows) else make_nf4_linear(weight, bias)
 
 
 def vector(tensors: Mapping[str, Weight], name: str) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from petal_swarm.models.checkpoint import Checkpoint, Progress
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.families import family_of
 from petal_swarm.models.family import Block
+from petal_swarm.models.kernels import ready
 from petal_swarm.models.offload import Residence, house
 from petal_swarm.models.packed_adapters import AdaptedBlocks, ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
@@ -27,6 +28,9 @@ from petal_swarm.models.sharding import Shard
 from petal_swarm.models.streaming import Pass, Streaming
 from petal_swarm.models.training import TrainingPlan, with_gradients
 from petal_swarm.span import Span
+
+if TYPE_CHECKING:
+    from petal_swarm.models.kernels.decoding import Decoder
 
 #: Attention of whole sequences, for blocks of each window.
 Sequences: TypeAlias = Mapping[int | None, TrainingPlan]
@@ -61,6 +65,8 @@ class BlockStack:
         self.nbytes = sum(block.nbytes for place, block in enumerate(blocks) if place not in streamed)
         self.nbytes += 0 if streaming is None else streaming.nbytes
         self._blocks = tuple(blocks)
+        #: Decode batches may go this way, after `quicken`.
+        self.decoder: Decoder | None = None
         self._streaming = streaming
         self._own_config = config if shard is None else shard.config(config)
         own = self._own_config
@@ -100,6 +106,10 @@ class BlockStack:
         Writes the new keys and values into `pool`, which has one entry for each block of the whole span.
         `hidden` is not changed. The caller sets `torch.inference_mode`.
         """
+        if self.decoder is not None and self.decoder.pool is pool:
+            found = self._decode(self.decoder, hidden, batch, blocks)
+            if found is not None:
+                return found
         output = hidden
         for output in self.forward_by_block(hidden, batch, pool, blocks):  # noqa: B007 - the last one counts
             pass
@@ -128,6 +138,38 @@ class BlockStack:
                 adapted.segments = batch.lora  # each time: another batch may have run in between
             hidden = own[index](hidden, plan, pool.pairs[index])
             yield hidden
+
+    def quicken(self, pool: KVPool) -> None:
+        """Decode over `pool` by kernels and graphs from now on, if those are right and faster on this device.
+
+        Before any row of the pool is in use; takes some seconds on CUDA. A graph holds neither what ranks
+        tell each other nor memory that is filled by turns: such stacks go on as they are.
+        """
+        self.decoder = None
+        if self.ranks > 1 or self._streaming is not None or not ready(self.device):
+            return
+        from petal_swarm.models.kernels.decoding import SpanShape  # imports Triton
+        from petal_swarm.models.kernels.paged import Positions
+        from petal_swarm.models.kernels.start import Trial, quick_decoder
+
+        def plain(hidden: Tensor, batch: PackedBatch, first: int, last: int) -> Tensor:
+            start = self.span.start
+            return self.forward(hidden, batch, pool, Span(start + first, start + last))
+
+        slopes = family_of(self.config).slopes(self.config)
+        rotation = None if self._rotary is None else self._rotary.run(0, pool.tokens).squeeze(1)
+        positions = Positions(None if slopes is None else slopes.to(self.device), rotation)
+        trial = Trial(self._blocks, plain, self.config.hidden_size, self.dtype, self.device)
+        self.decoder = quick_decoder(SpanShape(self._heads, self._windows, positions), pool, trial)
+
+    def _decode(self, decoder: Decoder, hidden: Tensor, batch: PackedBatch, blocks: Span) -> Tensor | None:
+        assert self.span.covers(blocks), f"blocks {blocks} are not all in {self.span}"
+        own = self._blocks
+        if batch.lora:
+            self._adapted.segments = batch.lora
+            own = self._adapted.blocks
+        start = self.span.start
+        return decoder.run(own, hidden, batch, blocks.start - start, blocks.end - start)
 
     def serve_adapter(self, layout: AdapterLayout, numbers: Tensor, blocks: Span) -> ServedAdapter:
         """Makes an adapter ready for sessions: `numbers` is the flat vector of `blocks`, some of the span's.

@@ -162,6 +162,7 @@ def capacity_key(engine: Engine, *, quant: str, kv_dtype: str, chunk: int) -> st
         "blocks": len(stack.span),
         "streamed": stack.streamed_blocks,
         "chunk": chunk,
+        "decoder": stack.decoder is not None,
         "ranks": stack.ranks,
         "version": __version__,
         "torch": torch.__version__,

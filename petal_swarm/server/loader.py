@@ -128,6 +128,7 @@ class Loader:
                 prefix_tokens=kv_tokens // 2 if config.prefix_tokens is None else config.prefix_tokens,
                 kv_dtype=config.kv_dtype,
             )
+            engine.quicken()
             kept = CapacityFile(config.cache_dir) if config.cache_dir else None
             calibrate(engine, quant=self.quant, kv_dtype=config.kv_dtype, kept=kept)
         except BaseException:
