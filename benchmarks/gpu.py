@@ -26,12 +26,11 @@ from benchmarks.harness import workspace
 from petal_swarm.engine.engine import Engine
 from petal_swarm.engine.steps import StepRequest
 from petal_swarm.errors import ConfigError, PetalSwarmError
-from petal_swarm.models import stack as stack_module
 from petal_swarm.models.checkpoint import Checkpoint, open_checkpoint
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.devices import wait_for
 from petal_swarm.models.families import family_of
-from petal_swarm.models.kernels import linears, rms
+from petal_swarm.models.kernels import permit
 from petal_swarm.models.stack import BlockStack, load_blocks
 from petal_swarm.server.capacity import device_name
 from petal_swarm.server.hardware import kv_bytes_per_token, resolve_device
@@ -190,9 +189,8 @@ def main() -> None:
     except ConfigError as error:
         print(f"nothing measured: {error}")
         return
-    if arguments.plain:
-        for module in (linears, rms, stack_module):
-            module.ready = lambda device: False
+    if not arguments.plain:
+        permit()
     with torch.inference_mode(), workspace() as folder:
         bytes_per_s = bandwidth(device, arguments.seconds)
         print(f"{device_name(device)}, torch {torch.__version__}: a copy moves {bytes_per_s / 1e9:.0f} GB/s")

@@ -28,6 +28,7 @@ from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.devices import wait_for
 from petal_swarm.models.ends import Ends
 from petal_swarm.models.families import family_of
+from petal_swarm.models.kernels import permit
 from petal_swarm.models.quantization import Quant, Weight, quantize
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.server.capacity import device_name
@@ -164,6 +165,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    permit()
     try:
         device = resolve_device(arguments.device)
     except ConfigError as error:

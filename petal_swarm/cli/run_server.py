@@ -143,6 +143,12 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         " heads, and such a server does not train (default: 1)",
     )
     blocks.add_argument(
+        "--kernels",
+        action="store_true",
+        help="on an NVIDIA GPU: try kernels of our own and CUDA graphs at the start, and use those that are"
+        " right and faster there (new, and not yet timed on many GPUs)",
+    )
+    blocks.add_argument(
         "--dtype",
         default="auto",
         choices=("auto", "float32", "bfloat16", "float16"),
@@ -247,6 +253,7 @@ def run(arguments: argparse.Namespace) -> int:
         allow_peers=tuple(arguments.allow_peer),
         device=arguments.device,
         tensor_parallel=arguments.tensor_parallel,
+        kernels=arguments.kernels,
         dtype=arguments.dtype,
         quant=arguments.quant,
         kv_dtype=arguments.kv_dtype,

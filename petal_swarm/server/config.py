@@ -35,7 +35,8 @@ class ServerConfig:
     `training_mib` is the room for what passes of training keep; None is a share of the free memory. Blocks
     and KV cache take `device_memory_mib` at most; None is a share of what is free. Blocks that do not fit are
     where `offload` says, and there is no training then. `tensor_parallel` is over how many devices of one
-    kind each block is shared out; such a server does not train either.
+    kind each block is shared out; such a server does not train either. With `kernels` those of our own are
+    tried on a CUDA device, and used where they are right and faster.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -68,6 +69,7 @@ class ServerConfig:
     adapter_mib: int = 512
     training_mib: int | None = None
     tensor_parallel: int = 1
+    kernels: bool = False
     offload: str = "none"
     device_memory_mib: int | None = None
 

@@ -15,6 +15,7 @@ from petal_swarm.errors import ConfigError
 from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.checkpoint import Checkpoint
 from petal_swarm.models.chunk_files import free_for_chunks
+from petal_swarm.models.kernels import permit
 from petal_swarm.models.offload import Residence
 from petal_swarm.models.sharding import Shard, check_ranks
 from petal_swarm.models.stack import BlockStack, load_blocks
@@ -118,6 +119,8 @@ class Loader:
         plan = self.memory = self.plan(len(span))
         for line in plan.lines():
             logger.info("%s", line)
+        if config.kernels:
+            permit()
         stack = self._load_blocks(span, plan, progress)
         kv_tokens = plan.kv_tokens
         try:

@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed: it comes with CUD
 
 from petal_swarm.engine.engine import Engine
 from petal_swarm.engine.steps import StepRequest
+from petal_swarm.models import kernels
 from petal_swarm.models.attention import AttentionPlan, Heads, MaskTable
 from petal_swarm.models.int8 import quantize_int8
 from petal_swarm.models.int8_kv import Int8Pool
@@ -37,8 +38,9 @@ SESSIONS = tuple(f"session-{n}" for n in range(5))
 
 
 @pytest.fixture(autouse=True)
-def _on_cuda(cuda: torch.device) -> None:
+def _on_cuda(cuda: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of this needs a real device."""
+    monkeypatch.setattr(kernels, "_permitted", True)
 
 
 @pytest.mark.parametrize("dtype", KERNEL_TOLERANCES, ids=str)

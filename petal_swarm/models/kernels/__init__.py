@@ -17,11 +17,22 @@ logger = logging.getLogger(__name__)
 _LEAST_CAPABILITY = (7, 5)
 # Of a device whose number nobody knows: in Triton's interpreter.
 _PROCESSORS = 8
+_permitted = False
+
+
+def permit() -> None:
+    """Let kernels be tried from now on. A setting of the process, as torch's number of threads is."""
+    global _permitted
+    _permitted = True
+
+
+def ready(device: torch.device) -> bool:
+    """Whether kernels may be tried on `device`. Says once in the log why not, where one might expect them."""
+    return _permitted and _usable(device)
 
 
 @cache
-def ready(device: torch.device) -> bool:
-    """Whether kernels may be tried on `device`. Says once in the log why not, where one might expect them."""
+def _usable(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     if torch.version.hip is not None or torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
