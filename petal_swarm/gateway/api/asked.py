@@ -24,6 +24,8 @@ INLINE_CHARACTERS = 4000
 #: No text that somebody wants answered has so many for each token. Two megabytes would keep a core busy for
 #: seconds, only to be refused.
 MAX_CHARACTERS_PER_TOKEN = 16
+#: To make objects of two megabytes of `[[],[],...` takes a second, in which nobody else is answered.
+MAX_BRACKETS = 1 << 16
 
 B = TypeVar("B", bound=Body)
 
@@ -50,10 +52,12 @@ def parse(kind: type[B], data: bytes) -> B:
     Raises:
         ApiError: it is not JSON, or something in it cannot be used.
     """
+    if len(data) > MAX_BRACKETS and data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+        raise bad_request(f"The body has more than {MAX_BRACKETS} lists and objects.")
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise from_validation(error) from None
+        raise from_validation(error, kind.UNSUPPORTED) from None
 
 
 class Reader:
