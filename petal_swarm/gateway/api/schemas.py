@@ -65,7 +65,7 @@ class Body(_Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
 
     @model_validator(mode="after")
