@@ -178,3 +178,20 @@ def test_short_batches_come_back_into_the_loop(watched: Watched, monkeypatch: py
     asyncio.run(work())
     assert watched.batches[0] == (1, False), "how long it takes is not known before"
     assert watched.batches[-1] == (1, True)
+
+
+def test_a_large_piece_of_a_prompt_is_not_for_the_loop(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "RUN_NOW_S", 1e9)
+
+    async def work() -> None:
+        head = Head(watched)  # type: ignore[arg-type]
+        row_bytes = 4 * watched.lm_head().shape[0]
+        count = head_module.RUN_NOW_BYTES // row_bytes + 1
+        await head.score(rows(count), [1] * count, top=0)
+        await head.choose(rows(1), greedy(1), top=None)
+        await head.close()
+
+    asyncio.run(work())
+    assert [inside for _, inside in watched.batches] == [False, True]
