@@ -31,7 +31,7 @@ from petal_swarm.models.token_texts import TokenTexts
 #: More numbers than this are embedded in a thread: about a millisecond's work.
 EMBED_NOW = 1 << 19
 #: Tokens of a prompt of which is told before others have their turn.
-TOLD_AT_ONCE = 128
+TOLD_AT_ONCE = 32
 NO_ROWS = torch.empty(0, 0)
 
 

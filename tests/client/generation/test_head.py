@@ -187,8 +187,7 @@ def test_a_large_piece_of_a_prompt_is_not_for_the_loop(
 
     async def work() -> None:
         head = Head(watched)  # type: ignore[arg-type]
-        row_bytes = 4 * watched.lm_head().shape[0]
-        count = head_module.RUN_NOW_BYTES // row_bytes + 1
+        count = head_module.RUN_NOW_ROWS + 1
         await head.score(rows(count), [1] * count, top=0)
         await head.choose(rows(1), greedy(1), top=None)
         await head.close()
