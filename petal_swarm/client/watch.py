@@ -160,6 +160,11 @@ class SwarmWatch:
             except PetalSwarmError as error:
                 logger.info("watch: the swarm cannot be asked: %s", error)
                 self._lose(str(error))
+            except (
+                Exception
+            ):  # as a process that has no file left: who reads `status` must not take it for news
+                logger.exception("watch: a look failed")
+                self._lose("the look failed")
             self._looked_s = self._loop.time()
             looked, self._looked = self._looked, asyncio.Event()
             looked.set()

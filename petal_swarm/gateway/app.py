@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -24,6 +27,8 @@ from petal_swarm.version import __version__
 
 #: `/health` is as old as this at most, and asked for by machines, often.
 HEALTH_AGE_S = 5.0
+#: A look that takes longer has found nobody yet.
+HEALTH_TIMEOUT_S = 5.0
 
 
 def make_app(
@@ -86,7 +91,10 @@ def _own_routes(gateway: Gateway, watch: SwarmWatch | None, needs_key: bool) -> 
 
 async def _ailment(watch: SwarmWatch) -> str | None:
     """Why nobody can be answered now."""
-    status = await watch.fresh(HEALTH_AGE_S)
+    status = None
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(HEALTH_TIMEOUT_S):
+            status = await watch.fresh(HEALTH_AGE_S)
     if watch.trouble is not None or status is None:
         return "the swarm cannot be reached"
     return f"nobody serves {format_blocks(status.missing)}" if status.missing else None

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 
-from petal_swarm.errors import NetworkError
+from petal_swarm.errors import DeadlineError, NetworkError
 from petal_swarm.gateway.api.asked import Asked, Reader
 from petal_swarm.gateway.api.errors import RETRY_S, ApiError
 from petal_swarm.gateway.config import GatewayConfig
@@ -16,6 +16,9 @@ from petal_swarm.gateway.line import Line, OnPlace
 from petal_swarm.gateway.metrics import Metrics
 from petal_swarm.gateway.source import Answers, Source
 from petal_swarm.version import __version__
+
+#: A swarm of which nothing is heard is asked peer by peer, for minutes; the page waits for this.
+ADAPTERS_TIMEOUT_S = 3.0
 
 
 class Gateway:
@@ -65,10 +68,8 @@ class Gateway:
     async def models(self) -> list[str]:
         """The names that can be asked for: the model's, and those of its adapters."""
         try:
-            others = await self.source.adapters()
-        except (
-            NetworkError
-        ):  # a swarm that is gone has no adapters, and the model is still asked for by its name
+            others = await self._adapters()
+        except NetworkError:  # a swarm that is gone has none, and the model is still asked for by its name
             others = ()
         return [self.config.model_name, *sorted(name for name in others if name != self.config.model_name)]
 
@@ -80,7 +81,7 @@ class Gateway:
         """
         if model == self.config.model_name:
             return None
-        if model in await self.source.adapters():
+        if model in await self._adapters():
             return model
         raise ApiError(
             404,
@@ -88,6 +89,19 @@ class Gateway:
             param="model",
             code="model_not_found",
         )
+
+    async def _adapters(self) -> Collection[str]:
+        """
+        Raises:
+            NetworkError: the swarm does not say, or not in time.
+        """
+        try:
+            async with asyncio.timeout(ADAPTERS_TIMEOUT_S):
+                return await self.source.adapters()
+        except TimeoutError:
+            raise DeadlineError(
+                f"the swarm's adapters are not known after {ADAPTERS_TIMEOUT_S:g} s"
+            ) from None
 
     @asynccontextmanager
     async def answers(

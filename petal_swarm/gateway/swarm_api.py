@@ -78,10 +78,12 @@ class _SwarmApi:
         self._whole = (0, b"")
 
     async def document(self, request: Request) -> Response:
-        await self._watch.fresh(FRESH_S)
+        with contextlib.suppress(TimeoutError):  # then what was seen before
+            async with asyncio.timeout(FRESH_S):
+                await self._watch.fresh(FRESH_S)
         headers = {"Cache-Control": "no-store"}
         if not (whole := self._encode_whole()):
-            return _refuse("the gateway is going down", headers)
+            return _refuse("nothing is known of the swarm at the moment", headers)
         return Response(whole, media_type="application/json", headers=headers)
 
     async def events(self, request: Request) -> Response:

@@ -190,3 +190,14 @@ def test_a_swarm_that_cannot_be_asked_is_said_to_be_out_of_reach(
     assert "203.0.113.9" not in page.content()
     swarm.is_reachable = True
     expect(page.locator("#verdict")).to_contain_text("Every block is served")
+
+
+def test_a_browser_that_keeps_nothing_sees_the_map_too(look: Callable[..., Page]) -> None:
+    page = look()
+    page.add_init_script(
+        "Object.defineProperty(window, 'localStorage', { get() { throw new DOMException('', 'no'); } });"
+    )
+    page.reload()
+    expect(page.locator(".server.serving")).to_have_count(3)
+    page.click("[data-view=packed]")
+    expect(page.locator("[data-view=packed]")).to_have_attribute("aria-pressed", "true")

@@ -88,6 +88,22 @@ def test_no_text_takes_long(blank: Page, part: str) -> None:
         blank.evaluate(SHOW, before + part * (150_000 // len(part)))
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```" + " " * 300_000 + "`",
+        "~~~" + " " * 300_000 + "`",
+        "`" * 150_000 + " " * 150_000 + "`",
+        "|a|\n|-|" + " " * 300_000 + "x",
+        "- - -" + " " * 300_000 + "x",
+        "# " + " " * 300_000 + "x #",
+    ],
+    ids=["fence", "tildes", "ticks", "table", "rule", "heading"],
+)
+def test_no_line_takes_long(blank: Page, text: str) -> None:
+    blank.evaluate(SHOW, text)
+
+
 def test_what_has_not_changed_is_left_alone(blank: Page) -> None:
     kept = blank.evaluate(
         """async () => {

@@ -87,14 +87,19 @@ def test_what_is_stored_is_not_trusted(page: Page, gateway: ScriptedGateway) -> 
         "petal-swarm.conversation.a": "{not json",
         "petal-swarm.conversation.b": '{"task": "chat", "turns": "many"}',
         "petal-swarm.conversation.c": '{"task": "gone", "title": 7, "turns": [null, {"role": "user"},'
-        ' {"role": "user", "text": "Sound", "options": 3}]}',
+        ' {"role": "user", "text": "Sound", "options": 3}, {"role": "assistant", "text": "One", "route": {}},'
+        ' {"role": "assistant", "text": "Two", "error": 5, "state": "failed", "route": {"hops": [null]}}]}',
+        "petal-swarm.conversation.d": '{"task": "constructor", "title": "odd", "turns": []}',
     }
     page.evaluate("stored => Object.entries(stored).forEach(([k, v]) => localStorage.setItem(k, v))", stored)
     page.reload()
     page.wait_for_selector("#health.good")
-    assert page.locator(".conversation").count() == 1
-    page.click(".conversation")
+    assert page.locator(".conversation").count() == 2
+    page.click(".conversation:has-text('odd')")
+    assert page.locator("#tasks [aria-pressed=true]").inner_text() == "Chat"
+    page.click(".conversation:has-text('7')")
     assert page.locator(".said").all_inner_texts() == ["Sound"]
+    assert page.locator(".prose").all_inner_texts() == ["One", "Two"]
 
 
 def test_the_oldest_conversations_make_room(page: Page, gateway: ScriptedGateway) -> None:

@@ -8,6 +8,7 @@ import logging
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from petal_swarm.errors import (
     BusyError,
@@ -21,6 +22,7 @@ from petal_swarm.errors import (
     SessionTooLongError,
 )
 from petal_swarm.gateway.api.errors import ApiError, from_swarm
+from petal_swarm.gateway.api.schemas import ChatBody
 from petal_swarm.gateway.refusals import LineFullError
 from tests.gateway.scripted import ScriptedSource, Step, app_around, client_of, events_of, post
 
@@ -108,6 +110,34 @@ def test_messages_that_are_none(messages: Any, says: str) -> None:
 def test_what_is_not_supported_is_said(fields: dict[str, Any]) -> None:
     answer = post(ScriptedSource(), CHAT, ASKED | fields)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, next(iter(fields)))
+
+
+def mistakes(fields: bytes) -> int:
+    with pytest.raises(ValidationError) as failure:
+        ChatBody.model_validate_json(b'{"model": "org/tiny", ' + fields + b"}")
+    return failure.value.error_count()
+
+
+def test_a_million_mistakes_are_not_looked_for() -> None:
+    """Each takes microseconds, in which nobody else is answered."""
+    part = b'{"role": "user", "content": [' + b"1," * 200 + b"1]}"
+    assert mistakes(b'"messages": [' + (part + b",") * 50 + part + b"]") < 5
+    tools = b'"messages": [{"role": "user", "content": "a"}], "tools": [' + b"1," * 200 + b"1]"
+    assert mistakes(tools) == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"logit_bias": {f"x{n}": 1 for n in range(2000)}}, "More than 1000 things"),
+        ({"x": [[]] * 70_000}, "more than 65536 lists"),
+        ({"max_tokens": [{}] * 70_000}, "more than 65536 lists"),
+    ],
+)
+def test_bodies_of_too_many_things(fields: dict[str, Any], says: str) -> None:
+    refused = post(ScriptedSource(), CHAT, ASKED | fields)
+    assert refused.status_code == 400
+    assert says in refused.json()["error"]["message"]
 
 
 def test_a_template_that_refuses() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import openai
@@ -156,3 +158,57 @@ def test_the_package_raises() -> None:
             await client.completions.create(model="org/tiny", prompt="once", max_tokens=5)
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("fields", "context", "says"),
+    [
+        ({"prompt": "a" * 300_000}, None, "context has 16384 tokens"),
+        ({"prompt": [1] * 20_000, "echo": True}, None, "context has 16384 tokens"),
+        ({"prompt": "a" * 300}, 10, "context has 10 tokens"),
+        ({"prompt": ["a", "a" * 300]}, 10, "context has 10 tokens"),
+        ({"prompt": [[1] * 10, [1]], "echo": True}, 10, "context has 10 tokens"),
+        ({"prompt": ["a" * 4000] * 17}, None, "At most 16 answers"),
+        ({"prompt": ["a" * 4000] * 2, "n": 9}, None, "At most 16 answers"),
+    ],
+)
+def test_what_never_fits_is_not_cut_into_tokens(
+    fields: dict[str, Any], context: int | None, says: str
+) -> None:
+    class Untouched:
+        chat_template = None
+
+        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
+            assert len(text) < 10
+            return {"input_ids": [1]}
+
+    source = ScriptedSource(context_tokens=context, tokenizer=Untouched())
+    answer = post(source, PATH, body(**fields))
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "n" if "At most" in says else "prompt")
+    assert says in error["message"]
+    assert not source.started
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+@pytest.mark.parametrize("stream", [False, True])
+def test_many_probabilities_are_written_elsewhere(tokens: int, stream: bool) -> None:
+    """And say the same."""
+    threads: set[int] = set()
+
+    class Noted(CompletionShape):
+        def _list_logprobs(self, choice: int, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+            threads.add(threading.get_ident())
+            return super()._list_logprobs(choice, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("petal_swarm.gateway.api.asked.CompletionShape", Noted)
+        asked = body(prompt=[5] * tokens, echo=True, logprobs=20, max_tokens=1, stream=stream)
+        answer = post(ScriptedSource(("é",)), PATH, asked)
+    if stream:
+        told = [e["choices"][0]["logprobs"] for e in events_of(answer.text)[:-1]]
+        logprobs = [token for each in told if each for token in each["tokens"]]
+    else:
+        logprobs = answer.json()["choices"][0]["logprobs"]["tokens"]
+    assert logprobs == ["\x05"] * tokens + ["é"]
+    assert (threads == {threading.get_ident()}) is (tokens == 1)

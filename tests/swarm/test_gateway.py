@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from petal_swarm.client.generation.generator import Generator
 from petal_swarm.client.watch import SwarmWatch
 from petal_swarm.gateway.app import make_app
 from petal_swarm.gateway.config import GatewayConfig
@@ -160,3 +161,25 @@ def test_a_crowd_is_answered_each_his_own(bloom: Path) -> None:
     with LocalSwarm(bloom, ["0:2", "2:4"]) as swarm:
         at_the_door(swarm, scenario, room=4)
         assert_all_freed(swarm)
+
+
+def test_a_directory_that_says_nothing_is_not_waited_for_long(
+    bloom: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(door: Door) -> None:
+        await asyncio.sleep(1)
+        generator = door.gateway.source
+        assert isinstance(generator, Generator)
+        monkeypatch.setattr(generator.swarm.view, "announcements", lambda _: asyncio.Event().wait())
+        await asyncio.sleep(10)
+        began_s = door.swarm.loop.time()
+        async with client_of(door.app) as client:
+            asked = ("/health", "/v1/models", "/api/gateway", "/v1/models/other", "/api/swarm")
+            answers = await asyncio.gather(*map(client.get, asked))
+        assert [answer.status_code for answer in answers] == [503, 200, 200, 504, 200]
+        assert answers[0].json()["reason"] == "the swarm cannot be reached"
+        assert [model["id"] for model in answers[1].json()["data"]] == ["tiny"]
+        assert door.swarm.loop.time() - began_s < 6
+
+    with LocalSwarm(bloom, ["0:4"]) as swarm:
+        at_the_door(swarm, scenario)

@@ -16,6 +16,7 @@ from petal_swarm.client.view import ModelRef
 from petal_swarm.client.watch import SwarmWatch
 from petal_swarm.directory.memory import MemoryDirectory
 from petal_swarm.errors import BusyError, HopLostError, PeerUnreachableError
+from petal_swarm.wire.announcement import Announcement
 from tests.swarm.local import LocalSwarm
 
 
@@ -210,3 +211,15 @@ def test_once_closed_nobody_waits_for_it(watched: Watched) -> None:
 
     watched.local.run(close_while_somebody_asks(), timeout_s=10)
     assert watched.swarm.view.listeners == []
+
+
+def test_a_look_that_fails_is_not_the_last(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail(model: str) -> list[Announcement]:
+        raise OSError("too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(watched.swarm.view, "announcements", fail)
+        assert watched.after(3) == ["lost", "gap_opened"]
+        assert watched.watch.trouble is not None
+    assert watched.after(3) == ["found", "gap_closed"]
+    assert watched.watch.trouble is None

@@ -30,6 +30,8 @@ from petal_swarm.models.token_texts import TokenTexts
 
 #: More numbers than this are embedded in a thread: about a millisecond's work.
 EMBED_NOW = 1 << 19
+#: Tokens of a prompt of which is told before others have their turn.
+TOLD_AT_ONCE = 32
 NO_ROWS = torch.empty(0, 0)
 
 
@@ -158,9 +160,12 @@ class Generation:
 
     async def _of_prompt(self, prompt: Sequence[int], rows: Tensor) -> tuple[TokenLogprob, ...]:
         texts, top = self._model.texts, self._request.top_logprobs or 0
-        first = TokenLogprob(prompt[0], texts.text(prompt[0]), texts.data(prompt[0]), None)
+        told = [TokenLogprob(prompt[0], texts.text(prompt[0]), texts.data(prompt[0]), None)]
         scored = await self._model.head.score(rows[:-1], prompt[1:], top=top)
-        return first, *(_logprob(texts, one) for one in scored)
+        for start in range(0, len(scored), TOLD_AT_ONCE):
+            told += (_logprob(texts, one) for one in scored[start : start + TOLD_AT_ONCE])
+            await asyncio.sleep(0)
+        return tuple(told)
 
     async def _advance(self, batch: _Batch) -> list[Piece]:
         """One more token for each answer that goes on; the step after it is on its way then."""

@@ -24,6 +24,8 @@ from petal_swarm.models.finite import all_finite
 #: A batch that should take less than this runs in the event loop: two hand-overs between threads cost
 #: about as much on a busy machine, and a loop may well be held up for that long.
 RUN_NOW_S = 0.0005
+#: Nor does one of more rows: it is not like those that were measured, but a piece of a long prompt.
+RUN_NOW_ROWS = 64
 #: Logits of one batch, and of one piece of a prompt.
 MAX_LOGIT_BYTES = 128 << 20
 MAX_PIECE_BYTES = 16 << 20
@@ -121,7 +123,7 @@ class Head:
         jobs = self._take()
         if not jobs:
             self._scheduled = False
-        elif self._batch_s < RUN_NOW_S:
+        elif self._batch_s < RUN_NOW_S and sum(len(job.wanted) for job in jobs) <= RUN_NOW_ROWS:
             self._finish(jobs, _guarded(self._ends, jobs))
         else:
             loop = asyncio.get_running_loop()

@@ -49,10 +49,7 @@ class Sampling:
             raise ConfigError(f"top_k must not be negative, got {self.top_k}")
         _within("presence_penalty", self.presence_penalty, -2, 2)
         _within("frequency_penalty", self.frequency_penalty, -2, 2)
-        if not 0 < self.repetition_penalty <= 100:
-            raise ConfigError(
-                f"repetition_penalty must be above 0 and at most 100, got {self.repetition_penalty}"
-            )
+        _within("repetition_penalty", self.repetition_penalty, 0.01, 100)  # logits must stay finite
         for bias in self.logit_bias.values():
             _within("logit_bias", bias, -100, 100)
 

@@ -6,6 +6,7 @@ What is drawn depends on nothing but an answer's own logits, tokens and seed.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -72,11 +73,11 @@ class Tally:
     """Which tokens there were, and how often; as tensors that grow in place."""
 
     def __init__(self, tokens: Iterable[int] = ()) -> None:
-        self._place: dict[int, int] = {}
-        self._tokens = torch.zeros(64, dtype=torch.int64)
-        self._counts = torch.zeros(64)
-        for token in tokens:
-            self.add(token)
+        counts = Counter(tokens)  # not one by one: a long prompt of many answers would hold up all others
+        self._place = {token: place for place, token in enumerate(counts)}
+        room = torch.zeros(64)
+        self._tokens = torch.cat([torch.tensor(list(counts), dtype=torch.int64), room.long()])
+        self._counts = torch.cat([torch.tensor(list(counts.values()), dtype=torch.float32), room])
 
     def __len__(self) -> int:
         return len(self._place)
@@ -131,11 +132,21 @@ def _draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 def _draw_cut(weights: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """Of the likeliest tokens: `top_k` of them, and of these as few as have `top_p` together."""
-    wanted = max([CANDIDATES, *(sampler.top_k for sampler in samplers)])
-    tokens = _draw_first(weights, samplers, [sampler.draw() for sampler in samplers], wanted)
-    for index, token in enumerate(tokens):
-        if token < 0:
-            tokens[index] = _draw_until(weights[index : index + 1], samplers[index])
+    tokens = [-1] * len(samplers)
+    usual = [index for index, sampler in enumerate(samplers) if sampler.top_k <= CANDIDATES]
+    if usual:
+        some = weights if len(usual) == len(samplers) else weights[usual]
+        those = [samplers[index] for index in usual]
+        drawn = _draw_first(some, those, [sampler.draw() for sampler in those], CANDIDATES)
+        for index, token in zip(usual, drawn, strict=True):
+            tokens[index] = token
+    # The rest alone: how many are looked at for others must not change what is drawn.
+    for index, (token, sampler) in enumerate(zip(tokens, samplers, strict=True)):
+        own = weights[index : index + 1]
+        if sampler.top_k > CANDIDATES:
+            tokens[index] = _draw_first(own, [sampler], [sampler.draw()], sampler.top_k)[0]
+        elif token < 0:
+            tokens[index] = _draw_until(own, sampler)
     return tokens
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import secrets
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from petal_swarm.client.generation.pieces import Piece, Progress
@@ -18,6 +21,8 @@ from petal_swarm.gateway.line import Place
 
 #: A page is told of the route when it changes, and else this often.
 SWARM_INTERVAL_S = 0.5
+#: More probabilities than this, at about 2 us each, are written in a thread.
+WRITE_NOW = 1000
 
 
 async def answer(gateway: Gateway, asked: Asked, visitor: Visitor, connection: Connection) -> None:
@@ -40,9 +45,14 @@ async def _whole(gateway: Gateway, asked: Asked, visitor: Visitor, connection: C
             pieces[piece.choice].append(piece)
         progress = answers.progress
     body = _frame(gateway, asked, asked.shape.kind)
-    body["choices"] = [asked.shape.whole(choice, those) for choice, those in enumerate(pieces)]
-    body["usage"] = _usage(progress)
-    data = _json(body)
+
+    def written(encode: Callable[[Any], bytes]) -> bytes:
+        body["choices"] = [asked.shape.whole(choice, those) for choice, those in enumerate(pieces)]
+        body["usage"] = _usage(progress)
+        return encode(body)
+
+    probabilities = sum(_probabilities(piece) for those in pieces for piece in those)
+    data = await _write(probabilities, written)
     headers = {"Content-Type": "application/json", "Content-Length": str(len(data))}
     await connection.start(200, headers | swarm_headers(progress, queued_s))
     await connection.write(data, more=False)
@@ -80,7 +90,7 @@ class _Stream:
                 self._events.withdraw()
                 await self._events.write(self._chunk(swarm={"state": "opening"}))
             async for piece in answers:
-                events = self._events_of(piece)
+                events = await _write(_probabilities(piece), partial(self._events_of, piece))
                 if watched:
                     events = self._watch(answers.progress) + events
                 if not self._events.is_open and (events or piece.tokens):
@@ -90,14 +100,14 @@ class _Stream:
             progress = answers.progress
         await self._events.close(self._ending(progress))
 
-    def _events_of(self, piece: Piece) -> bytes:
+    def _events_of(self, piece: Piece, encode: Callable[[Any], bytes]) -> bytes:
         entries = self._asked.shape.chunks(piece)
         if piece.choice not in self._begun:
             self._begun.add(piece.choice)
             opening = self._asked.shape.opening(piece.choice)
             if opening is not None:
                 entries.insert(0, opening)
-        return b"".join([self._head + _json(entry) + self._tail for entry in entries])
+        return b"".join([self._head + encode(entry) + self._tail for entry in entries])
 
     def _ending(self, progress: Progress) -> bytes:
         events = b""
@@ -143,6 +153,25 @@ def _usage(progress: Progress) -> dict[str, int]:
         "completion_tokens": progress.new_tokens,
         "total_tokens": total,
     }
+
+
+def _probabilities(piece: Piece) -> int:
+    return sum(1 + len(token.top) for token in piece.logprobs)
+
+
+async def _write(probabilities: int, written: Callable[[Callable[[Any], bytes]], bytes]) -> bytes:
+    """What `written` makes by the encoder that it is given, without holding up others."""
+    if probabilities <= WRITE_NOW:
+        return written(_json)
+    return await asyncio.to_thread(written, _json_in_steps)
+
+
+def _json_in_steps(value: Any) -> bytes:
+    """As `_json`, but in Python, which lets other threads run meanwhile."""
+    return "".join(_ENCODER.iterencode(value)).encode("utf-8", "replace")
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def _json(value: Any) -> bytes:

@@ -24,6 +24,13 @@ INLINE_CHARACTERS = 4000
 #: No text that somebody wants answered has so many for each token. Two megabytes would keep a core busy for
 #: seconds, only to be refused.
 MAX_CHARACTERS_PER_TOKEN = 16
+#: A template adds at least so many to a message.
+MESSAGE_CHARACTERS = 16
+#: Prompt and answer of a model that does not say how long they may be, as BLOOM: without a bound, one long
+#: prompt's embeddings would take all memory.
+UNSAID_CONTEXT_TOKENS = 1 << 14
+#: To make objects of two megabytes of `[[],[],...` takes a second, in which nobody else is answered.
+MAX_BRACKETS = 1 << 16
 
 B = TypeVar("B", bound=Body)
 
@@ -50,10 +57,12 @@ def parse(kind: type[B], data: bytes) -> B:
     Raises:
         ApiError: it is not JSON, or something in it cannot be used.
     """
+    if len(data) > MAX_BRACKETS and data.count(b"[") + data.count(b"{") > MAX_BRACKETS:
+        raise bad_request(f"The body has more than {MAX_BRACKETS} lists and objects.")
     try:
         return kind.model_validate_json(data)
     except ValidationError as error:
-        raise from_validation(error) from None
+        raise from_validation(error, kind.UNSUPPORTED) from None
 
 
 class Reader:
@@ -65,7 +74,7 @@ class Reader:
         self._tokenizer = tokenizer
         self._config = config
         self._vocabulary = vocabulary
-        self._context_tokens = context_tokens
+        self._context_tokens = UNSAID_CONTEXT_TOKENS if context_tokens is None else context_tokens
         self._one_at_a_time = asyncio.Lock()
 
     async def chat(self, body: ChatBody, adapter: str | None) -> Asked:
@@ -77,8 +86,10 @@ class Reader:
             {"role": "system" if m.role == "developer" else m.role, "content": m.text} for m in body.messages
         ]
         characters = sum(len(message["content"]) for message in messages)
+        self._check_characters(characters, "messages")
         try:
-            prompt = await self._encode(characters, chat_tokens, self._tokenizer, messages)
+            is_short = characters + MESSAGE_CHARACTERS * len(messages) <= INLINE_CHARACTERS
+            prompt = await self._encode(is_short, chat_tokens, self._tokenizer, messages)
         except ConfigError as error:
             raise bad_request(str(error), "messages", "invalid_value") from None
         stop = stop_text(self._tokenizer)
@@ -120,30 +131,44 @@ class Reader:
         """Each prompt as text, which only an echo needs, and as tokens."""
         given: Any = body.prompt
         each: Sequence[Any] = [given] if isinstance(given, str) or isinstance(given[0], int) else given
+        self._check_choices(len(each) * (body.n or 1))
+        characters = sum(len(prompt) for prompt in each if isinstance(prompt, str))
         texts, prompts = [], []
         for prompt in each:
             if isinstance(prompt, str):
+                self._check_characters(len(prompt), "prompt")
                 try:
-                    tokens = await self._encode(len(prompt), text_tokens, self._tokenizer, prompt)
+                    is_short = characters <= INLINE_CHARACTERS
+                    tokens = await self._encode(is_short, text_tokens, self._tokenizer, prompt)
                 except ConfigError as error:
                     raise bad_request(str(error), "prompt", "invalid_value") from None
                 texts.append(prompt)
             else:
+                if len(prompt) >= self._context_tokens:
+                    raise too_long(len(prompt), 1, self._context_tokens, "prompt")
                 tokens = prompt
                 texts.append(await self._decode(prompt) if body.echo else "")
             prompts.append(tuple(tokens))
         return texts, tuple(prompts)
 
-    async def _encode(self, characters: int, work: Any, *arguments: Any) -> list[int]:
+    def _check_characters(self, characters: int, param: str) -> None:
         limit = self._context_tokens
-        if limit is not None and characters > limit * MAX_CHARACTERS_PER_TOKEN:
+        if characters > limit * MAX_CHARACTERS_PER_TOKEN:
             raise bad_request(
                 f"This model's context has {limit} tokens, which {characters} characters do not fit in."
                 " Shorten the prompt.",
-                "messages",
+                param,
                 "context_length_exceeded",
             )
-        if characters <= INLINE_CHARACTERS:
+
+    def _check_choices(self, choices: int) -> None:
+        if choices > self._config.max_choices:
+            raise bad_request(
+                f"At most {self._config.max_choices} answers can be asked for at once here.", "n", "too_many"
+            )
+
+    async def _encode(self, is_short: bool, work: Any, *arguments: Any) -> list[int]:
+        if is_short:
             tokens: list[int] = work(*arguments)
             return tokens
         async with self._one_at_a_time:  # long prompts of a crowd leave the other cores to the swarm
@@ -172,10 +197,7 @@ class Reader:
             self._check_tokens(prompt, "prompt")
         self._check_tokens(tuple(body.logit_bias or ()), "logit_bias")
         choices = body.n or 1
-        if len(prompts) * choices > self._config.max_choices:
-            raise bad_request(
-                f"At most {self._config.max_choices} answers can be asked for at once here.", "n", "too_many"
-            )
+        self._check_choices(len(prompts) * choices)
         new_tokens = self._new_tokens(body, max(map(len, prompts)), default_tokens)
         try:
             return GenerationRequest(
@@ -196,8 +218,6 @@ class Reader:
         wanted, limit = body.answer_tokens, self._config.max_tokens
         if wanted is not None and wanted > limit:
             raise bad_request(f"max_tokens must be at most {limit} here, got {wanted}.", "max_tokens")
-        if self._context_tokens is None:
-            return min(default, limit) if wanted is None else wanted
         room = self._context_tokens - longest
         if wanted is None:
             wanted = min(default, limit, max(room, 1))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Collection
 from typing import Any
 
 from pydantic import ValidationError
@@ -29,6 +30,11 @@ MAX_MESSAGE_CHARACTERS = 500
 #: How long to wait before trying again what is missing now: servers announce themselves every 4 s.
 RETRY_S = 5.0
 
+#: To tell of them takes microseconds each, and bodies have room for a million.
+MAX_MISTAKES = 1000
+
+#: Parts of messages that are not supported.
+_OF_TOOLS = (("tool_calls",), ("function_call",))
 #: Where pydantic would tell of the first of several forms only.
 _FORMS = {
     "prompt": "must be a text, a list of token ids, or a list of these; none empty",
@@ -103,12 +109,18 @@ def too_long(prompt_tokens: int, new_tokens: int, limit: int, param: str) -> Api
     )
 
 
-def from_validation(error: ValidationError) -> ApiError:
+def from_validation(error: ValidationError, unsupported: Collection[str] = ()) -> ApiError:
     """The first thing that is wrong with a body; never what was in it."""
+    if error.error_count() > MAX_MISTAKES:
+        return bad_request(f"More than {MAX_MISTAKES} things are wrong with the body.")
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if first["type"] == "json_invalid":
         return bad_request(f"The body is not valid JSON: {first['msg'].removeprefix('Invalid JSON: ')}")
     param = str(first["loc"][0])[:64] if first["loc"] else None
+    if param in unsupported:
+        return bad_request(f"{param} is not supported here.", param, "unsupported_parameter")
+    if first["loc"][-1:] in _OF_TOOLS:
+        return bad_request("Tools are not supported here.", param, "unsupported_parameter")
     where = f"{param}: " if param else ""
     if first["type"] == "missing":
         return bad_request(f"You must provide {param}.", param, "missing_required_parameter")

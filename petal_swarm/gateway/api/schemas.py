@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, ClassVar, Literal, NotRequired, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator, with_config
+from typing_extensions import TypedDict
 
 from petal_swarm.client.generation.request import MAX_TOP_LOGPROBS
 from petal_swarm.gateway.api.errors import bad_request
@@ -25,6 +26,10 @@ Prompts = Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_
 TokenPrompts = Annotated[list[Tokens], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)]
 
 
+#: Lists that must be empty where they are given: what would be in them is not even read.
+Nothing = Annotated[list[None], Field(max_length=0, fail_fast=True)] | None
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", hide_input_in_errors=True)
 
@@ -43,9 +48,9 @@ class Body(_Body):
     them by `extra_body`.
     """
 
-    #: Parameters that change what an answer must be, and that nothing here heeds: refused unless they say
-    #: one of these values, which mean nothing.
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {}
+    #: Parameters that change what an answer must be, and that nothing here heeds. Their types are the values
+    #: that mean nothing: whatever else is refused unread, since to read it may take a second.
+    UNSUPPORTED: ClassVar[frozenset[str]] = frozenset()
 
     model: Name
     max_tokens: Annotated[int, Field(ge=0, le=MAX_INTEGER)] | None = None
@@ -59,17 +64,12 @@ class Body(_Body):
     logit_bias: Annotated[dict[Count, Bias], Field(max_length=MAX_BIASES)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    user: Any = None
     top_k: Annotated[int, Field(ge=-1, le=MAX_INTEGER)] | None = None
-    repetition_penalty: Annotated[Number, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
 
     @model_validator(mode="after")
-    def _check_unsupported(self) -> Self:
-        for name, meaningless in self.UNSUPPORTED.items():
-            value = getattr(self, name)
-            if value is not None and value not in meaningless:
-                raise bad_request(f"{name} is not supported here.", name, "unsupported_parameter")
+    def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options is only for streams.", "stream_options", "invalid_value")
         return self
@@ -89,13 +89,13 @@ class Body(_Body):
 class CompletionBody(Body):
     """Of `/v1/completions`."""
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {"suffix": ("",)}
+    UNSUPPORTED = frozenset({"suffix"})
 
     prompt: str | Prompts | Tokens | TokenPrompts
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    suffix: Any = None
+    suffix: Literal[""] | None = None
 
     @model_validator(mode="after")
     def _check_best_of(self) -> Self:
@@ -104,27 +104,30 @@ class CompletionBody(Body):
         return self
 
 
-class TextPart(_Body):
+@with_config(ConfigDict(strict=True, extra="ignore"))
+class TextPart(TypedDict):
+    """No model: there may be a hundred thousand of them."""
+
     type: Name
-    text: str | None = None
+    text: NotRequired[str | None]
 
 
 class ChatMessage(_Body):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
-    tool_calls: Any = None
-    function_call: Any = None
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+    tool_calls: Nothing = None
+    function_call: None = None
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
-        if self.role in ("tool", "function") or self.tool_calls or self.function_call:
+        if self.role in ("tool", "function"):
             raise bad_request("Tools are not supported here.", "messages", "unsupported_parameter")
         if self.content is None and self.role != "assistant":
             raise bad_request(f"A message of the {self.role} has no content.", "messages", "invalid_value")
         for part in self.content if isinstance(self.content, list) else ():
-            if part.type not in ("text", "refusal"):
+            if part["type"] not in ("text", "refusal"):
                 raise bad_request(
-                    f"Content of type {part.type[:40]!r} is not supported here, only text.",
+                    f"Content of type {part['type'][:40]!r} is not supported here, only text.",
                     "messages",
                     "unsupported_parameter",
                 )
@@ -133,40 +136,51 @@ class ChatMessage(_Body):
     @property
     def text(self) -> str:
         if isinstance(self.content, list):
-            return "".join(part.text or "" for part in self.content)
+            return "".join(part.get("text") or "" for part in self.content)
         return self.content or ""
+
+
+NoTool = Literal["none", "auto"]
+
+
+class PlainText(_Body):
+    """The response format that all answers have."""
+
+    type: Literal["text"]
 
 
 class ChatBody(Body):
     """Of `/v1/chat/completions`."""
 
-    UNSUPPORTED: ClassVar[dict[str, tuple[Any, ...]]] = {
-        "tools": ([],),
-        "tool_choice": ("none", "auto"),
-        "functions": ([],),
-        "function_call": ("none", "auto"),
-        "response_format": ({"type": "text"},),
-        "modalities": (["text"], []),
-        "audio": (),
-        "prediction": (),
-        "web_search_options": (),
-        "moderation": (),
-    }
+    UNSUPPORTED = frozenset(
+        {
+            "tools",
+            "tool_choice",
+            "functions",
+            "function_call",
+            "response_format",
+            "modalities",
+            "audio",
+            "prediction",
+            "web_search_options",
+            "moderation",
+        }
+    )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_INTEGER)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
-    function_call: Any = None
-    response_format: Any = None
-    modalities: Any = None
-    audio: Any = None
-    prediction: Any = None
-    web_search_options: Any = None
-    moderation: Any = None
+    tools: Nothing = None
+    tool_choice: NoTool | None = None
+    functions: Nothing = None
+    function_call: NoTool | None = None
+    response_format: PlainText | None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1, fail_fast=True)] | None = None
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    moderation: None = None
 
     @property
     def answer_tokens(self) -> int | None:

@@ -14,7 +14,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from petal_swarm.gateway.guard.addresses import LOCAL, Proxies, group, parse
 from petal_swarm.gateway.guard.config import ConnectionLimits
@@ -182,6 +182,8 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         self._is_refused = False
         self._has_many_headers = False
+        #: Of the requests that came, the one that is answered; uvicorn's `cycle` is the one that came last.
+        self._answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -190,6 +192,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._guard.leave(self)
+        answered = self._answered
+        if answered is not None and not answered.response_complete:
+            answered.disconnected = True  # uvicorn tells only the last of several that came at once
+            answered.message_event.set()
         super().connection_lost(exc)
         self._unset_keepalive_if_required()  # uvicorn's leaves the timer, which holds all this, after a reset
 
@@ -234,10 +240,16 @@ class GuardedProtocol(HttpToolsProtocol):
         self._in_head = False
         if len(self.pipeline) >= _MAX_PIPELINED:
             raise ValueError("too many requests at once")
+        is_next = self._is_idle
         super().on_headers_complete()
+        if is_next:
+            self._answered = self.cycle
+        else:
+            self.flow.resume_reading()  # else nobody would notice that the visitor leaves
         self._guard.answer(self)
 
     def on_response_complete(self) -> None:
+        self._answered = self.pipeline[-1][0] if self.pipeline else None
         super().on_response_complete()
         if self.transport.is_closing():
             self._close()

@@ -6,12 +6,12 @@ import { appendCode } from "./highlight.js";
 import { appendInline, withoutEnd } from "./inline.js";
 
 const MAX_DEPTH = 6;
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)(?:\s[^`]*)?$/;
+const FENCE = /^ {0,3}(`{3,}(?!`)|~{3,}(?!~))(?![^]*`)\s*(\S*)/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+•]|\d{1,9}[.)])(?:[ \t]+|$)/;
-const TABLE_RULE = /^ {0,3}\|?(?: *:?-+:? *\|)+ *(?::?-+:?)? *$/;
+const TABLE_RULE = /^ {0,3}\|?(?: *:?-+:? *\|)+(?: *:?-+:?)? *$/;
 
 /** Shows a text that grows: what was shown and has not changed is left as it is, so that a selection in it,
     or a button that has the focus, stays. */

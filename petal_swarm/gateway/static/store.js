@@ -69,9 +69,14 @@ function conversationFrom(id, stored) {
   const sound = turns.filter((turn) => typeof turn?.text === "string" && roles.includes(turn.role));
   for (const turn of sound) {
     turn.options = object(turn.options);
+    turn.route = isRoute(turn.route) ? turn.route : null;
     if (turn.state === "asked") turn.state = "left"; // the page was left while it was answered
   }
   return { id, task, options: object(options), title: String(title ?? ""), updated: Number(updated) || 0, turns: sound };
+}
+
+function isRoute(route) {
+  return Array.isArray(route?.hops) && route.hops.every((hop) => typeof hop?.peer === "string" && Array.isArray(hop.blocks));
 }
 
 function object(value) {

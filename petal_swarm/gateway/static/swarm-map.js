@@ -20,7 +20,7 @@ export class SwarmMap {
     this.items = new Map();
     this.peers = [];
     this.numBlocks = 1;
-    this.view = localStorage.getItem(VIEW_KEY);
+    this.view = keptView();
     this.isFirst = true;
     this.chosen = null;
     this.#listen();
@@ -33,7 +33,7 @@ export class SwarmMap {
 
   choose(view) {
     this.view = view;
-    localStorage.setItem(VIEW_KEY, view);
+    keepView(view);
     this.#place();
     this.#fit();
   }
@@ -228,6 +228,24 @@ export class SwarmMap {
     this.chosen = item ? id : null;
     item?.bar.classList.add("chosen");
     this.onChoose(item?.peer ?? null, item?.bar ?? null);
+  }
+}
+
+// Browsers that block storage throw on any access to it.
+
+function keptView() {
+  try {
+    return localStorage.getItem(VIEW_KEY);
+  } catch {
+    return null;
+  }
+}
+
+function keepView(view) {
+  try {
+    localStorage.setItem(VIEW_KEY, view);
+  } catch {
+    // It is chosen for this visit alone.
   }
 }
 

@@ -57,7 +57,7 @@ class Page {
   open(id, { task = this.conversation?.task ?? "chat", push = true } = {}) {
     const options = { ...DEFAULT_OPTIONS, ...this.conversation?.options };
     this.conversation = this.store.conversations.get(id) ?? this.store.create(task, options);
-    if (!TASKS[this.conversation.task]) this.conversation.task = "chat";
+    if (!Object.hasOwn(TASKS, this.conversation.task)) this.conversation.task = "chat";
     if (push) history.pushState(null, "", this.conversation.turns.length ? `#${this.conversation.id}` : "/");
     this.side.close();
     this.#show();

@@ -196,3 +196,19 @@ def test_rows_that_usually_come_together_wait_for_each_other(
 
     asyncio.run(run())
     assert [count for count, _ in watched.batches] == batches
+
+
+def test_a_large_piece_of_a_prompt_is_not_for_the_loop(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_module, "RUN_NOW_S", 1e9)
+
+    async def work() -> None:
+        head = Head(watched)  # type: ignore[arg-type]
+        count = head_module.RUN_NOW_ROWS + 1
+        await head.score(rows(count), [1] * count, top=0)
+        await head.choose(rows(1), greedy(1), top=None)
+        await head.close()
+
+    asyncio.run(work())
+    assert [inside for _, inside in watched.batches] == [False, True]

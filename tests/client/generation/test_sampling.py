@@ -17,6 +17,7 @@ from transformers.generation.logits_process import (
 from petal_swarm.client.generation import sampling as sampling_module
 from petal_swarm.client.generation.request import Sampling
 from petal_swarm.client.generation.sampling import Sampler, Tally, choose
+from petal_swarm.errors import ConfigError
 
 DRAWS = 2000
 
@@ -145,3 +146,37 @@ def test_a_tally_of_many_tokens() -> None:
     tokens, counts = tally.entries(torch.device("cpu"))
     assert tokens.tolist() == list(range(150))
     assert counts.tolist() == [token % 3 + 1 for token in range(150)]
+
+
+@pytest.mark.parametrize("mate", [{"top_k": 4000}, {"top_k": 5}, {"top_p": 0.1}, {"temperature": 0}, {}])
+def test_who_is_drawn_for_beside_it_changes_no_answer(mate: dict[str, Any]) -> None:
+    logits = logits_of(5000, scale=0.5)  # the likeliest few hundred do not have top_p together
+    for seed in range(10):
+        asked = Sampling(top_p=0.9, seed=seed)
+        alone = choose(logits[None].clone(), [Sampler(asked, ())])
+        beside = choose(logits.repeat(2, 1), [Sampler(asked, ()), Sampler(Sampling(**mate, seed=7), ())])
+        assert beside[0] == alone[0]
+
+
+def test_a_tally_of_a_prompt_goes_on() -> None:
+    tokens = [*range(100), *range(50), *range(90, 300)]
+    at_once, one_by_one = Tally(tokens), Tally()
+    for token in tokens:
+        one_by_one.add(token)
+    for token in (7, 1000, 7):
+        at_once.add(token)
+        one_by_one.add(token)
+    cpu = torch.device("cpu")
+    for mine, other in zip(at_once.entries(cpu), one_by_one.entries(cpu), strict=True):
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("penalty", [0.01, 100.0])
+def test_the_strongest_penalties_leave_numbers(penalty: float) -> None:
+    given = Sampling(repetition_penalty=penalty, temperature=1e-30)
+    assert 0 <= choose(logits_of(1000, scale=1000.0)[None], [Sampler(given, [1, 2, 3])])[0] < 1000
+
+
+def test_a_penalty_that_would_leave_none() -> None:
+    with pytest.raises(ConfigError, match="repetition_penalty"):
+        Sampling(repetition_penalty=1e-38)

@@ -9,8 +9,10 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 import httpx
+import pytest
 
 from petal_swarm.gateway.guard import ConnectionLimits, Guard, GuardConfig
+from petal_swarm.gateway.refusals import Receive, Scope, Send
 from petal_swarm.gateway.serving import HttpServer, listen, url_of
 from tests.gateway.guard.asking import Echo
 
@@ -20,8 +22,8 @@ V1 = "/v1/completions"
 class Site:
     """A guarded `Echo` on loopback."""
 
-    def __init__(self, **limits: Any) -> None:
-        self.echo = Echo()
+    def __init__(self, echo: Echo | None = None, **limits: Any) -> None:
+        self.echo = echo or Echo()
         self.guard = Guard(GuardConfig(connections=ConnectionLimits(**limits)))
         self._bound = listen("127.0.0.1", 0)
         self.url = url_of(self._bound)
@@ -108,5 +110,38 @@ def test_junk_on_the_wire_does_no_harm() -> None:
             async with httpx.AsyncClient(base_url=site.url) as client:
                 assert (await client.post(V1, content=b"hello")).status_code == 200
         assert len(site.guard.connections) == 0
+
+    run(check)
+
+
+class Patient(Echo):
+    """Answers nothing, and notes who leaves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = asyncio.Event()
+        self.left = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await receive()
+        self.asked.set()
+        assert (await receive())["type"] == "http.disconnect"
+        self.left.set()
+
+
+@pytest.mark.parametrize("at_once", [True, False])
+def test_who_leaves_is_missed_whatever_else_he_has_sent(at_once: bool) -> None:
+    async def check() -> None:
+        patient = Patient()
+        async with Site(patient) as site:
+            request = b"POST /v1/completions HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n\r\nhi"
+            _, writer = await site.connect()
+            writer.write(request * (2 if at_once else 1))
+            await patient.asked.wait()
+            if not at_once:
+                writer.write(request)
+                await writer.drain()
+            writer.close()
+            await patient.left.wait()
 
     run(check)
