@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import random
 import statistics
 import time
@@ -123,12 +124,16 @@ async def serve_by_gateway(url: str, mix: Sequence[Wish]) -> Served:
             "temperature": 0,
             "ignore_eos": True,
             "stream": True,
+            "stream_options": {"include_usage": True},  # half characters have no event of their own
         }
-        events = 0
+        last = ""
         async with client.stream("POST", f"{url}/v1/completions", json=body) as response:
             async for line in response.aiter_lines():
-                events += line.startswith("data: {")
-        assert events == wish.answer_tokens
+                last = line if line.startswith("data: {") else last
+        tokens = json.loads(last.removeprefix("data: "))["usage"]["completion_tokens"]
+        assert tokens == wish.answer_tokens, (
+            f"{tokens} tokens, and {wish.answer_tokens} were asked for: {last}"
+        )
         return time.perf_counter() - started
 
     everybody = httpx.Limits(max_connections=len(mix))
