@@ -26,7 +26,7 @@ from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.version import __version__
 
 #: `/health` is as old as this at most, and asked for by machines, often.
-HEALTH_AGE_S = 5.0
+HEALTH_AGE_S = 2.0
 #: A look that takes longer has found nobody yet.
 HEALTH_TIMEOUT_S = 5.0
 
