@@ -63,8 +63,11 @@ def changes(old: Status, new: Status) -> tuple[Event, ...]:
     events: list[Event] = []
     for peer_id, peer in before.items():
         if peer_id not in after:
-            there = peer_id in old.rtts_s
-            events.append(_of(peer, "left", "left" if there else "did not come back"))
+            if peer_id in old.joining:
+                words = "left before it was ready"
+            else:
+                words = "left" if peer_id in old.rtts_s else "did not come back"
+            events.append(_of(peer, "left", words))
     for peer_id, peer in after.items():
         events += _of_peer(before.get(peer_id), peer, old, new)
     return (*events, *_gaps(old, new))
@@ -72,9 +75,11 @@ def changes(old: Status, new: Status) -> tuple[Event, ...]:
 
 def _of_peer(was: Announcement | None, peer: Announcement, old: Status, new: Status) -> Iterator[Event]:
     there = peer.peer_id in new.rtts_s
-    if was is None:
+    if was is None or peer.peer_id in old.joining:
         if there:
             yield _of(peer, "joined", f"joined {_doing(peer)}")
+        elif was is not None and peer.peer_id not in new.joining:
+            yield _of(peer, "failed", f"does not answer; it was to serve {_blocks(peer)}")
         return
     if there != (peer.peer_id in old.rtts_s):
         if there:
@@ -137,6 +142,7 @@ def looks_different(old: Status, new: Status) -> frozenset[str]:
 def _standing(status: Status, peer: Announcement) -> tuple[object, ...]:
     rtt_s = status.rtts_s.get(peer.peer_id)
     return (
+        status.state(peer),
         peer.peer_id in status.busy,
         None if rtt_s is None else round(2 * math.log2(max(rtt_s, SAME_RTT_S))),
     )

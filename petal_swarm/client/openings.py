@@ -105,14 +105,19 @@ class Openings:
 
     async def open_one(self, hop: Hop, opening: Open) -> Member:
         """See `open_hop`; the hop must be prepared."""
-        return await open_hop(self._transport, hop, opening, self.timeout_s, self._ping)
+        member = await open_hop(self._transport, hop, opening, self.timeout_s, self._ping)
+        self.view.vouch(hop.peer_id)
+        return member
 
     async def open_all(
         self, hops: Sequence[Hop], opening: Callable[[int], Open], timeout_s: float | None = None
     ) -> list[Member]:
         """See `prepare` and `open_hops`."""
         await self.prepare(hops, timeout_s)
-        return await open_hops(self._transport, hops, opening, timeout_s or self.timeout_s, self._ping)
+        members = await open_hops(self._transport, hops, opening, timeout_s or self.timeout_s, self._ping)
+        for hop in hops:
+            self.view.vouch(hop.peer_id)
+        return members
 
     async def _ping(self, hop: Hop) -> bool:
         return await self.view.is_there(hop, PING_TIMEOUT_S)

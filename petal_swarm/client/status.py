@@ -16,7 +16,10 @@ BUSY_LOAD, FREE_LOAD = 0.95, 0.8
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What the swarm says of a model. `rtts_s` has those who answer, by peer id; `busy` some of them."""
+    """What the swarm says of a model. `rtts_s` has those who answer, by peer id; `busy` some of them.
+
+    `joining` are new, and have not answered yet: a server is announced before its port is open.
+    """
 
     name: str
     model_key: str
@@ -24,6 +27,7 @@ class Status:
     announcements: tuple[Announcement, ...]
     rtts_s: Mapping[str, float]
     busy: frozenset[str] = frozenset()
+    joining: frozenset[str] = frozenset()
 
     @property
     def missing(self) -> tuple[int, ...]:
@@ -41,7 +45,9 @@ class Status:
         ]
 
     def state(self, announcement: Announcement) -> str:
-        return announcement.state if announcement.peer_id in self.rtts_s else "no answer"
+        if announcement.peer_id in self.rtts_s:
+            return announcement.state
+        return "joining" if announcement.peer_id in self.joining else "no answer"
 
 
 def in_order(announcements: Iterable[Announcement]) -> tuple[Announcement, ...]:

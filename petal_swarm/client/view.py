@@ -58,6 +58,8 @@ class View:
         self.traffic = Traffic()
         #: Called with every peer that failed, and how; they must not wait.
         self.listeners: list[Callable[[str, PetalSwarmError], None]] = []
+        #: Called with every peer that has opened its part of a session; they must not wait either.
+        self.witnesses: list[Callable[[str], None]] = []
 
     async def announcements(self, model: str) -> list[Announcement]:
         """Who serves the model now. Whoever asks meanwhile gets the same answer."""
@@ -88,6 +90,11 @@ class View:
             self.avoidance.failed(peer_id)
             for listener in tuple(self.listeners):
                 listener(peer_id, error)
+
+    def vouch(self, peer_id: str) -> None:
+        """Tell that a peer does what it was asked for."""
+        for witness in tuple(self.witnesses):
+            witness(peer_id)
 
     async def is_there(self, hop: Hop, timeout_s: float) -> bool:
         """Whether a server answers a ping in time; whatever else it is busy with."""

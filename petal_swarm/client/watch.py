@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from collections import deque
@@ -30,12 +31,17 @@ logger = logging.getLogger(__name__)
 #: Pauses between two looks while somebody watches, and while nobody does.
 WATCHED_S = 2.0
 UNWATCHED_S = 30.0
+#: While somebody is expected to answer soon, looks are frequent, whoever watches.
+EXPECTED_S = 60.0
 #: So many are asked at once whether they are there: none of them waits for one that is not.
 PINGS_AT_ONCE = 64
 #: Of a large swarm, so many in each look; in the next one others.
 PINGS_A_LOOK = 48
-#: Who did not answer is asked again after so long.
+#: Who did not answer is asked again after so long, who was expected after a shorter time.
 SILENT_AGAIN_S = 8.0
+EXPECTED_AGAIN_S = 1.5
+#: A session that finds a server where no ping did has it asked; so often at most.
+VOUCHED_AGAIN_S = 1.0
 PING_TIMEOUT_S = 2.0
 #: Of each, the newest are kept.
 MAX_CHANGES = 256
@@ -92,9 +98,15 @@ class SwarmWatch:
         self._wake = asyncio.Event()
         self._news = asyncio.Event()
         self._looked = asyncio.Event()
-        self._looked_s = -float("inf")
+        self._looked_s = -math.inf
         self._asked_s: dict[str, float] = {}
         self._rtts_s: dict[str, float] = {}
+        #: What was known of a server when it was asked last: another record is a sign of life.
+        self._asked: dict[str, Announcement] = {}
+        #: Since when a server has been silent, and which have never answered since they came.
+        self._silent_s: dict[str, float] = {}
+        self._new: set[str] = set()
+        self._vouched_s = -math.inf
         self._log: deque[Change] = deque(maxlen=MAX_CHANGES)
         self._numbers = 0
         self.version = 0
@@ -102,6 +114,7 @@ class SwarmWatch:
         self.trouble: str | None = None
         self.happenings: deque[Happening] = deque(maxlen=MAX_EVENTS)
         self._view.listeners.append(self._session_saw)
+        self._view.witnesses.append(self._session_found)
         self._task = self._loop.create_task(self._run())
         self._task.add_done_callback(lambda _: self._looked.set())
 
@@ -149,6 +162,7 @@ class SwarmWatch:
         """Look no more. Who waits for news goes on waiting. Idempotent."""
         with contextlib.suppress(ValueError):
             self._view.listeners.remove(self._session_saw)
+            self._view.witnesses.remove(self._session_found)
         self._task.cancel()
         await asyncio.wait([self._task])
 
@@ -168,17 +182,18 @@ class SwarmWatch:
             self._looked_s = self._loop.time()
             looked, self._looked = self._looked, asyncio.Event()
             looked.set()
-            if self._watchers:
-                await asyncio.sleep(WATCHED_S)
-                continue
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(UNWATCHED_S):
+                async with asyncio.timeout(WATCHED_S if self._is_in_a_hurry() else UNWATCHED_S):
                     await self._wake.wait()
+
+    def _is_in_a_hurry(self) -> bool:
+        return bool(self._watchers) or any(map(self._is_expected, self._silent_s))
 
     async def _look(self) -> None:
         found = in_order(latest(await self._view.announcements(self._model.key)))[:MAX_PEERS]
         there = {peer.peer_id for peer in found}
-        for known in (self._asked_s, self._rtts_s):
+        self._new = (self._new & there) | self._newcomers(found)
+        for known in (self._asked_s, self._asked, self._rtts_s, self._silent_s):
             for peer_id in known.keys() - there:
                 del known[peer_id]
         await self._ping(found)
@@ -194,8 +209,15 @@ class SwarmWatch:
                 for peer in found
                 if peer.peer_id in self._rtts_s and is_busy(peer, was=peer.peer_id in was_busy)
             ),
+            frozenset(peer.peer_id for peer in found if self._is_joining(peer)),
         )
         self._publish(status, trouble=None)
+
+    def _newcomers(self, found: Sequence[Announcement]) -> set[str]:
+        """Who was not there at the look before; of those of the first look, who says that it is not ready."""
+        if self.status is None:
+            return {peer.peer_id for peer in found if peer.state == "joining"}
+        return {peer.peer_id for peer in found} - {peer.peer_id for peer in self.status.announcements}
 
     async def _ping(self, found: Sequence[Announcement]) -> None:
         """Ask new ones, and the rest in turn. One answer that is late is no failure: it is asked again."""
@@ -208,24 +230,44 @@ class SwarmWatch:
             answers |= await self._measure(late) if late else {}
             for peer in batch:
                 self._asked_s[peer.peer_id] = asked_s
+                self._asked[peer.peer_id] = peer
                 if peer.peer_id in answers:
                     self._rtts_s[peer.peer_id] = answers[peer.peer_id]
+                    self._silent_s.pop(peer.peer_id, None)
+                    self._new.discard(peer.peer_id)
                 else:
                     self._rtts_s.pop(peer.peer_id, None)
+                    self._silent_s.setdefault(peer.peer_id, asked_s)
 
     async def _measure(self, peers: Sequence[Announcement]) -> dict[str, float]:
         return await self._pinger.measure(peers, timeout_s=PING_TIMEOUT_S, max_age_s=0.0)
 
     def _due(self, found: Sequence[Announcement]) -> list[Announcement]:
-        now = self._loop.time()
         new = [peer for peer in found if peer.peer_id not in self._asked_s]
         known = [
             peer
             for peer in found
-            if peer.peer_id in self._rtts_s or now - self._asked_s.get(peer.peer_id, now) >= SILENT_AGAIN_S
+            if peer.peer_id in self._asked_s and (peer.peer_id in self._rtts_s or self._may_be_back(peer))
         ]
         known.sort(key=lambda peer: self._asked_s[peer.peer_id])
         return new + known[: max(0, PINGS_A_LOOK - len(new))]
+
+    def _may_be_back(self, peer: Announcement) -> bool:
+        """Whether it is time to ask a silent server again."""
+        again_s = EXPECTED_AGAIN_S if self._is_expected(peer.peer_id) else SILENT_AGAIN_S
+        waited_s = self._loop.time() - self._asked_s[peer.peer_id]
+        return waited_s >= again_s or peer != self._asked.get(peer.peer_id)
+
+    def _is_expected(self, peer_id: str) -> bool:
+        """Whether a silent server is likely to answer soon: it has just come, or just failed."""
+        return self._loop.time() - self._silent_s.get(peer_id, -math.inf) < EXPECTED_S
+
+    def _is_joining(self, peer: Announcement) -> bool:
+        """Whether it is silent since it is not ready yet. It may load for long, and says so."""
+        if peer.peer_id in self._rtts_s:
+            return False
+        is_new = peer.peer_id in self._new
+        return is_new and (peer.state == "joining" or self._is_expected(peer.peer_id))
 
     def _session_saw(self, peer_id: str, error: PetalSwarmError) -> None:
         """A server failed a session of this process. That is known at once; the next look asks the server."""
@@ -235,15 +277,28 @@ class SwarmWatch:
         logger.info("watch: %s failed a session: %s", peer_id, error)
         self._rtts_s.pop(peer_id, None)
         self._asked_s.pop(peer_id, None)
+        self._silent_s[peer_id] = self._loop.time()
+        if not self._watchers:
+            self._wake.set()
         rtts_s = {peer: rtt_s for peer, rtt_s in status.rtts_s.items() if peer != peer_id}
         self._publish(replace(status, rtts_s=rtts_s, busy=status.busy - {peer_id}), trouble=self.trouble)
 
+    def _session_found(self, peer_id: str) -> None:
+        """A server that is held for silent, or is not known yet, serves a session: it is asked at once."""
+        if peer_id in self._rtts_s:
+            return
+        self._asked_s.pop(peer_id, None)
+        if self._loop.time() - self._vouched_s >= VOUCHED_AGAIN_S:
+            self._vouched_s = self._loop.time()
+            self._wake.set()
+
     def _lose(self, trouble: str) -> None:
         """Whoever cannot ask anybody cannot use anybody either."""
-        self._rtts_s.clear()
-        self._asked_s.clear()
+        for known in (self._asked_s, self._asked, self._rtts_s, self._silent_s):
+            known.clear()
+        self._new.clear()
         status = self.status or Status(self._name, self._model.key, self._model.num_blocks, (), {})
-        self._publish(replace(status, rtts_s={}, busy=frozenset()), trouble=trouble)
+        self._publish(replace(status, rtts_s={}, busy=frozenset(), joining=frozenset()), trouble=trouble)
 
     def _publish(self, status: Status, *, trouble: str | None) -> None:
         old = self.status or replace(status, announcements=())

@@ -26,7 +26,7 @@ from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.version import __version__
 
 #: `/health` is as old as this at most, and asked for by machines, often.
-HEALTH_AGE_S = 5.0
+HEALTH_AGE_S = 2.0
 #: A look that takes longer has found nobody yet.
 HEALTH_TIMEOUT_S = 5.0
 
@@ -38,11 +38,10 @@ def make_app(
     watch: SwarmWatch | None = None,
 ) -> ASGIApp:
     """The application with its pages, behind the guard if there is one; with the map, if there is a watch."""
-    needs_key = guard is not None and guard.needs_key
     starlette = Starlette(
         routes=[
             *api_routes(gateway),
-            *_own_routes(gateway, watch, needs_key),
+            *_own_routes(gateway, watch, guard),
             *(swarm_routes(watch) if watch is not None else ()),
             *page_routes(),
         ],
@@ -56,7 +55,7 @@ def make_app(
     return starlette if guard is None else guard.wrap(starlette)
 
 
-def _own_routes(gateway: Gateway, watch: SwarmWatch | None, needs_key: bool) -> list[Route]:
+def _own_routes(gateway: Gateway, watch: SwarmWatch | None, guard: Guard | None) -> list[Route]:
     async def health(request: Request) -> Response:
         reason = await _ailment(watch) if watch is not None else None
         if reason is None:
@@ -72,7 +71,8 @@ def _own_routes(gateway: Gateway, watch: SwarmWatch | None, needs_key: bool) -> 
         return JSONResponse(
             {
                 "version": __version__,
-                "needs_key": needs_key,
+                "needs_key": guard is not None and guard.needs_key,
+                "takes_keys": guard is not None and guard.takes_keys,
                 "limits": {"max_tokens": config.max_tokens, "max_choices": config.max_choices},
                 "models": [
                     {

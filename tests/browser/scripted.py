@@ -108,6 +108,7 @@ class ScriptedGateway:
         self.keys: list[str | None] = []
         self.models = [MODEL]
         self.trouble: str | None = None
+        self.about: dict[str, Any] = {}
         self._plans: deque[Answer | Refusal] = deque()
         routes = [
             Route("/api/gateway", self._gateway),
@@ -142,7 +143,7 @@ class ScriptedGateway:
         self.requests.clear()
         self.keys.clear()
         self._plans.clear()
-        self.models, self.trouble = [MODEL], None
+        self.models, self.trouble, self.about = [MODEL], None, {}
 
     def close(self) -> None:
         self._server.should_exit = True
@@ -154,7 +155,14 @@ class ScriptedGateway:
 
     async def _gateway(self, request: Request) -> Response:
         return JSONResponse(
-            {"models": self.models, "limits": {"max_tokens": 1024}, "needs_key": False, "version": "0"}
+            {
+                "models": self.models,
+                "limits": {"max_tokens": 1024},
+                "needs_key": False,
+                "takes_keys": False,
+                "version": "0",
+                **self.about,
+            }
         )
 
     async def _health(self, request: Request) -> Response:

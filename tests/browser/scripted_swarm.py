@@ -34,6 +34,7 @@ class ScriptedSwarm:
         self.silent: set[str] = set()
         self.is_reachable = True
         self.listeners: list[Any] = []
+        self.witnesses: list[Any] = []
 
     def add(self, peer_id: str, start: int, end: int, **fields: Any) -> None:
         figures = {"block_time_s": 0.002, "step_time_s": 0.001, "kv_tokens": 8192, "kv_tokens_free": 6000}

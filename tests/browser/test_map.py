@@ -22,6 +22,7 @@ EVIL = "<img src=x onerror=\"document.title='owned'\">\u202e"
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "WATCHED_S", 0.02)
     monkeypatch.setattr(watch, "SILENT_AGAIN_S", 0.02)
+    monkeypatch.setattr(watch, "EXPECTED_AGAIN_S", 0.02)
 
 
 @pytest.fixture
@@ -110,6 +111,19 @@ def test_a_server_that_moves_says_where_to(look: Callable[..., Page], swarm: Scr
     expect(page.locator(".ghost:visible")).to_have_count(0)
     assert edges(page, ".server:has-text('carol') .bar") == (10, 20)
     assert "carol moved from blocks 20–29 to blocks 10–19" in feed(page)
+
+
+def test_a_server_that_comes_is_loading_until_it_answers(
+    look: Callable[..., Page], swarm: ScriptedSwarm
+) -> None:
+    page = look()
+    swarm.silent.add("dave")
+    swarm.add("dave", 10, 20)
+    expect(page.locator(".server.joining")).to_contain_text("loading")
+    assert feed(page) == []
+    swarm.silent.clear()
+    expect(page.locator(".server.serving")).to_have_count(4)
+    assert feed(page) == ["dave joined with blocks 10–19"]
 
 
 def test_what_others_wrote_is_text(look: Callable[..., Page], swarm: ScriptedSwarm) -> None:

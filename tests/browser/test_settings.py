@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from tests.browser.scripted import MODEL, ScriptedGateway, text
@@ -54,6 +55,40 @@ def test_a_refused_key_leads_to_the_settings(page: Page, gateway: ScriptedGatewa
     ask(page, "Hello")
     page.click("text=Open settings")
     page.locator("#key").wait_for(state="visible")
+
+
+def test_who_needs_a_key_is_told_before_asking(page: Page, gateway: ScriptedGateway) -> None:
+    gateway.about = {"needs_key": True, "takes_keys": True}
+    page.reload()
+    page.wait_for_selector("#health.warn")
+    wait_text(page, "This gateway asks for a key.", "#trouble")
+    page.click("#open-settings")
+    page.fill("#key", "sesame")
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#health.good")
+    assert page.locator("#trouble").is_hidden()
+
+
+def test_what_a_key_is_good_for_is_said(page: Page, gateway: ScriptedGateway) -> None:
+    page.click("#open-settings")
+    assert page.locator("#key-hint").inner_text() == "Not needed: this gateway has no keys."
+    page.keyboard.press("Escape")
+    gateway.about = {"takes_keys": True}
+    page.reload()
+    page.wait_for_selector("#health.good")
+    page.click("#open-settings")
+    assert page.locator("#key-hint").inner_text() == "Not needed here. With one, limits may be wider."
+
+
+def test_texts_are_translated_into_the_browsers_language(
+    visit: Callable[..., Page], gateway: ScriptedGateway
+) -> None:
+    page = visit(gateway.url, locale="de-AT")
+    page.click("[data-task=translate]")
+    assert page.input_value("#to") == "German"
+    wait_text(page, "The early bird", ".examples")
+    page.select_option("#to", "English")
+    wait_text(page, "L'habit", ".examples")
 
 
 def test_deleting_a_conversation_can_be_undone(page: Page, gateway: ScriptedGateway) -> None:

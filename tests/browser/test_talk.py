@@ -203,7 +203,12 @@ def test_the_place_in_the_line_is_told(page: Page, gateway: ScriptedGateway) -> 
 
 ERRORS = [
     (429, {"message": "slow down", "type": "rate_limit_error"}, "Many people are asking just now"),
-    (503, {"message": "nobody serves blocks 4 to 8"}, "Nobody serves blocks 4 to 8."),
+    (
+        429,
+        {"message": "more than 5 requests a minute", "code": "rate_limit_exceeded"},
+        "You have asked often in this minute",
+    ),
+    (503, {"message": "nobody serves blocks 4-8"}, "Nobody serves blocks 4–8."),
     (401, {"message": "no key"}, "This gateway asks for a key"),
     (404, {"message": "no such model", "code": "model_not_found"}, "This model is not here any more"),
     (413, {"message": "too large"}, "That is too long"),
@@ -245,13 +250,93 @@ def test_a_conversation_that_is_too_long_can_go_on(page: Page, gateway: Scripted
         gateway.plan_whole(said)
         ask(page, f"Say {said}")
         wait_text(page, said, ".prose >> nth=-1")
-    gateway.refuse(400, {"message": "too many tokens", "code": "context_length_exceeded"})
+    for _ in range(2):
+        gateway.refuse(400, {"message": "too many tokens", "code": "context_length_exceeded"})
     ask(page, "Say Three")
     gateway.plan_whole("Three")
     page.click("text=Go on without the oldest messages")
     wait_text(page, "Three", ".prose >> nth=-1")
-    assert [said["content"] for said in gateway.requests[3]["messages"]] == ["Say Three"]
+    assert [said["content"] for said in gateway.requests[4]["messages"]] == ["Say Three"]
     assert answers(page) == ["One", "Two", "Three"]
+
+
+def test_an_answer_that_could_not_be_so_long_is_asked_for_as_long_as_it_can_be(
+    page: Page, gateway: ScriptedGateway
+) -> None:
+    gateway.refuse(400, {"message": "too many tokens", "code": "context_length_exceeded"})
+    gateway.plan_whole("Short.")
+    ask(page, "Say it")
+    wait_answered(page)
+    assert answers(page) == ["Short."]
+    first, second = gateway.requests
+    assert first.pop("max_tokens") == 512
+    assert first == second
+
+
+def test_a_failed_answer_shows_no_way(page: Page, gateway: ScriptedGateway) -> None:
+    error = {"message": "lost", "status": 503}
+    answer = gateway.plan(answering("alice", "bob", repairs=1), text("Half"))
+    ask(page, "Hello?")
+    wait_text(page, "another took over")
+    gateway.trouble = "nobody serves block 3"
+    answer.send({"error": error})
+    wait_text(page, "The swarm cannot answer right now")
+    assert page.locator(".hops").is_hidden()
+    assert "another took over" not in page.locator(".answer").inner_text()
+    page.wait_for_selector("#health.bad")
+
+
+def test_servers_of_a_route_differ_in_colour(page: Page, gateway: ScriptedGateway) -> None:
+    gateway.plan_whole("Well.", answering("a", "g", "m", "s"))  # alike, as far as their names go
+    ask(page, "Hello?")
+    wait_answered(page)
+    classes = page.locator(".hop:not(.end)").evaluate_all("nodes => nodes.map((node) => node.className)")
+    assert len(set(classes)) == 4
+
+
+def test_those_who_listen_hear_that_the_answer_comes_and_all_see_how_to_stop_it(
+    page: Page, gateway: ScriptedGateway
+) -> None:
+    answer = gateway.plan(swarm("opening"))
+    ask(page, "Hello?")
+    wait_text(page, "Finding a way", "#announcer")
+    assert page.locator("#keys-running").is_visible()
+    answer.send(text("Well"))
+    wait_text(page, "The answer comes", "#announcer")
+    answer.send(finish()).end()
+    wait_answered(page)
+    assert page.locator("#keys-running").is_hidden()
+
+
+def test_parts_of_an_answer_are_believed_rather_than_the_gateways_last_look(
+    page: Page, gateway: ScriptedGateway
+) -> None:
+    gateway.trouble = "nobody serves blocks 15-29"
+    page.reload()
+    wait_text(page, "nobody serves blocks 15–29", "#trouble")
+    answer = gateway.plan(swarm("opening"))
+    ask(page, "Hello?")
+    answer.send(text("Well"))
+    page.wait_for_selector("#health.good")
+    assert page.locator("#trouble").is_hidden()
+    with page.expect_response("**/health") as health:
+        page.evaluate("dispatchEvent(new Event('online'))")
+    assert health.value.status == 503
+    health.value.finished()
+    assert page.locator("#trouble").is_hidden()
+    answer.send(finish()).end()
+    wait_answered(page)
+
+
+def test_trouble_that_is_over_is_soon_known(visit: Callable[..., Page], gateway: ScriptedGateway) -> None:
+    gateway.trouble = "nobody serves block 3"
+    page = visit(gateway.url)
+    page.clock.install()
+    page.reload()
+    wait_text(page, "nobody serves block 3", "#trouble")
+    gateway.trouble = None
+    page.clock.fast_forward(3000)
+    page.wait_for_selector("#health.good")
 
 
 def test_trouble_of_the_swarm_is_told_before_anybody_asks(page: Page, gateway: ScriptedGateway) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,9 @@ class Watched:
         known = len(self.watch.happenings)
         self.local.run(asyncio.sleep(seconds))
         return [happening.event.kind for happening in list(self.watch.happenings)[known:]]
+
+    def peer_ids(self) -> set[str]:
+        return {server.announcement().peer_id for server in self.local.servers}
 
     def close(self) -> None:
         self._watching.__exit__(None, None, None)
@@ -95,6 +99,101 @@ def test_one_late_answer_is_no_failure(watched: Watched, monkeypatch: pytest.Mon
     monkeypatch.setattr(watched.watch, "_measure", lossy)
     assert watched.after(10) == []
     assert asked[:2] == [asked[0], asked[0]]
+
+
+@pytest.fixture
+def heard(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Who answers pings; at first all that are there."""
+    measure, heard = watched.watch._measure, watched.peer_ids()
+
+    async def of_heard(peers):
+        return await measure([peer for peer in peers if peer.peer_id in heard])
+
+    monkeypatch.setattr(watched.watch, "_measure", of_heard)
+    return heard
+
+
+def state_of(watched: Watched, peer_id: str) -> str:
+    status = watched.watch.status
+    assert status is not None
+    return next(status.state(peer) for peer in status.announcements if peer.peer_id == peer_id)
+
+
+def test_who_has_not_answered_yet_is_loading_and_joins_with_its_first_answer(
+    watched: Watched, heard: set[str]
+) -> None:
+    newcomer = watched.local.add_server("2:4").announcement().peer_id
+    assert watched.after(5) == []
+    assert state_of(watched, newcomer) == "joining"
+    heard.add(newcomer)
+    assert watched.after(4) == ["joined"]
+    assert watched.watch.happenings[-1].event.words == "joined with blocks 2-3"
+    assert state_of(watched, newcomer) == "serving"
+
+
+def test_who_never_answers_is_silent_in_the_end(watched: Watched, heard: set[str]) -> None:
+    newcomer = watched.local.add_server("2:4").announcement().peer_id
+    assert watched.after(watching.EXPECTED_S + 10) == ["failed"]
+    assert watched.watch.happenings[-1].event.words == "does not answer; it was to serve blocks 2-3"
+    assert state_of(watched, newcomer) == "no answer"
+
+
+def test_who_goes_before_its_first_answer_was_not_ready(watched: Watched, heard: set[str]) -> None:
+    watched.local.add_server("2:4")
+    watched.after(5)
+    watched.local.run(watched.local.servers[-1].close())
+    assert watched.after(4) == ["left"]
+    assert watched.watch.happenings[-1].event.words == "left before it was ready"
+
+
+def test_who_failed_just_now_is_asked_again_at_each_look(watched: Watched, heard: set[str]) -> None:
+    victim = watched.local.servers[0].announcement().peer_id
+    heard.remove(victim)
+    assert watched.after(5) == ["failed", "gap_opened"]
+    heard.add(victim)
+    assert watched.after(2.1) == ["back", "gap_closed"]
+
+
+def test_who_has_been_silent_for_long_is_asked_at_once_when_its_record_changes(
+    watched: Watched, heard: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "EXPECTED_S", 0.0)
+    monkeypatch.setattr(watching, "SILENT_AGAIN_S", 1e6)
+    victim = watched.local.servers[0].announcement().peer_id
+    heard.remove(victim)
+    watched.after(5)
+    heard.add(victim)
+    record = watched.watch._asked[victim]
+    announcements = watched.swarm.view.announcements
+
+    async def unchanged(model: str):
+        return [record if one.peer_id == victim else one for one in await announcements(model)]
+
+    monkeypatch.setattr(watched.swarm.view, "announcements", unchanged)
+    assert watched.after(9) == []
+    record = replace(record, queue_s=1.5)
+    assert watched.after(2.1) == ["back", "gap_closed"]
+
+
+def test_a_session_that_opens_shows_that_a_silent_server_is_there(
+    watched: Watched, heard: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "EXPECTED_S", 0.0)
+    monkeypatch.setattr(watching, "SILENT_AGAIN_S", 1e6)
+    watched._watching.__exit__(None, None, None)
+    heard.clear()
+    watched.after(40)
+    assert watched.watch.status is not None
+    assert watched.watch.status.missing == (0, 1, 2, 3)
+    heard |= watched.peer_ids()
+    model = watched.local.model()
+    model._swarm = watched.swarm
+    known = len(watched.watch.happenings)
+    model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=1)
+    watched.after(0.5)
+    assert [h.event.kind for h in list(watched.watch.happenings)[known:]] == ["back", "back", "gap_closed"]
+    watched._watching = watched.watch.watching()
+    watched._watching.__enter__()
 
 
 def test_what_a_session_sees_is_known_at_once(watched: Watched) -> None:
@@ -211,6 +310,7 @@ def test_once_closed_nobody_waits_for_it(watched: Watched) -> None:
 
     watched.local.run(close_while_somebody_asks(), timeout_s=10)
     assert watched.swarm.view.listeners == []
+    assert watched.swarm.view.witnesses == []
 
 
 def test_a_look_that_fails_is_not_the_last(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -64,6 +64,11 @@ class Guard:
         """Whether nobody is answered without a key."""
         return self._keys is not None and not self._config.allow_anonymous
 
+    @property
+    def takes_keys(self) -> bool:
+        """Whether a key makes a difference."""
+        return self._keys is not None
+
     def wrap(self, app: App) -> App:
         """`app` behind all checks of a request."""
         config = self._config

@@ -13,6 +13,7 @@ export class Answering {
     this.onChange = onChange;
     this.save = save;
     this.running = new Map();
+    this.heardAt = -Infinity; // when a part of any answer came last
     this.leaving = false;
     window.addEventListener("pagehide", () => {
       this.leaving = true; // what fails from now on fails because of that
@@ -40,11 +41,14 @@ export class Answering {
     this.save(conversation);
     this.onChange(conversation, turn);
     try {
-      await this.#read(conversation, turn, ask(request, { key, signal: aborter.signal }));
+      await this.#ask(conversation, turn, request, { key, signal: aborter.signal });
       turn.state = "done";
     } catch (error) {
       turn.state = aborter.signal.aborted ? "stopped" : this.leaving ? "left" : "failed";
-      if (turn.state === "failed") turn.error = explain(error);
+      if (turn.state === "failed") {
+        turn.error = explain(error);
+        this.heardAt = -Infinity;
+      }
     }
     turn.stage = null;
     this.running.delete(conversation.id);
@@ -53,10 +57,25 @@ export class Answering {
     this.onChange(conversation, turn);
   }
 
+  /** Where the longest answer that was asked for has no room any more, a shorter one may have. */
+  async #ask(conversation, turn, request, options) {
+    try {
+      await this.#read(conversation, turn, ask(request, options));
+    } catch (error) {
+      const isChat = Boolean(request.body.messages); // texts without a length are continued by a few words only
+      if (error.code !== "context_length_exceeded" || turn.text || !isChat) throw error;
+      const { max_tokens: _, ...body } = request.body;
+      await this.#read(conversation, turn, ask({ ...request, body }, options));
+    }
+  }
+
   async #read(conversation, turn, parts) {
     let savedAt = performance.now();
     for await (const part of parts) {
-      if (part.text) turn.text += part.text;
+      if (part.text) {
+        turn.text += part.text;
+        this.heardAt = performance.now();
+      }
       if (part.finish) turn.finish = part.finish;
       if (part.swarm) {
         turn.stage = part.swarm;

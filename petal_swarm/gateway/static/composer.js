@@ -61,6 +61,8 @@ export class Composer {
     this.running = running;
     byId("send").hidden = running;
     byId("stop").hidden = !running;
+    byId("keys").hidden = running;
+    byId("keys-running").hidden = !running;
     if (focused) this.focus();
     this.#fit();
   }

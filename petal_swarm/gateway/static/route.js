@@ -53,27 +53,42 @@ export class RouteLine {
 
   #draw(hops) {
     const end = (text) => el("li", { class: "hop end" }, el("span", { class: "hop-name", text }));
-    this.hops.replaceChildren(end("you"), ...hops.map(drawHop), end("you"));
+    const colours = huesOf(hops);
+    this.hops.replaceChildren(end("you"), ...hops.map((hop) => drawHop(hop, colours.get(idOf(hop)))), end("you"));
   }
 }
 
-function drawHop({ peer, name, blocks: [start, stop], totalMs }) {
+function drawHop({ peer, name, blocks: [start, stop], totalMs }, colour) {
   const blocks = stop - start === 1 ? `block ${start}` : `blocks ${start}–${stop - 1}`;
   const details = [name, blocks, totalMs === null ? null : `${short(totalMs / 1000)} so far`, peer];
   return el(
     "li",
-    { class: `hop hue-${hue(peer || name)}`, title: details.filter(Boolean).join("\n") },
+    { class: `hop hue-${colour}`, title: details.filter(Boolean).join("\n") },
     el("span", { class: "hop-name", text: name }),
     el("span", { class: "hop-time" }),
     el("span", { class: "unseen", text: `, ${blocks}` }),
   );
 }
 
-/** The same peer, the same colour, in every answer. */
-function hue(text) {
+const idOf = ({ peer, name }) => peer || name;
+
+/** The same peer, the same colour in every answer, unless another of the route has it and one is left. */
+function huesOf(hops) {
+  const found = new Map();
+  for (const id of hops.map(idOf)) {
+    if (found.has(id)) continue;
+    const taken = new Set(found.size < HUES ? found.values() : []);
+    let hue = sumOf(id) % HUES;
+    while (taken.has(hue + 1)) hue = (hue + 1) % HUES;
+    found.set(id, hue + 1);
+  }
+  return found;
+}
+
+function sumOf(text) {
   let sum = 0;
   for (const character of text) sum = (sum * 31 + character.codePointAt(0)) >>> 0;
-  return (sum % HUES) + 1;
+  return sum;
 }
 
 function figures({ tokensPerS, firstTokenS, newTokens, repairs }) {

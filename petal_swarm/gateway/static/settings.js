@@ -40,7 +40,7 @@ export class SettingsPanel {
   }
 
   /** Show what this gateway offers, and what is chosen. */
-  show({ models, limits, needs_key: needsKey }, model) {
+  show({ models, limits, needs_key: needsKey, takes_keys: takesKeys }, model) {
     const { settings } = this.store;
     const names = models.map(({ id }) => id).join("\n");
     if (names !== this.names) byId("model").replaceChildren(...models.map(option));
@@ -56,7 +56,9 @@ export class SettingsPanel {
     byId("temperature-value").textContent = auto ? "" : settings.temperature.toFixed(1);
     byId("key-hint").textContent = needsKey
       ? "This gateway asks for a key. It is kept in this browser."
-      : "Not needed here. With one, limits may be wider.";
+      : takesKeys
+        ? "Not needed here. With one, limits may be wider."
+        : "Not needed: this gateway has no keys.";
   }
 
   #showLengths(chosen) {

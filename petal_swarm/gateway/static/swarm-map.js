@@ -1,6 +1,6 @@
 // The map: one element for each server, moved and coloured as the server changes. Names are text, never HTML.
 
-import { blocks, lookOf, markOf, nameOf, rangeOf, rate, runs, sentenceOf } from "./swarm-words.js";
+import { blocks, lookOf, markOf, nameOf, pauseOf, rangeOf, rate, runs, sentenceOf } from "./swarm-words.js";
 
 // Of how many servers on the map is packed, unless somebody has chosen otherwise.
 const MANY = 40;
@@ -73,7 +73,7 @@ export class SwarmMap {
     item.within.textContent = nameOf(peer);
     item.mark.textContent = markOf(peer);
     item.range.textContent = rangeOf(peer.span);
-    item.figure.textContent = look === "serving" ? rate(peer.tokens_per_s) : { busy: "busy", joining: "not ready", silent: "no answer" }[look];
+    item.figure.textContent = look === "serving" ? rate(peer.tokens_per_s) : { busy: "busy", joining: pauseOf(peer), silent: "no answer" }[look];
     item.bar.setAttribute("aria-label", sentenceOf(peer));
     span(item.bar, peer.span, this.numBlocks);
     const speed = fastest && peer.state === "serving" ? 1 + Math.log2(blocksPerS(peer) / fastest) / 4 : 0;

@@ -60,10 +60,12 @@ export function lookOf(peer) {
   return peer.busy ? "busy" : "serving";
 }
 
-const STATES = { serving: "serves", busy: "is busy", joining: "is loading or leaving", silent: "does not answer" };
+const STATES = { serving: "serves", busy: "is busy", loading: "is loading", leaving: "is leaving", silent: "does not answer" };
 const MARKS = { serving: "", busy: "≈ ", joining: "+ ", silent: "× " };
 
-export const stateOf = (peer) => STATES[lookOf(peer)];
+/** What it does while it is not ready: who loads has no memory yet, or has never answered. */
+export const pauseOf = (peer) => (peer.rtt_s === null || !peer.kv_tokens ? "loading" : "leaving");
+export const stateOf = (peer) => STATES[lookOf(peer) === "joining" ? pauseOf(peer) : lookOf(peer)];
 export const markOf = (peer) => MARKS[lookOf(peer)];
 
 export function seconds(value) {

@@ -3,6 +3,7 @@
 import { SwarmMap } from "./swarm-map.js";
 import { readSwarm } from "./swarm-stream.js";
 import { factsOf, listOfRuns, lookOf, nameOf, signOf, stateOf } from "./swarm-words.js";
+import { ranges } from "./words.js";
 
 const MAX_FEED = 100;
 const at = (id) => document.getElementById(id);
@@ -121,7 +122,7 @@ function tell(events, isNew) {
   for (const event of events) {
     const [sign, tone] = signOf(event.kind);
     const words = make("p", {});
-    const told = event.words.replace(/(\d)-(\d)/g, "$1–$2");
+    const told = ranges(event.words);
     if (event.id) {
       words.append(make("b", {}, make("bdi", {}, nameOf(event))), ` ${told}`);
     } else {

@@ -7,10 +7,15 @@ import { button, el } from "./dom.js";
 import { SettingsPanel } from "./settings.js";
 import { Side } from "./side.js";
 import { Store } from "./store.js";
-import { DEFAULT_OPTIONS, requestFor, TASKS } from "./tasks.js";
+import { defaultOptions, examplesOf, requestFor, TASKS } from "./tasks.js";
 import { Thread } from "./thread.js";
+import { ranges } from "./words.js";
 
 const LOOK_EVERY_MS = 20_000;
+const LOOK_IN_TROUBLE_EVERY_MS = 3_000;
+// The gateway looks at the swarm every few seconds: parts of an answer are newer than what it knows.
+const HEARD_MS = 10_000;
+const NO_KEY = "This gateway asks for a key. Put the one that its operator gave you into the settings.";
 const MAX_TITLE = 60;
 const byId = (id) => document.getElementById(id);
 
@@ -55,7 +60,7 @@ class Page {
 
   /** Show a conversation; a new one if there is none of this id. */
   open(id, { task = this.conversation?.task ?? "chat", push = true } = {}) {
-    const options = { ...DEFAULT_OPTIONS, ...this.conversation?.options };
+    const options = { ...defaultOptions(), ...this.conversation?.options };
     this.conversation = this.store.conversations.get(id) ?? this.store.create(task, options);
     if (!Object.hasOwn(TASKS, this.conversation.task)) this.conversation.task = "chat";
     if (push) history.pushState(null, "", this.conversation.turns.length ? `#${this.conversation.id}` : "/");
@@ -78,7 +83,7 @@ class Page {
       if (event.key !== "Escape" || event.defaultPrevented || byId("settings").open) return;
       if (!this.side.close()) this.answering.stop(this.conversation);
     });
-    setInterval(() => document.hidden || this.#meetGateway(), LOOK_EVERY_MS);
+    byId("to").addEventListener("change", () => this.#chooseLanguage());
   }
 
   // What is shown
@@ -104,8 +109,9 @@ class Page {
   }
 
   #emptyView() {
-    const { title, note, examples } = TASKS[this.conversation.task];
-    const suggestions = examples.map((text) =>
+    const { task, options } = this.conversation;
+    const { title, note } = TASKS[task];
+    const suggestions = examplesOf(task, options).map((text) =>
       el("button", { type: "button", class: "example", text, on: { click: () => this.#send(text) } }),
     );
     return el(
@@ -119,6 +125,7 @@ class Page {
   }
 
   #answerChanged(conversation, turn) {
+    if (this.trouble && this.#hearsAnswer()) this.#showTrouble(null);
     if (conversation !== this.conversation) {
       if (turn.state !== "asked") this.side.show(this.conversation);
       return;
@@ -139,6 +146,11 @@ class Page {
   }
 
   // What is done
+
+  #chooseLanguage() {
+    Object.assign(this.conversation.options, this.composer.options);
+    if (!this.conversation.turns.length) this.#show();
+  }
 
   #switchTo(task) {
     if (task === this.conversation.task) return this.composer.focus();
@@ -227,28 +239,49 @@ class Page {
 
   // The gateway
 
+  #lookAgain() {
+    clearTimeout(this.looks);
+    const look = () => (document.hidden ? this.#lookAgain() : this.#meetGateway());
+    this.looks = setTimeout(look, this.trouble ? LOOK_IN_TROUBLE_EVERY_MS : LOOK_EVERY_MS);
+  }
+
+  #hearsAnswer() {
+    return performance.now() - this.answering.heardAt < HEARD_MS;
+  }
+
   async #meetGateway() {
     try {
       this.gateway = { ...this.gateway, ...(await fetchJson("/api/gateway")) };
-      this.#showTrouble(await fetchTrouble());
+      const trouble = await fetchTrouble();
+      this.#showTrouble(this.#hearsAnswer() ? null : trouble);
     } catch {
       this.#showTrouble("The gateway does not answer. What you write is kept, and sent when you try again.");
     }
     this.#showModel();
+    this.#lookAgain();
   }
 
   #showModel() {
     const { model } = this;
     byId("model-name").textContent = model ? model.id.split("/").at(-1) : "";
     this.settings.show(this.gateway, model);
+    this.#showHealth();
   }
 
   #showTrouble(trouble) {
-    byId("health").className = `dot ${trouble ? "bad" : "good"}`;
-    byId("health").title = trouble ?? "The swarm is complete";
+    this.trouble = trouble && ranges(trouble);
+    this.#showHealth();
+  }
+
+  #showHealth() {
+    if (this.trouble === undefined) return; // nothing is known yet
+    const isShut = this.gateway.needs_key && !this.store.settings.key;
+    const told = this.trouble ?? (isShut ? NO_KEY : null);
+    byId("health").className = `dot ${this.trouble ? "bad" : isShut ? "warn" : "good"}`;
+    byId("health").title = told ?? "The swarm is complete";
     const note = byId("trouble");
-    note.hidden = !trouble;
-    if (trouble && note.textContent !== trouble) note.textContent = trouble;
+    note.hidden = !told;
+    if (told && note.textContent !== told) note.textContent = told;
   }
 }
 

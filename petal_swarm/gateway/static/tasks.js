@@ -83,6 +83,7 @@ export const TASKS = {
     placeholder: "Write or paste a text",
     note: "From any language that the model knows.",
     examples: ["The early bird catches the worm.", "Could you tell me the way to the library?"],
+    foreign: ["L'habit ne fait pas le moine.", "Könnten Sie mir den Weg zur Bibliothek zeigen?"],
   },
   write: {
     label: "Write",
@@ -98,7 +99,17 @@ export const TASKS = {
   },
 };
 
-export const DEFAULT_OPTIONS = { to: "English", kind: "A story" };
+/** What a visitor has not chosen yet; texts are translated into the browser's language. */
+export function defaultOptions(language = navigator.language) {
+  const name = new Intl.DisplayNames(["en"], { type: "language" }).of(language.split("-")[0]);
+  return { to: name in LANGUAGES ? name : "English", kind: "A story" };
+}
+
+/** What the visitor may begin with. */
+export function examplesOf(task, { to }) {
+  const { examples, foreign } = TASKS[task];
+  return foreign && to === "English" ? foreign : examples;
+}
 
 /** The request that puts the last of `turns` ({role, text, options}) to a model: {path, body}. */
 export function requestFor(task, turns, model, settings) {

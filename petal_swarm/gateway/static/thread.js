@@ -136,7 +136,7 @@ class Answer {
     if (turn.text !== this.text) this.markdown.update(turn.text.trim());
     this.text = turn.text;
     this.#renderStage(asked && !turn.text ? turn.stage : null);
-    this.route.update(turn.route, asked);
+    this.route.update(turn.state === "failed" ? null : turn.route, asked); // it led nowhere
     if (turn.state !== this.state || turn.error !== this.error) this.#renderNote();
     this.error = turn.error;
     this.#tell(asked);
@@ -191,6 +191,8 @@ class Answer {
   }
 
   #tell(asked) {
+    if (asked && this.turn.text && this.told) announce("The answer comes");
+    if (this.turn.text) this.told = null;
     if (this.state !== "asked" || asked) return;
     if (this.turn.state === "done") announce(`Answer: ${this.turn.text.trim().slice(0, 2000)}`);
     else if (this.turn.state === "stopped") announce("Stopped");

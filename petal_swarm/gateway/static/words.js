@@ -15,9 +15,11 @@ export function explain(error) {
     return told("This gateway asks for a key", "Put the key that its operator gave you into the settings.", { action: "settings" });
   if (status === 404) return told("This model is not here any more", said || "Choose another one.", { action: "settings" });
   if (status === 413) return told("That is too long", said || "The gateway takes no texts of this size. Shorten it.");
+  if (code === "rate_limit_exceeded")
+    return told("You have asked often in this minute", waited(error, said), { waitS: error.retryAfterS });
   if (status === 429) return told("Many people are asking just now", busy(error), { waitS: error.retryAfterS });
   if (status === 503)
-    return told("The swarm cannot answer right now", said || "A part of the model has nobody to run it.", {
+    return told("The swarm cannot answer right now", ranges(said) || "A part of the model has nobody to run it.", {
       action: "swarm",
       waitS: error.retryAfterS,
     });
@@ -34,6 +36,14 @@ function busy({ retryAfterS, message }) {
   if (retryAfterS) return `There should be room in ${duration(retryAfterS)}. What you wrote is kept.`;
   return message ? sentence(message) : "Try again in a moment. What you wrote is kept.";
 }
+
+function waited({ retryAfterS }, said) {
+  const again = retryAfterS ? `You can ask again in ${duration(retryAfterS)}.` : "";
+  return [said, again, "What you wrote is kept."].filter(Boolean).join(" ");
+}
+
+/** Blocks are "15–29" on the pages, and "15-29" where the keyboard has to do. */
+export const ranges = (text) => text.replace(/(\d)-(\d)/g, "$1–$2");
 
 function sentence(text) {
   const trimmed = text.trim();
