@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from petal_swarm.errors import (
     NotFiniteError,
     PeerUnreachableError,
     SessionTooLongError,
+    SilentBlocksError,
 )
 from petal_swarm.gateway.api.errors import ApiError, from_swarm
 from petal_swarm.gateway.api.schemas import ChatBody
@@ -181,6 +183,27 @@ def test_failures_before_the_first_token(
     assert "10.1.2.3" not in error["message"]
     assert "secret of" not in error["message"]
     assert all(answers.closed for answers in source.started)
+
+
+@pytest.mark.parametrize(
+    ("failure", "says", "retry_s"),
+    [
+        (MissingBlocksError("secret", range(3, 6)), "Nobody in the swarm serves blocks 3-5 of", "15"),
+        (MissingBlocksError("secret", [3], is_joining=True), "block 3 .* is still joining", "30"),
+        (SilentBlocksError("secret", [3, 4]), "Who serves blocks 3-4 .* does not answer", "15"),
+        (MissingBlocksError("secret"), "serves some blocks of", "15"),
+    ],
+)
+def test_which_blocks_are_missing(failure: Exception, says: str, retry_s: str) -> None:
+    answer = post(ScriptedSource(refuse=failure), CHAT, ASKED)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], answer.headers["retry-after"]) == (
+        503,
+        "missing_blocks",
+        retry_s,
+    )
+    assert re.search(says, error["message"]), error["message"]
+    assert "secret" not in error["message"]
 
 
 def test_retry_after_is_in_whole_seconds() -> None:

@@ -21,14 +21,20 @@ from petal_swarm.errors import (
     PetalSwarmError,
     RemoteError,
     SessionTooLongError,
+    SilentBlocksError,
     SwarmError,
     TooSlowError,
 )
 from petal_swarm.gateway.refusals import RefusedError
+from petal_swarm.routing.blocks import format_blocks
 
 MAX_MESSAGE_CHARACTERS = 500
 #: How long to wait before trying again what is missing now: servers announce themselves every 4 s.
 RETRY_S = 5.0
+#: Somebody has to start a server, or it has to start again.
+RETRY_MISSING_S = 15.0
+#: A server that joins reads its blocks first.
+RETRY_JOINING_S = 30.0
 
 #: To tell of them takes microseconds each, and bodies have room for a million.
 MAX_MISTAKES = 1000
@@ -138,12 +144,7 @@ def from_swarm(error: PetalSwarmError) -> ApiError:
     if isinstance(error, ConfigError):
         return bad_request(str(error))
     if isinstance(error, MissingBlocksError):
-        return ApiError(
-            503,
-            "Nobody in the swarm serves some blocks of the model at the moment.",
-            code="missing_blocks",
-            retry_after_s=RETRY_S,
-        )
+        return _missing(error)
     if isinstance(error, SessionTooLongError):
         return bad_request(
             "This is longer than the swarm can hold; shorten the prompt or the answer.",
@@ -163,6 +164,18 @@ def from_swarm(error: PetalSwarmError) -> ApiError:
     if isinstance(error, (NetworkError, RemoteError, SwarmError)):
         return ApiError(503, "The swarm lost this answer; try again.", code="swarm_failed", retry_after_s=1.0)
     return internal()
+
+
+def _missing(error: MissingBlocksError) -> ApiError:
+    blocks = format_blocks(error.blocks) if error.blocks else "some blocks"
+    told = f"Nobody in the swarm serves {blocks} of the model at the moment"
+    if isinstance(error, SilentBlocksError):
+        told = f"Who serves {blocks} of the model in the swarm does not answer at the moment"
+    retry_s = RETRY_MISSING_S
+    if error.is_joining:
+        told += "; a server of some of them is still joining"
+        retry_s = RETRY_JOINING_S
+    return ApiError(503, f"{told}.", code="missing_blocks", retry_after_s=retry_s)
 
 
 def internal() -> ApiError:
