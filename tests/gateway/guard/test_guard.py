@@ -247,11 +247,12 @@ def test_heads_are_bounded() -> None:
 
 
 def test_a_large_body_is_refused_unread() -> None:
-    door = Door(max_body_bytes=100)
-    answer = door.ask("POST", V1, headers={"content-length": "101"}, parts=())
+    door = Door(max_body_bytes=1024)
+    answer = door.ask("POST", V1, headers={"content-length": "1025"}, parts=())
     assert (answer.status, answer.code) == (413, "request_too_large")
+    assert b"at most 1 KiB is" in answer.body
     assert door.ask("POST", V1, headers={"content-length": "9" * 5000}, parts=()).status == 413
-    assert door.ask("POST", V1, headers={"content-length": "100"}, parts=(b"x" * 100,)).status == 200
+    assert door.ask("POST", V1, headers={"content-length": "1024"}, parts=(b"x" * 1024,)).status == 200
     assert door.refused == ["body", "body"]
 
 
