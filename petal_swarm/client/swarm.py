@@ -283,4 +283,7 @@ async def _reach_any(transport: Transport, config: ClientConfig) -> None:
             return
         except NetworkError as error:
             failures.append(str(error))
-    raise PeerUnreachableError("none of the initial peers can be reached: " + "; ".join(failures))
+    raise PeerUnreachableError(
+        f"none of the initial peers can be reached: {'; '.join(failures)}; is a server running there, and is"
+        " this the address that it printed after `ready`?"
+    )

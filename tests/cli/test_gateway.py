@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from petal_swarm.cli.front_door import guard_config
+from petal_swarm.cli.front_door import guard_config, missing_words
 from petal_swarm.cli.gateway import parse
 from petal_swarm.cli.main import main
 from petal_swarm.errors import ConfigError
 from petal_swarm.gateway.guard import PRIVATE, PUBLIC
+from petal_swarm.wire.announcement import Announcement
+from tests.routing.swarms import server
 
 PEER = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDasaFDPtTnvLvp8pUkS1sGWUHeN2cQTneTYkjJtEw2aZ"
 
@@ -58,6 +61,22 @@ def test_origins_of_pages(origin: str) -> None:
     assert guard_config(parsed("--cors", origin.upper() + "/")).cors_origins == (origin,)
 
 
+@pytest.mark.parametrize(
+    ("servers", "says"),
+    [
+        ([server("a", 0, 4), server("b", 4, 6)], ""),
+        ([server("a", 0, 4)], "nobody serves blocks 4-5 now, .*; start servers of them"),
+        ([], "nobody serves blocks 0-5 now"),
+        ([server("a", 0, 4), server("b", 4, 6, state="joining")], "blocks 4-5 now, .* is still joining"),
+        ([server("a", 0, 5), server("b", 0, 2, state="joining")], "block 5 now, .*; start servers"),
+    ],
+)
+def test_blocks_that_are_missing_at_the_start_are_told(servers: list[Announcement], says: str) -> None:
+    told = missing_words(servers, 6)
+    assert re.search(says, told)
+    assert told.count("\n") == bool(says)
+
+
 @pytest.mark.parametrize("words", [("m",), ("--model", "m"), ("--model=m",)])
 @pytest.mark.parametrize("others", [(), ("--port", "0")])
 def test_the_model_has_a_place_and_an_option(words: tuple[str, ...], others: tuple[str, ...]) -> None:
@@ -99,6 +118,12 @@ def test_arguments_that_cannot_be(words: tuple[str, ...], says: str, capsys: Any
     ("words", "says"),
     [
         (("--host", "192.0.2.1"), "cannot listen at 192.0.2.1"),
+        (("--host", "300.1.1.1"), "--host 300.1.1.1 is neither an address nor a known name"),
+        (
+            ("--api-keys", "/no/such/keys", "--port", "0"),
+            "the keys in /no/such/keys: no such file",
+        ),
+        (("--trusted-proxy", "foo", "--port", "0"), "trusted proxy"),
         (("--port", "0"), "no-such-model"),
     ],
 )
