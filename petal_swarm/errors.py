@@ -104,11 +104,16 @@ class SwarmError(PetalSwarmError):
 
 
 class MissingBlocksError(SwarmError):
-    """Nobody serves some blocks of the model."""
+    """Nobody serves some blocks of the model; `is_joining` if a server of some of them is still loading."""
 
-    def __init__(self, message: str, blocks: Iterable[int] = ()) -> None:
+    def __init__(self, message: str, blocks: Iterable[int] = (), *, is_joining: bool = False) -> None:
         super().__init__(message)
         self.blocks = tuple(blocks)
+        self.is_joining = is_joining
+
+
+class SilentBlocksError(MissingBlocksError, NetworkError):
+    """Those who serve some blocks of the model, by what they announced, cannot be reached."""
 
 
 class RemoteError(PetalSwarmError):

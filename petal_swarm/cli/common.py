@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from petal_swarm.errors import PetalSwarmError
@@ -26,6 +28,22 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
 class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line: whoever wants the whole usage asks for it."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Options that do not exist are named before those that are missing: one may be the other."""
+        words = sys.argv[1:] if args is None else list(args)
+        if self._subparsers is None:  # else they may be an action's
+            self._check_options(words)
+        return super().parse_known_args(words, namespace)
+
+    def _check_options(self, words: Sequence[str]) -> None:
+        options = [option for option in self._option_string_actions if option.startswith("--")]
+        for word in takewhile(lambda word: word != "--", words):
+            name = word.partition("=")[0]
+            is_option = name.startswith("--") and " " not in word
+            if is_option and not any(option.startswith(name) for option in options):
+                near = difflib.get_close_matches(name, options, n=1)
+                self.error(f"there is no option {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_BAD_INPUT, f"error: {message} (try {self.prog} --help)\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
 import time
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def build_parser(prog: str = "petal-swarm demo") -> argparse.ArgumentParser:
         "Start servers on this machine that share a model's blocks, and ask them, or serve a page for that.",
         EXAMPLES,
     )
-    parser.add_argument("question", metavar="QUESTION", nargs="?", default=DEFAULT_QUESTION)
+    parser.add_argument("question", metavar="QUESTION", nargs="?", help="default: one about bees")
     parser.add_argument(
         "--model", default=DEFAULT_MODEL, help="Hugging Face id, folder, or GGUF file (default: %(default)s)"
     )
@@ -43,11 +44,10 @@ def build_parser(prog: str = "petal-swarm demo") -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--host",
-        default="127.0.0.1",
-        help="address that the page is served at; 0.0.0.0 lets other machines in (default: %(default)s)",
+        help="address that the page is served at; 0.0.0.0 lets other machines in (default: 127.0.0.1)",
     )
     parser.add_argument(
-        "--port", type=port, default=8080, help="of the page; 0 is any that is free (default: %(default)s)"
+        "--port", type=port, metavar="PORT", help="of the page; 0 is any that is free (default: 8080)"
     )
     parser.add_argument(
         "--servers", type=positive, default=3, metavar="N", help="how many servers (default: %(default)s)"
@@ -75,7 +75,22 @@ def build_parser(prog: str = "petal-swarm demo") -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None, prog: str = "petal-swarm demo") -> int:
-    return run_program(run, build_parser(prog).parse_intermixed_args(argv))
+    return run_program(run, parse(argv, prog))
+
+
+def parse(argv: list[str] | None = None, prog: str = "petal-swarm demo") -> argparse.Namespace:
+    """The arguments; those of the page are refused where there is none, and a question where there is."""
+    parser = build_parser(prog)
+    arguments = parser.parse_intermixed_args(argv)
+    if arguments.web and arguments.question is not None:
+        parser.error("--web serves a page to ask on: leave out the question, or --web")
+    for name, value in (("--host", arguments.host), ("--port", arguments.port)):
+        if value is not None and not arguments.web:
+            parser.error(f"{name} is of the page: add --web")
+    arguments.host = "127.0.0.1" if arguments.host is None else arguments.host
+    arguments.port = 8080 if arguments.port is None else arguments.port
+    arguments.question = DEFAULT_QUESTION if arguments.question is None else arguments.question
+    return arguments
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -149,8 +164,10 @@ def serve_page(address: str, arguments: argparse.Namespace) -> int:
 
     words = ["--model", arguments.model, "--host", arguments.host, "--port", str(arguments.port)]
     words += ["--threads", str(arguments.threads), "--log-level", arguments.log_level, "--drain-timeout", "0"]
-    print("\nopening the page; Ctrl-C ends all of it", flush=True)
-    return gateway.run(gateway.build_parser().parse_args([*words, "--initial-peers", address]))
+    print(f"\nthe swarm in a terminal: petal-swarm status {shlex.quote(arguments.model)} --watch", end="")
+    print(f" --initial-peers {address}")
+    print("starting the gateway; Ctrl-C ends all of it", flush=True)
+    return gateway.run(gateway.parse([*words, "--initial-peers", address]))
 
 
 def client_arguments(arguments: argparse.Namespace, address: str) -> argparse.Namespace:

@@ -9,6 +9,7 @@ import gc
 import logging
 import signal
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -16,18 +17,23 @@ import torch
 from petal_swarm.cli.signals import Signals, first_of
 from petal_swarm.client.config import ClientConfig
 from petal_swarm.client.generation.generator import Generator, connect_generator
-from petal_swarm.errors import ConfigError
+from petal_swarm.errors import ConfigError, PetalSwarmError
 from petal_swarm.gateway.config import DEFAULT_CHOICES, GatewayConfig
 from petal_swarm.gateway.front_door import FrontDoor, LineConfig
 from petal_swarm.gateway.guard import PRIVATE, PUBLIC, Guard, GuardConfig, Limits, hosts_of
 from petal_swarm.gateway.guard.config import is_loopback
+from petal_swarm.gateway.metrics import Metrics
 from petal_swarm.gateway.serving import listen
 from petal_swarm.models.checkpoint import open_checkpoint
+from petal_swarm.routing.blocks import format_blocks, latest, missing_blocks
+from petal_swarm.wire.announcement import Announcement
 
 logger = logging.getLogger("petal_swarm.cli")
 
 #: Leaving the swarm has deadlines of its own; this is for the sum.
 CLOSE_TIMEOUT_S = 10.0
+#: To ask who serves what.
+LOOK_TIMEOUT_S = 5.0
 KIB = 1 << 10
 
 
@@ -48,13 +54,16 @@ async def serve(arguments: argparse.Namespace) -> int:
         _reload_keys_on_hangup(door.guard)
         print(f"ready {door.url}", flush=True)
         _describe(arguments, door)
+        looking = asyncio.create_task(_tell_missing(generator))
         await signals.first
+        looking.cancel()
         running = door.gateway.num_running
         if running:
             print(
-                f"leaving: waiting up to {arguments.drain_timeout:g} s for {running} answers;"
-                " once more to leave at once",
+                f"leaving: {running} {'answer is' if running == 1 else 'answers are'} under way, waiting"
+                f" up to {arguments.drain_timeout:g} s; Ctrl-C again leaves at once",
                 file=sys.stderr,
+                flush=True,
             )
         closing = asyncio.create_task(door.close(arguments.drain_timeout))
         await first_of(closing, signals.second)
@@ -76,7 +85,9 @@ async def _open(arguments: argparse.Namespace) -> tuple[Generator, FrontDoor]:
         identity=arguments.identity,
         wait_for_blocks_s=arguments.wait_s,
     )
-    guard = guard_config(arguments)
+    # What is cheap to find out comes before the model and the swarm, which take seconds.
+    metrics = Metrics()
+    guard = Guard(guard_config(arguments), on_refusal=metrics.guarded)
     line = LineConfig(max_requests=arguments.max_requests, max_queue=arguments.max_queue)
     bound = listen(arguments.host, arguments.port)
     try:
@@ -94,7 +105,7 @@ async def _open(arguments: argparse.Namespace) -> tuple[Generator, FrontDoor]:
             progress=sys.stderr.isatty(),
         )
         try:
-            return generator, await FrontDoor.open(generator, bound, config, guard, line)
+            return generator, await FrontDoor.open(generator, bound, config, guard, metrics, line)
         except BaseException:
             await _leave(generator)
             raise
@@ -157,6 +168,30 @@ def _describe(arguments: argparse.Namespace, door: FrontDoor) -> None:
     print("\n".join(lines), file=sys.stderr)
 
 
+async def _tell_missing(generator: Generator) -> None:
+    """Say on stderr which blocks nobody serves, if there are any: it is `ready` all the same."""
+    swarm, ref = generator.swarm, generator.ref
+    try:
+        async with asyncio.timeout(LOOK_TIMEOUT_S):
+            known = await swarm.view.announcements(ref.key)
+    except (PetalSwarmError, TimeoutError):
+        print("who serves which blocks is not known yet", file=sys.stderr, flush=True)
+        return
+    print(missing_words(known, ref.num_blocks), end="", file=sys.stderr, flush=True)
+
+
+def missing_words(known: Iterable[Announcement], num_blocks: int) -> str:
+    """What to say of the blocks that nobody serves; nothing if there are none."""
+    peers = latest(known)
+    missing = missing_blocks([peer for peer in peers if peer.state == "serving"], num_blocks)
+    if not missing:
+        return ""
+    told = f"nobody serves {format_blocks(missing)} now, so that nobody can be answered"
+    if any(peer.state == "joining" and any(block in peer.span for block in missing) for peer in peers):
+        return f"{told}; a server of some of them is still joining\n"
+    return f"{told}; start servers of them: the gateway finds them by itself\n"
+
+
 def _key_shown(arguments: argparse.Namespace) -> str:
     return '"none"' if arguments.api_keys is None or arguments.allow_anonymous else "KEY"
 
@@ -164,9 +199,12 @@ def _key_shown(arguments: argparse.Namespace) -> str:
 def _reload_keys_on_hangup(guard: Guard) -> None:
     def reload() -> None:
         try:
-            guard.reload_keys()
+            number = guard.reload_keys()
         except ConfigError as error:
             logger.error("the keys are as before: %s", error)
+        else:
+            told = "there are no keys to read: --api-keys" if number is None else f"keys read again: {number}"
+            print(told, file=sys.stderr, flush=True)
 
     if hasattr(signal, "SIGHUP"):
         with contextlib.suppress(NotImplementedError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import re
 import sys
 
 from petal_swarm.cli.common import (
@@ -20,22 +21,28 @@ from petal_swarm.cli.common import (
 )
 
 EXAMPLES = """\
-  petal-swarm gateway --model bigscience/bloom-560m --initial-peers ADDR
+  petal-swarm gateway bigscience/bloom-560m --initial-peers ADDR
       prints `ready http://127.0.0.1:8080`: an address for the openai package, and for a browser
-  petal-swarm gateway --model MODEL --host 0.0.0.0 --api-keys keys.txt --initial-peers ADDR
+  petal-swarm gateway MODEL --host 0.0.0.0 --api-keys keys.txt --initial-peers ADDR
       for other machines, and only for those who have a key
-  petal-swarm gateway --model MODEL --adapter pirate=./pirate-lora --initial-peers ADDR
+  petal-swarm gateway MODEL --adapter pirate=./pirate-lora --initial-peers ADDR
       also as the model `pirate`
 
 in Python:
   client = openai.OpenAI(base_url="http://127.0.0.1:8080/v1", api_key="none")"""
 
 
+#: Scheme, name or address, port: no path, which no browser sends.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(\[[0-9a-f:.]+\]|[^\s/:?#@\[\],]+)(:\d{1,5})?")
+_HOST = re.compile(r"[^\s/:?#@\[\],]+|[0-9a-f]*:[0-9a-f.]*:[0-9a-f:.]*")
+
+
 def build_parser(prog: str = "petal-swarm gateway") -> Parser:
     parser = new_parser(prog, "Let programs and browsers use a swarm by HTTP.", EXAMPLES)
     parser.add_argument(
-        "--model", metavar="MODEL", required=True, help="Hugging Face id, local folder, or GGUF file"
+        "model", metavar="MODEL", nargs="?", help="Hugging Face id, local folder, or GGUF file"
     )
+    parser.add_argument("--model", metavar="MODEL", dest="model_option", help="the same as an option")
     parser.add_argument(
         "--model-name", metavar="NAME", help="what visitors call it (default: as the checkpoint)"
     )
@@ -119,6 +126,7 @@ def _add_http_options(parser: Parser) -> None:
     http.add_argument(
         "--cors",
         metavar="ORIGIN",
+        type=origin,
         action="append",
         default=[],
         help="let pages of this site ask, such as https://example.org, or * for all; may be given again",
@@ -126,6 +134,7 @@ def _add_http_options(parser: Parser) -> None:
     http.add_argument(
         "--allow-host",
         metavar="NAME",
+        type=host_name,
         action="append",
         default=[],
         help="a further name under which a gateway on this machine's own address answers; may be given again",
@@ -178,8 +187,23 @@ def _add_limits(parser: Parser) -> None:
         each.add_argument(name, type=count, metavar="N", help=f"{what} (default: {default})")
 
 
+def parse(argv: list[str] | None = None, prog: str = "petal-swarm gateway") -> argparse.Namespace:
+    """The arguments; `model` is what either form of it says."""
+    parser = build_parser(prog)
+    arguments = parser.parse_intermixed_args(argv)
+    named = [name for name in (arguments.model, arguments.model_option) if name is not None]
+    if not named:
+        parser.error("the following arguments are required: MODEL")
+    if len(named) > 1:
+        parser.error(f"either MODEL or --model, not both: {named[0]!r} and {named[1]!r}")
+    if not named[0].strip():
+        parser.error("MODEL is empty: a Hugging Face id, a local folder or a GGUF file is expected")
+    arguments.model = named[0]
+    return arguments
+
+
 def main(argv: list[str] | None = None, prog: str = "petal-swarm gateway") -> int:
-    return run_program(run, build_parser(prog).parse_args(argv))
+    return run_program(run, parse(argv, prog))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -209,6 +233,28 @@ def count(text: str) -> int:
     if not text.isdecimal() or len(text) > 15:
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
+
+
+def origin(text: str) -> str:
+    """What a browser sends as `Origin`, or `*`, for argparse; a slash at the end is none of it."""
+    if text == "*":
+        return text
+    bare = text.removesuffix("/").lower()
+    if not _ORIGIN.fullmatch(bare):
+        raise argparse.ArgumentTypeError(
+            f"expected an origin such as https://example.org or http://localhost:3000, or *, got {text!r}"
+        )
+    return bare
+
+
+def host_name(text: str) -> str:
+    """What stands in `Host` without its port, for argparse."""
+    bare = text.removeprefix("[").removesuffix("]").removesuffix(".").lower()
+    if not _HOST.fullmatch(bare):
+        raise argparse.ArgumentTypeError(
+            f"expected a name such as swarm.example.org, without http:// and port, got {text!r}"
+        )
+    return bare
 
 
 def named_folder(text: str) -> tuple[str, str]:

@@ -26,6 +26,10 @@ from petal_swarm.errors import (
     MissingBlocksError,
     NetworkError,
     PeerUnreachableError,
+    PetalSwarmError,
+    SilentBlocksError,
+    StrangerError,
+    UnsupportedProtocolError,
 )
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.private import PrivateTransport
@@ -146,6 +150,7 @@ class Swarm:
 
         Raises:
             MissingBlocksError: nobody serves some blocks.
+            SilentBlocksError: who serves some blocks cannot be reached.
             CacheFullError, BusyError: still full.
             PetalSwarmError: what the last attempt failed with.
         """
@@ -156,6 +161,7 @@ class Swarm:
         failed: set[str] = set()
         full: set[str] = set()
         last: OpenFailedError | None = None
+        missing: MissingBlocksError | None = None
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self.config.wait_for_blocks_s
         attempts = 0
@@ -167,9 +173,10 @@ class Swarm:
                 route = await self.view.find_route(
                     model, kv_tokens=max_length, avoid=frozenset(failed | full), held=held
                 )
-            except MissingBlocksError:
+            except MissingBlocksError as error:
                 if last is None:
                     raise
+                missing = error
                 if full or not last.is_unreachable or loop.time() >= deadline:
                     break
                 failed.clear()  # it may have been the connection; and others may come
@@ -187,7 +194,7 @@ class Swarm:
         assert last is not None
         if last.is_full and self.config.wait_for_room_s:
             return await self._open_when_free(model, max_length, last, failed, adapter)
-        raise last.error from None
+        raise _given_up(last, missing) from None
 
     async def _open_when_free(
         self,
@@ -251,6 +258,18 @@ class Swarm:
         await self.transport.close()
 
 
+def _given_up(last: OpenFailedError, missing: MissingBlocksError | None) -> PetalSwarmError:
+    """What to say after the last attempt, and of the blocks that nobody was left for."""
+    if not last.is_unreachable or isinstance(last.error, (StrangerError, UnsupportedProtocolError)):
+        return last.error
+    blocks = missing.blocks if missing is not None else last.span.blocks()
+    return SilentBlocksError(
+        f"who serves {format_blocks(blocks)} does not answer: {last.error}",
+        blocks,
+        is_joining=missing is not None and missing.is_joining,
+    )
+
+
 async def _reach_any(transport: Transport, config: ClientConfig) -> None:
     """Connect to one of the initial peers.
 
@@ -264,4 +283,7 @@ async def _reach_any(transport: Transport, config: ClientConfig) -> None:
             return
         except NetworkError as error:
             failures.append(str(error))
-    raise PeerUnreachableError("none of the initial peers can be reached: " + "; ".join(failures))
+    raise PeerUnreachableError(
+        f"none of the initial peers can be reached: {'; '.join(failures)}; is a server running there, and is"
+        " this the address that it printed after `ready`?"
+    )

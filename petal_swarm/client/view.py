@@ -149,7 +149,9 @@ class View:
                 told = _why(error, model, heard, trains)
                 if avoid or _now() >= deadline:
                     raise MissingBlocksError(
-                        f"{told} (waited {self.config.wait_for_blocks_s:g} s)", error.blocks
+                        f"{told} (waited {self.config.wait_for_blocks_s:g} s)",
+                        error.blocks,
+                        is_joining=error.is_joining,
                     ) from None
                 if not waiting:
                     logger.warning("%s; waiting up to %g s", told, self.config.wait_for_blocks_s)

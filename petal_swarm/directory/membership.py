@@ -80,12 +80,18 @@ class Membership:
             if pending:
                 await asyncio.wait(pending)
         if not joined:
-            raise PeerUnreachableError(f"cannot join the swarm: {'; '.join(failures)}")
+            raise PeerUnreachableError(f"cannot join the swarm: {'; '.join(failures)}{self._advice()}")
         for reason in failures:
             logger.warning("joined the DHT without one of the peers: %s", reason)
         if complaint := self.clock_complaint():
             logger.warning("%s", complaint)
         await self._node.meet_neighbours()
+
+    def _advice(self) -> str:
+        """What to look after, unless somebody was there and said no."""
+        if any(self._node.refusal(address.rpartition("/p2p/")[2]) for address in self.addresses):
+            return ""
+        return "; is a server running there, and is this the address that it printed after `ready`?"
 
     def clock_complaint(self) -> str | None:
         """What to say about this machine's clock, after what the peers joined by said of theirs."""

@@ -16,6 +16,7 @@ from petal_swarm.client.watch import SwarmWatch
 from petal_swarm.errors import PetalSwarmError
 from petal_swarm.gateway.api.endpoints import api_routes, as_api_error
 from petal_swarm.gateway.api.errors import ApiError
+from petal_swarm.gateway.api.request_ids import RequestIds, request_id_of
 from petal_swarm.gateway.gateway import Gateway
 from petal_swarm.gateway.guard import Guard
 from petal_swarm.gateway.metrics import CONTENT_TYPE
@@ -25,6 +26,8 @@ from petal_swarm.models.prompts import has_template
 from petal_swarm.routing.blocks import format_blocks
 from petal_swarm.version import __version__
 
+#: The longest first: one ends in another.
+ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/models")
 #: `/health` is as old as this at most, and asked for by machines, often.
 HEALTH_AGE_S = 2.0
 #: A look that takes longer has found nobody yet.
@@ -52,7 +55,7 @@ def make_app(
             Exception: _on_error,
         },
     )
-    return starlette if guard is None else guard.wrap(starlette)
+    return RequestIds(starlette if guard is None else guard.wrap(starlette))
 
 
 def _own_routes(gateway: Gateway, watch: SwarmWatch | None, guard: Guard | None) -> list[Route]:
@@ -102,7 +105,7 @@ async def _ailment(watch: SwarmWatch) -> str | None:
 
 async def _on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    told = {404: "There is nothing at this address.", 405: "This address takes other methods."}
+    told = {404: _nothing_at(request.url.path), 405: "This address takes other methods."}
     message = told.get(error.status_code, error.detail)
     response = ApiError(error.status_code, message, code="not_found" if error.status_code == 404 else None)
     made = response.response()
@@ -110,5 +113,14 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return made
 
 
+def _nothing_at(path: str) -> str:
+    """For programs that look for an endpoint, which ones there are."""
+    ours = tuple(route for route in ENDPOINTS if path.rstrip("/").endswith(route.removeprefix("/v1")))
+    if ours:
+        return f"There is nothing at this address; {ours[0]} is."
+    asks = path.startswith("/v1/") or path in ("/v1", "/embeddings", "/responses")
+    return "There is nothing at this address" + (f"; there are {', '.join(ENDPOINTS)}." if asks else ".")
+
+
 async def _on_error(request: Request, error: Exception) -> Response:
-    return as_api_error(error).response()
+    return as_api_error(error, request_id_of(request.scope)).response()

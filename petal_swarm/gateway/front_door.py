@@ -11,7 +11,7 @@ from petal_swarm.client.watch import SwarmWatch
 from petal_swarm.gateway.app import make_app
 from petal_swarm.gateway.config import GatewayConfig
 from petal_swarm.gateway.gateway import Gateway
-from petal_swarm.gateway.guard import Guard, GuardConfig
+from petal_swarm.gateway.guard import Guard
 from petal_swarm.gateway.line import Line
 from petal_swarm.gateway.metrics import Metrics
 from petal_swarm.gateway.serving import HttpServer, url_of
@@ -43,16 +43,15 @@ class FrontDoor:
         generator: Generator,
         bound: socket.socket,
         config: GatewayConfig,
-        guard_config: GuardConfig,
+        guard: Guard,
+        metrics: Metrics,
         line_config: LineConfig,
     ) -> FrontDoor:
-        """Serve at `bound`, which `serving.listen` makes.
+        """Serve at `bound`, which `serving.listen` makes. `metrics` are those that `guard` tells.
 
         Raises:
-            ConfigError: the keys, an address or a limit cannot be used.
+            ConfigError: a limit cannot be used.
         """
-        metrics = Metrics()
-        guard = Guard(guard_config, on_refusal=metrics.guarded)
         line = Line(
             room=line_config.max_requests,
             max_waiting=line_config.max_queue,

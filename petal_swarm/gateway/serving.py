@@ -31,7 +31,8 @@ def listen(host: str, port: int) -> socket.socket:
         )[0]
         bound = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ConfigError(f"--host {host} is not an address of this machine: {error}") from None
+        why = (getattr(error, "strerror", None) or str(error)).lower()
+        raise ConfigError(f"--host {host} is neither an address nor a known name: {why}") from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)

@@ -9,6 +9,8 @@ from petal_swarm.errors import ConfigError
 
 #: Base58 of a multihash of 34 bytes (a hashed key) or more (an inlined one).
 _PEER_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{44,80}")
+#: As tables and logs show it; with dots where the rest was.
+_SHORT_ID = re.compile(r"[1-9A-HJ-NP-Za-km-z]{1,43}(\.{2,3}|…)?")
 
 
 def split_address(address: str) -> tuple[str, str]:
@@ -18,6 +20,11 @@ def split_address(address: str) -> tuple[str, str]:
         ConfigError: it does not start with `/` or does not end in `/p2p/PEER_ID`.
     """
     base, separator, peer_id = address.strip().rpartition("/p2p/")
+    if separator and base.startswith("/") and _SHORT_ID.fullmatch(peer_id):
+        raise ConfigError(
+            f"the peer id in {address!r:.200} is cut short: the whole address is needed, as a server prints"
+            " it after `ready`"
+        )
     if not separator or not base.startswith("/") or not is_peer_id(peer_id):
         raise ConfigError(
             f"a peer's address looks like /ip4/1.2.3.4/tcp/31330/p2p/PEER_ID, got {address!r:.200}"

@@ -106,7 +106,8 @@ def find_route(
     usable = [a for a in known if a.state == "serving" and a.peer_id not in barred]
     missing = missing_blocks(usable, wanted)
     if missing:
-        raise MissingBlocksError(_explain(missing, known, usable), missing)
+        is_joining = any(a.state == "joining" and any(block in a.span for block in missing) for a in known)
+        raise MissingBlocksError(_explain(missing, known, usable), missing, is_joining=is_joining)
     servers = [a for a in usable if a.span.start < wanted.end and wanted.start < a.span.end]
     ends = [_endpoint(peer_id, known) for peer_id in (before, after)]
     known_links = measurements or Measurements()

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from petal_swarm.cli.front_door import guard_config
-from petal_swarm.cli.gateway import build_parser
+from petal_swarm.cli.front_door import guard_config, missing_words
+from petal_swarm.cli.gateway import parse
 from petal_swarm.cli.main import main
 from petal_swarm.errors import ConfigError
 from petal_swarm.gateway.guard import PRIVATE, PUBLIC
+from petal_swarm.wire.announcement import Announcement
+from tests.routing.swarms import server
 
 PEER = "/ip4/127.0.0.1/tcp/1/p2p/12D3KooWDasaFDPtTnvLvp8pUkS1sGWUHeN2cQTneTYkjJtEw2aZ"
 
 
 def parsed(*words: str) -> Any:
-    return build_parser().parse_args(["--model", "m", *words, "--initial-peers", PEER])
+    return parse(["m", *words, "--initial-peers", PEER])
 
 
 def test_only_this_machine_has_no_limits() -> None:
@@ -43,8 +46,43 @@ def test_limits_that_are_given() -> None:
     assert config.allowed_hosts is None
 
 
-def test_further_names() -> None:
-    assert guard_config(parsed("--allow-host", "My.Box")).allowed_hosts[-1] == "my.box"
+@pytest.mark.parametrize(
+    ("given", "name"), [("My.Box", "my.box"), ("my.box.", "my.box"), ("[::2]", "::2"), ("fe80::1", "fe80::1")]
+)
+def test_further_names(given: str, name: str) -> None:
+    assert guard_config(parsed("--allow-host", given)).allowed_hosts[-1] == name
+
+
+@pytest.mark.parametrize(
+    "origin", ["https://example.org", "http://localhost:3000", "http://[::1]:80", "moz-extension://ab-c"]
+)
+def test_origins_of_pages(origin: str) -> None:
+    assert guard_config(parsed("--cors", origin)).cors_origins == (origin,)
+    assert guard_config(parsed("--cors", origin.upper() + "/")).cors_origins == (origin,)
+
+
+@pytest.mark.parametrize(
+    ("servers", "says"),
+    [
+        ([server("a", 0, 4), server("b", 4, 6)], ""),
+        ([server("a", 0, 4)], "nobody serves blocks 4-5 now, .*; start servers of them"),
+        ([], "nobody serves blocks 0-5 now"),
+        ([server("a", 0, 4), server("b", 4, 6, state="joining")], "blocks 4-5 now, .* is still joining"),
+        ([server("a", 0, 5), server("b", 0, 2, state="joining")], "block 5 now, .*; start servers"),
+    ],
+)
+def test_blocks_that_are_missing_at_the_start_are_told(servers: list[Announcement], says: str) -> None:
+    told = missing_words(servers, 6)
+    assert re.search(says, told)
+    assert told.count("\n") == bool(says)
+
+
+@pytest.mark.parametrize("words", [("m",), ("--model", "m"), ("--model=m",)])
+@pytest.mark.parametrize("others", [(), ("--port", "0")])
+def test_the_model_has_a_place_and_an_option(words: tuple[str, ...], others: tuple[str, ...]) -> None:
+    for argv in ((*words, *others), (*others, *words)):
+        arguments = parse([*argv, "--initial-peers", PEER])
+        assert (arguments.model, arguments.initial_peers) == ("m", [PEER])
 
 
 def test_anonymous_visitors_need_keys_to_be_exceptions_from() -> None:
@@ -56,6 +94,12 @@ def test_anonymous_visitors_need_keys_to_be_exceptions_from() -> None:
     ("words", "says"),
     [
         (("--port", "65536"), "0 to 65535"),
+        (("--cors", "example.org"), "https://example.org"),
+        (("--cors", "https://example.org/page"), "expected an origin"),
+        (("--cors", "https://a.example,https://b.example"), "expected an origin"),
+        (("--allow-host", "http://foo"), "without http:// and port"),
+        (("--allow-host", "foo:80"), "without http:// and port"),
+        (("--model", "other"), "not both"),
         (("--port", "http"), "0 to 65535"),
         (("--adapter", "pirate"), "NAME=FOLDER"),
         (("--max-queue", "-1"), "at least 0"),
@@ -74,6 +118,12 @@ def test_arguments_that_cannot_be(words: tuple[str, ...], says: str, capsys: Any
     ("words", "says"),
     [
         (("--host", "192.0.2.1"), "cannot listen at 192.0.2.1"),
+        (("--host", "300.1.1.1"), "--host 300.1.1.1 is neither an address nor a known name"),
+        (
+            ("--api-keys", "/no/such/keys", "--port", "0"),
+            "the keys in /no/such/keys: no such file",
+        ),
+        (("--trusted-proxy", "foo", "--port", "0"), "trusted proxy"),
         (("--port", "0"), "no-such-model"),
     ],
 )
@@ -83,6 +133,24 @@ def test_what_goes_wrong_is_one_line(words: tuple[str, ...], says: str, capsys: 
     captured = capsys.readouterr()
     assert (captured.out, len(captured.err.splitlines())) == ("", 1), captured.err
     assert says in captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("m", "--modle-name", "x"), "no option --modle-name; did you mean --model-name?"),
+        (("--initial-peer", PEER), "required: MODEL"),
+        (("--initial-peers", PEER), "required: MODEL"),
+        (("m",), "required: --initial-peers"),
+        (("", "--initial-peers", PEER), "MODEL is empty"),
+        (("--model", "", "--initial-peers", PEER), "MODEL is empty"),
+    ],
+)
+def test_what_is_missing_or_misspelt(words: tuple[str, ...], says: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse(list(words))
+    assert ended.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_adapters_have_names() -> None:

@@ -90,6 +90,9 @@ def test_when_nobody_lets_us_in_the_error_says_why() -> None:
     assert f"cannot reach {address(ALICE)}" in message
     assert f"no answer from {address(BOB)} within 0.02 s" in message
     assert f"{address(CAROL)} accepts connections, but does not answer as a node" in message
+    assert message.endswith(
+        "; is a server running there, and is this the address that it printed after `ready`?"
+    )
     assert "\n" not in message
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from typing import Any
 
+import httpx
 import pytest
 from pydantic import ValidationError
 
@@ -20,9 +22,15 @@ from petal_swarm.errors import (
     NotFiniteError,
     PeerUnreachableError,
     SessionTooLongError,
+    SilentBlocksError,
 )
 from petal_swarm.gateway.api.errors import ApiError, from_swarm
 from petal_swarm.gateway.api.schemas import ChatBody
+from petal_swarm.gateway.app import make_app
+from petal_swarm.gateway.config import GatewayConfig
+from petal_swarm.gateway.gateway import Gateway
+from petal_swarm.gateway.guard import Guard, GuardConfig
+from petal_swarm.gateway.line import Line
 from petal_swarm.gateway.refusals import LineFullError
 from tests.gateway.scripted import ScriptedSource, Step, app_around, client_of, events_of, post
 
@@ -71,16 +79,18 @@ def test_bodies_that_are_none(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([], "messages"),
-        ([{"role": "king", "content": "x"}], "messages"),
+        ([], "messages: must not be empty"),
+        ([{"role": "user", "content": "x"}] * 4097, "messages: must have at most 4096 items"),
+        ([{"role": "user", "content": "x"}, {"role": "king", "content": "x"}], "messages[1].role: must be"),
         ([{"role": "user"}], "no content"),
-        ([{"content": "x"}], "messages"),
-        (["x"], "messages"),
-        ([{"role": "user", "content": 5}], "messages"),
+        ([{"content": "x"}], "provide messages[0].role."),
+        (["x"], "messages[0]: must be an object"),
+        ("x", "messages: must be a valid array"),
+        ([{"role": "user", "content": 5}], "messages[0].content: must be a text, or a list"),
         ([{"role": "tool", "content": "x"}], "Tools"),
         ([{"role": "assistant", "tool_calls": [{}]}], "Tools"),
         ([{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], "'image_url'"),
-        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "messages"),
+        ([{"role": "user", "content": [{"type": "text", "text": 5}]}], "content: must be a text"),
     ],
 )
 def test_messages_that_are_none(messages: Any, says: str) -> None:
@@ -183,6 +193,27 @@ def test_failures_before_the_first_token(
     assert all(answers.closed for answers in source.started)
 
 
+@pytest.mark.parametrize(
+    ("failure", "says", "retry_s"),
+    [
+        (MissingBlocksError("secret", range(3, 6)), "Nobody in the swarm serves blocks 3-5 of", "15"),
+        (MissingBlocksError("secret", [3], is_joining=True), "block 3 .* is still joining", "30"),
+        (SilentBlocksError("secret", [3, 4]), "Who serves blocks 3-4 .* does not answer", "15"),
+        (MissingBlocksError("secret"), "serves some blocks of", "15"),
+    ],
+)
+def test_which_blocks_are_missing(failure: Exception, says: str, retry_s: str) -> None:
+    answer = post(ScriptedSource(refuse=failure), CHAT, ASKED)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], answer.headers["retry-after"]) == (
+        503,
+        "missing_blocks",
+        retry_s,
+    )
+    assert re.search(says, error["message"]), error["message"]
+    assert "secret" not in error["message"]
+
+
 def test_retry_after_is_in_whole_seconds() -> None:
     answer = post(ScriptedSource(refuse=CacheFullError("full", retry_after_s=2.5)), CHAT, ASKED)
     assert answer.headers["retry-after"] == "3"
@@ -216,16 +247,16 @@ def test_values_are_not_repeated() -> None:
     assert "secret" not in answer.text
 
 
-async def get(path: str, method: str = "GET") -> tuple[int, Any]:
+async def get(path: str, method: str = "GET") -> httpx.Response:
     async with client_of(app_around(ScriptedSource())) as client:
-        answer = await client.request(method, path)
-        return answer.status_code, answer.json() if answer.content else None
+        return await client.request(method, path)
 
 
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
         ("GET", "/v1/nothing", 404),
+        ("POST", "/v1/responses", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models", 405),
         ("GET", "/v1/models/gpt-4", 404),
@@ -233,9 +264,33 @@ async def get(path: str, method: str = "GET") -> tuple[int, Any]:
     ],
 )
 def test_addresses_where_nothing_is(method: str, path: str, status: int) -> None:
-    got, document = asyncio.run(get(path, method))
-    assert got == status
-    assert set(document["error"]) == {"message", "type", "param", "code"}
+    answer = asyncio.run(get(path, method))
+    assert answer.status_code == status
+    assert set(answer.json()["error"]) == {"message", "type", "param", "code"}
+    assert answer.headers["x-request-id"].startswith("req_")
+
+
+@pytest.mark.parametrize(
+    ("path", "says"),
+    [
+        ("/v1/embeddings", "there are /v1/chat/completions, /v1/completions, /v1/models."),
+        ("/v1", "there are /v1/chat/completions,"),
+        ("/chat/completions", "; /v1/chat/completions is."),
+        ("/completions", "; /v1/completions is."),
+        ("/favicon.png", "nothing at this address."),
+    ],
+)
+def test_addresses_that_are_nearly_right(path: str, says: str) -> None:
+    assert says in asyncio.run(get(path, "POST")).json()["error"]["message"]
+
+
+def test_names_in_a_body_are_not_repeated() -> None:
+    message = post(ScriptedSource(), CHAT, ASKED | {"logit_bias": {"secret": 1}}).json()["error"]["message"]
+    assert message.startswith("logit_bias: must be a valid integer")
+
+
+def test_the_list_of_models_may_end_in_a_slash() -> None:
+    assert asyncio.run(get("/v1/models/")).json() == asyncio.run(get("/v1/models")).json()
 
 
 def test_error_objects_are_one_short_line() -> None:
@@ -245,3 +300,16 @@ def test_error_objects_are_one_short_line() -> None:
     event = json.loads(error.event().removeprefix(b"data: "))
     assert event["error"] == error.body()["error"] | {"status": 400, "retry_after_s": None}
     assert from_swarm(ConfigError("no")).status == 400
+
+
+def test_who_is_refused_at_the_door_has_a_request_id_too() -> None:
+    async def ask() -> httpx.Response:
+        guard = Guard(GuardConfig(allowed_hosts=("elsewhere",)))
+        line = Line(room=1, max_waiting=1)
+        gateway = Gateway(ScriptedSource(), GatewayConfig(model_name="org/tiny"), line=line, guard=guard)
+        async with client_of(make_app(gateway, guard=guard)) as client:
+            return await client.get("/v1/models")
+
+    answer = asyncio.run(ask())
+    assert answer.status_code == 403
+    assert answer.headers["x-request-id"].startswith("req_")

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from petal_swarm.client.generation.request import GenerationRequest
+from petal_swarm.gateway.api.headers import swarm_state
 from petal_swarm.gateway.app import make_app
 from petal_swarm.gateway.config import GatewayConfig
 from petal_swarm.gateway.gateway import Gateway
@@ -264,3 +266,9 @@ async def test_metrics_count_what_happened() -> None:
         "petal_gateway_first_token_seconds_count 3.0",
     ):
         assert line in told, line
+
+
+def test_seconds_to_the_first_token_have_three_digits() -> None:
+    request = GenerationRequest(prompts=((1,),), max_new_tokens=1)
+    progress = replace(ScriptedSource().start(request).progress, first_token_s=0.14100000000325963)
+    assert swarm_state("done", progress)["first_token_s"] == 0.141

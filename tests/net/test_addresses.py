@@ -61,6 +61,12 @@ def test_what_is_no_address_of_a_peer(address: str) -> None:
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("peer_id", [PEER[:4] + "...", PEER[-8:], PEER[:40], PEER[:12] + "…"])
+def test_a_peer_id_that_is_cut_short_is_told_so(peer_id: str) -> None:
+    with pytest.raises(ConfigError, match="is cut short: the whole address is needed"):
+        split_address(f"/ip4/1.2.3.4/tcp/31330/p2p/{peer_id}")
+
+
 parts = st.text(st.characters(exclude_characters="/", exclude_categories=["Z", "C"]), min_size=1, max_size=5)
 
 peer_ids = st.text("123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz", min_size=46, max_size=60)

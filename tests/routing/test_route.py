@@ -214,8 +214,10 @@ def test_missing_blocks_are_named_and_the_advice_fits() -> None:
     with pytest.raises(MissingBlocksError, match=r"nobody serves blocks 4-7 and 12-19: .*joining") as raised:
         find_route(swarm, 20)
     assert raised.value.blocks == (4, 5, 6, 7, *range(12, 20))
-    with pytest.raises(MissingBlocksError, match=r"start a server with --blocks 4:8"):
+    assert raised.value.is_joining
+    with pytest.raises(MissingBlocksError, match=r"start a server with --blocks 4:8") as raised:
         find_route(swarm, Span(0, 12))
+    assert not raised.value.is_joining
 
 
 def test_unmeasured_links_take_the_longer_way_to_the_client() -> None:

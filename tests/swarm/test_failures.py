@@ -15,6 +15,7 @@ from petal_swarm.errors import (
     ConfigError,
     MissingBlocksError,
     SessionTooLongError,
+    SilentBlocksError,
 )
 from petal_swarm.server.server import Server
 from tests.checkpoints import VOCABULARY, reference
@@ -37,6 +38,16 @@ def test_missing_blocks_are_named_after_a_stated_time(bloom: Path) -> None:
             model.generate(prompt(), max_new_tokens=2)
         assert caught.value.blocks == (1, 2)
         assert 7 <= swarm.loop.time() - started < 9
+
+
+def test_servers_that_do_not_answer_are_named_by_their_blocks(bloom: Path) -> None:
+    """Their announcements live on for a while."""
+    with LocalSwarm(bloom, ["0:2", "2:4"]) as swarm:
+        model = swarm.model(wait_for_blocks_s=1)
+        swarm.network.kill(swarm.servers[1].announcement().peer_id)
+        with pytest.raises(SilentBlocksError, match="who serves blocks 2-3 does not answer") as caught:
+            model.generate(prompt(), max_new_tokens=2)
+        assert caught.value.blocks == (2, 3)
 
 
 def test_a_client_waits_for_the_missing_server(bloom: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -17,6 +16,7 @@ from petal_swarm.gateway.api.answering import answer
 from petal_swarm.gateway.api.asked import Asked, parse
 from petal_swarm.gateway.api.connection import Connection
 from petal_swarm.gateway.api.errors import ApiError, from_swarm, internal
+from petal_swarm.gateway.api.request_ids import request_id_of
 from petal_swarm.gateway.api.schemas import ChatBody, CompletionBody
 from petal_swarm.gateway.gateway import Gateway
 from petal_swarm.gateway.guard import PRIVATE, Visitor
@@ -57,7 +57,7 @@ class Answering:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         gateway, metrics = self._gateway, self._gateway.metrics
-        connection = Connection(receive, send, f"req_{secrets.token_hex(12)}")
+        connection = Connection(receive, send, request_id_of(scope))
         try:
             try:
                 data = await Request(scope, receive).body()
@@ -107,6 +107,8 @@ def api_routes(gateway: Gateway) -> list[Route]:
 
     async def model(request: Request) -> Response:
         name = request.path_params["model"]
+        if not name:
+            return await models(request)
         await gateway.adapter_of(name)
         return JSONResponse(described(name))
 

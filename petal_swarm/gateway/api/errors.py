@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Collection
 from typing import Any
 
@@ -21,14 +22,20 @@ from petal_swarm.errors import (
     PetalSwarmError,
     RemoteError,
     SessionTooLongError,
+    SilentBlocksError,
     SwarmError,
     TooSlowError,
 )
 from petal_swarm.gateway.refusals import RefusedError
+from petal_swarm.routing.blocks import format_blocks
 
 MAX_MESSAGE_CHARACTERS = 500
 #: How long to wait before trying again what is missing now: servers announce themselves every 4 s.
 RETRY_S = 5.0
+#: Somebody has to start a server, or it has to start again.
+RETRY_MISSING_S = 15.0
+#: A server that joins reads its blocks first.
+RETRY_JOINING_S = 30.0
 
 #: To tell of them takes microseconds each, and bodies have room for a million.
 MAX_MISTAKES = 1000
@@ -39,7 +46,13 @@ _OF_TOOLS = (("tool_calls",), ("function_call",))
 _FORMS = {
     "prompt": "must be a text, a list of token ids, or a list of these; none empty",
     "stop": "must be a text or a list of texts",
+    "messages[].content": "must be a text, or a list of parts with a text each",
 }
+#: What a place inside of a parameter may be called; other names are the visitor's own words.
+_FIELDS = frozenset({"role", "content", "type", "text", "include_usage", "include_swarm"})
+_NUMBER = re.compile(r"(?<=\[)\d+(?=\])")
+_MOST = re.compile(r"at most (\d+)")
+_SHOULD = re.compile(r"^[A-Z][a-z]+ should ")
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -121,10 +134,34 @@ def from_validation(error: ValidationError, unsupported: Collection[str] = ()) -
         return bad_request(f"{param} is not supported here.", param, "unsupported_parameter")
     if first["loc"][-1:] in _OF_TOOLS:
         return bad_request("Tools are not supported here.", param, "unsupported_parameter")
-    where = f"{param}: " if param else ""
+    place = _place(first["loc"])
     if first["type"] == "missing":
-        return bad_request(f"You must provide {param}.", param, "missing_required_parameter")
-    return bad_request(where + _FORMS.get(param or "", first["msg"]), param, "invalid_value")
+        return bad_request(f"You must provide {place}.", param, "missing_required_parameter")
+    told = _FORMS.get(_NUMBER.sub("", place)) or _told(first["type"], first["msg"])
+    return bad_request(f"{place}: {told}" if place else told, param, "invalid_value")
+
+
+def _place(loc: tuple[int | str, ...]) -> str:
+    """Where in a body, such as `messages[3].role`; of names inside of parameters only ours."""
+    place = str(loc[0])[:64] if loc else ""
+    for part in loc[1:]:
+        if isinstance(part, int):
+            place += f"[{part}]"
+        elif part in _FIELDS:
+            place += f".{part}"
+        else:
+            break
+    return place
+
+
+def _told(kind: str, message: str) -> str:
+    """What pydantic says of a value, as one would say it of JSON."""
+    if kind == "too_short":
+        return "must not be empty"
+    most = _MOST.search(message) if kind == "too_long" else None
+    if most:
+        return f"must have at most {most[1]} items"
+    return _SHOULD.sub("must ", message)
 
 
 def from_swarm(error: PetalSwarmError) -> ApiError:
@@ -138,12 +175,7 @@ def from_swarm(error: PetalSwarmError) -> ApiError:
     if isinstance(error, ConfigError):
         return bad_request(str(error))
     if isinstance(error, MissingBlocksError):
-        return ApiError(
-            503,
-            "Nobody in the swarm serves some blocks of the model at the moment.",
-            code="missing_blocks",
-            retry_after_s=RETRY_S,
-        )
+        return _missing(error)
     if isinstance(error, SessionTooLongError):
         return bad_request(
             "This is longer than the swarm can hold; shorten the prompt or the answer.",
@@ -163,6 +195,18 @@ def from_swarm(error: PetalSwarmError) -> ApiError:
     if isinstance(error, (NetworkError, RemoteError, SwarmError)):
         return ApiError(503, "The swarm lost this answer; try again.", code="swarm_failed", retry_after_s=1.0)
     return internal()
+
+
+def _missing(error: MissingBlocksError) -> ApiError:
+    blocks = format_blocks(error.blocks) if error.blocks else "some blocks"
+    told = f"Nobody in the swarm serves {blocks} of the model at the moment"
+    if isinstance(error, SilentBlocksError):
+        told = f"Who serves {blocks} of the model in the swarm does not answer at the moment"
+    retry_s = RETRY_MISSING_S
+    if error.is_joining:
+        told += "; a server of some of them is still joining"
+        retry_s = RETRY_JOINING_S
+    return ApiError(503, f"{told}.", code="missing_blocks", retry_after_s=retry_s)
 
 
 def internal() -> ApiError:

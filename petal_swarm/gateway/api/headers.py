@@ -60,7 +60,7 @@ def swarm_state(state: str, progress: Progress) -> dict[str, Any]:
         "state": state,
         "route": route,
         "tokens_per_s": round(progress.tokens_per_s, 2),
-        "first_token_s": progress.first_token_s,
+        "first_token_s": None if progress.first_token_s is None else round(progress.first_token_s, 3),
         "prompt_tokens": progress.prompt_tokens,
         "new_tokens": progress.new_tokens,
         "repairs": progress.repairs,

@@ -21,6 +21,7 @@ from petal_swarm.gateway.refusals import (
 )
 
 _RETRY_S = 5.0
+KIB = 1 << 10
 
 
 class _GoneError(Exception):
@@ -81,7 +82,7 @@ class Bodies:
 
     def _check(self, nbytes: int) -> None:
         if nbytes > self._config.max_body_bytes:
-            raise BodyTooLargeError(f"a body of at most {self._config.max_body_bytes} bytes is taken")
+            raise BodyTooLargeError(f"a body of at most {self._config.max_body_bytes / KIB:g} KiB is taken")
 
     async def _read(self, body: _Body, receive: Receive) -> None:
         more = True

@@ -97,11 +97,13 @@ class Guard:
         """Requests and tokens that this visitor may still have now; None where there is no limit."""
         return self._accounts.left(visitor)
 
-    def reload_keys(self) -> None:
-        """Read the file of keys again, as on SIGHUP.
+    def reload_keys(self) -> int | None:
+        """Read the file of keys again, as on SIGHUP: how many there are now, None without such a file.
 
         Raises:
             ConfigError: it cannot be understood; the keys are as before.
         """
-        if self._keys is not None:
-            self._keys.reload()
+        if self._keys is None:
+            return None
+        self._keys.reload()
+        return len(self._keys)

@@ -21,6 +21,7 @@ MAX_KEY_CHARACTERS = 512
 MAX_KEYS = 100_000
 _NAME = re.compile(r"[\w.@-]{1,64}", re.ASCII)
 _HASH = "sha256:"
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 _INDEX_BYTES = 16
 
 
@@ -63,8 +64,11 @@ class KeyRing:
         try:
             text = self._path.read_text(encoding="utf-8")
             mode = self._path.stat().st_mode
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the keys in {self._path}: {error}") from None
+        except OSError as error:
+            why = (error.strerror or str(error)).lower()
+            raise ConfigError(f"cannot read the keys in {self._path}: {why}") from None
+        except UnicodeDecodeError:
+            raise ConfigError(f"cannot read the keys in {self._path}: they are no UTF-8 text") from None
         if mode & (stat.S_IRGRP | stat.S_IROTH):
             logger.warning("others on this machine can read the keys in %s: chmod 600 it", self._path)
         keys: dict[bytes, tuple[bytes, Key]] = {}
@@ -102,9 +106,9 @@ class KeyRing:
             raise ValueError("at most a key, a name and two limits are expected")
         name, requests, tokens = (*rest, *("-" for _ in range(3 - len(rest))))
         if text.startswith(_HASH):
+            if not _SHA256.fullmatch(text.removeprefix(_HASH)):
+                raise ValueError("sha256: needs 64 hexadecimal digits")
             digest = bytes.fromhex(text.removeprefix(_HASH))
-            if len(digest) != 32:
-                raise ValueError("a SHA-256 has 64 hex digits")
         elif not MIN_KEY_CHARACTERS <= len(text) <= MAX_KEY_CHARACTERS or not text.isascii():
             raise ValueError(f"a key has {MIN_KEY_CHARACTERS} to {MAX_KEY_CHARACTERS} ASCII characters")
         else:
@@ -115,7 +119,14 @@ class KeyRing:
             raise ValueError("a name has letters, digits and . @ _ - only, 64 at most")
         limits = self._limits
         if requests != "-":
-            limits = replace(limits, requests_per_min=float(requests))
+            limits = replace(limits, requests_per_min=_limit(requests))
         if tokens != "-":
-            limits = replace(limits, tokens_per_min=float(tokens))
+            limits = replace(limits, tokens_per_min=_limit(tokens))
         return digest, Key(name, limits)
+
+
+def _limit(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError("a limit is a number, or - for that of others") from None

@@ -70,10 +70,10 @@ def test_others_are_nobody(tmp_path: Path, wrong: bytes) -> None:
         ("short", "16 to 512"),
         ("k" * 513, "16 to 512"),
         ("schlüssel-schlüssel", "ASCII"),
-        ("sha256:12", "64 hex digits"),
-        ("sha256:" + "z" * 64, "hex"),
+        ("sha256:12", "sha256: needs 64 hexadecimal digits"),
+        ("sha256:" + "z" * 64, "sha256: needs 64 hexadecimal digits"),
         (f"{ALICE} a/b", "a name has"),
-        (f"{ALICE} alice many", "could not convert"),
+        (f"{ALICE} alice many", "a limit is a number"),
         (f"{ALICE} alice 0", "above 0"),
         (f"{ALICE} alice 1 2 3", "at most a key"),
         (f"{ALICE} alice 1\n{BOB} alice 2", "other limits"),
@@ -84,6 +84,14 @@ def test_a_bad_line_is_named_and_not_shown(tmp_path: Path, line: str, reason: st
         ring(tmp_path, line)
     assert "line " in str(caught.value)
     assert line.split()[0] not in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none: no such file or directory$"):
+        KeyRing(tmp_path / "none", OTHERS)
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    with pytest.raises(ConfigError, match="no UTF-8 text"):
+        KeyRing(tmp_path / "bytes", OTHERS)
 
 
 def test_a_file_without_keys_is_an_error(tmp_path: Path) -> None:
