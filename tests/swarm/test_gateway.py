@@ -104,7 +104,8 @@ def test_blocks_that_nobody_serves(bloom: Path) -> None:
         visit = door.visit(stream=True)
         await visit.task
         assert (visit.status, visit.events[0]["error"]["code"]) == (503, "missing_blocks")
-        assert visit.headers["retry-after"] == "5"
+        assert "blocks 2-3" in visit.events[0]["error"]["message"]
+        assert visit.headers["retry-after"] == "15"
         async with client_of(door.app) as client:
             health = await client.get("/health")
             assert (health.status_code, health.json()["reason"]) == (503, "nobody serves blocks 2-3")
