@@ -67,6 +67,11 @@ def new_parser(prog: str, description: str, examples: str) -> Parser:
 def add_client_options(parser: argparse.ArgumentParser) -> None:
     """MODEL and the options by which a client finds its swarm."""
     parser.add_argument("model", metavar="MODEL", help="Hugging Face id, local folder, or GGUF file")
+    add_swarm_options(parser)
+
+
+def add_swarm_options(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The options by which a client finds its swarm, in a group that can have more."""
     swarm = parser.add_argument_group("the swarm")
     swarm.add_argument(
         "--initial-peers",
@@ -89,6 +94,7 @@ def add_client_options(parser: argparse.ArgumentParser) -> None:
         choices=("auto", "p2pd", "libp2p"),
         help="p2pd: the Go libp2p daemon (Linux x86-64); libp2p: pure Python, anywhere (default: auto)",
     )
+    return swarm
 
 
 def add_key_option(swarm: argparse._ActionsContainer) -> None:
@@ -111,6 +117,11 @@ def add_loading_options(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for blocks that nobody serves yet (default: %(default)g)",
     )
+    add_threads_option(parser)
+
+
+def add_threads_option(parser: argparse._ActionsContainer) -> None:
+    """`--threads`, alike for all clients."""
     parser.add_argument(
         "--threads",
         type=positive,

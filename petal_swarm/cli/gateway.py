@@ -10,11 +10,10 @@ import sys
 
 from petal_swarm.cli.common import (
     Parser,
-    add_key_option,
-    default_threads,
+    add_swarm_options,
+    add_threads_option,
     new_parser,
     not_negative,
-    peer_address,
     positive,
     quiet_transformers,
     run_program,
@@ -63,25 +62,7 @@ def build_parser(prog: str = "petal-swarm gateway") -> Parser:
 
 
 def _add_swarm_options(parser: Parser) -> None:
-    swarm = parser.add_argument_group("the swarm")
-    swarm.add_argument(
-        "--initial-peers",
-        metavar="ADDR",
-        nargs="+",
-        type=peer_address,
-        required=True,
-        help="addresses of servers, as they print them after `ready`",
-    )
-    add_key_option(swarm)
-    swarm.add_argument(
-        "--identity", metavar="FILE", help="keep the peer id in FILE, for servers with --allow-peer"
-    )
-    swarm.add_argument(
-        "--transport",
-        default="auto",
-        choices=("auto", "p2pd", "libp2p"),
-        help="p2pd: the Go libp2p daemon (Linux x86-64); libp2p: pure Python, anywhere (default: auto)",
-    )
+    swarm = add_swarm_options(parser)
     swarm.add_argument(
         "--wait",
         dest="wait_s",
@@ -96,13 +77,7 @@ def _add_swarm_options(parser: Parser) -> None:
         choices=("float32", "bfloat16", "float16"),
         help="of embeddings and LM head (default: %(default)s)",
     )
-    swarm.add_argument(
-        "--threads",
-        type=positive,
-        default=default_threads(),
-        metavar="N",
-        help="CPU threads for embeddings and LM head (default: half of the cores, %(default)s here)",
-    )
+    add_threads_option(swarm)
 
 
 def _add_http_options(parser: Parser) -> None:
