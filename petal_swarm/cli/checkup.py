@@ -20,6 +20,7 @@ from petal_swarm.directory.reachability import (
     sentence,
 )
 from petal_swarm.directory.remote import RemoteDirectory, measure_rtt
+from petal_swarm.directory.upload import measure_upload, shown
 from petal_swarm.errors import ConfigError, NetworkError, PetalSwarmError
 from petal_swarm.net.p2pd import P2pdTransport
 from petal_swarm.net.private import PrivateTransport
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 PEER_TIMEOUT_S = 10.0
 #: Quantized blocks of one large model, and the model itself in the Hub's cache.
+#: 2 Mbit/s: a prompt of 1,000 tokens of BLOOM-176B takes two minutes.
+SLOW_BYTES_PER_S = 250e3
 LITTLE_DISK_BYTES = 20 << 30
 
 
@@ -95,6 +98,8 @@ async def examine(
         )
         verdict = await watch.settle()
         add(clock(clock_ahead_s(watch.sightings)))
+        if helpers:
+            add(await upload(asking, helpers))
         add(reachability(verdict, watch.refusals))
     finally:
         await transport.close()
@@ -181,6 +186,20 @@ async def peer(transport: Transport, helper: Candidate) -> Check:
     except PetalSwarmError as error:
         return Check(name, "problem", f"answers with something else: {error}", "is it a petal_swarm server?")
     return Check(name, "ok", f"reached in {1e3 * rtt_s:.2g} ms there and back")
+
+
+async def upload(transport: Transport, helpers: Sequence[Candidate]) -> Check:
+    """How fast the line sends, to the first peer that tells."""
+    for helper in helpers:
+        try:
+            rate = await measure_upload(transport, helper.peer_id, helper.addresses)
+        except PetalSwarmError:
+            continue  # an older version, or busy
+        text = f"{shown(rate)} to ..{helper.peer_id[-8:]}"
+        if rate < SLOW_BYTES_PER_S:
+            return Check("upload", "warning", text, "long prompts will mostly go through faster servers")
+        return Check("upload", "ok", text)
+    return Check("upload", "warning", "nobody could tell how fast it is")
 
 
 async def more_helpers(

@@ -104,6 +104,13 @@ def _add_swarm_options(swarm: argparse._ArgumentGroup) -> None:
         " (default: %(default)g)",
     )
     swarm.add_argument(
+        "--upload-mbit",
+        type=float,
+        metavar="MBIT",
+        help="how fast your line sends, in Mbit/s, for clients to find routes by (default: it is measured"
+        " against up to three other servers, once an hour, with at most 5 MB for each)",
+    )
+    swarm.add_argument(
         "--announce",
         metavar="MULTIADDR",
         nargs="+",
@@ -261,6 +268,7 @@ def run(arguments: argparse.Namespace) -> int:
         prefix_tokens=arguments.prefix_tokens,
         max_batch_tokens=arguments.max_batch_tokens,
         max_mbit_per_peer=arguments.max_mbit_per_peer,
+        upload_mbit=arguments.upload_mbit,
         name=arguments.name[:64],
         drain_timeout_s=arguments.drain_timeout,
         adapters=tuple(arguments.adapters),

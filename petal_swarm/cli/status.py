@@ -124,7 +124,7 @@ def show(status: Status) -> None:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title=None)
     for title in ("peer", "blocks", "state", "dtype"):
         table.add_column(title, no_wrap=title == "blocks")
-    for title in ("tokens/s", "queue", "KV tokens free", "round trip", "version"):
+    for title in ("tokens/s", "queue", "KV tokens free", "round trip", "upload", "version"):
         table.add_column(title, justify="right")
     for peer in status.announcements:
         table.add_row(*(Text(cell) for cell in row(status, peer)))
@@ -145,6 +145,7 @@ def show(status: Status) -> None:
 def row(status: Status, peer: Announcement) -> Sequence[str]:
     """One peer's cells. What other people wrote is stripped of what a terminal would obey."""
     from petal_swarm.client.status import tokens_per_s
+    from petal_swarm.directory.upload import shown
 
     rtt_s = status.rtts_s.get(peer.peer_id)
     serving = peer.state == "serving"
@@ -158,6 +159,7 @@ def row(status: Status, peer: Announcement) -> Sequence[str]:
         duration(peer.queue_s) if serving else "",
         f"{peer.kv_tokens_free:,} of {peer.kv_tokens:,}" if serving else "",
         "" if rtt_s is None else duration(rtt_s),
+        shown(peer.bandwidth_bytes_per_s) if peer.bandwidth_bytes_per_s else "",
         peer.version,
     )
     return [printable(cell) for cell in cells]

@@ -104,6 +104,7 @@ def peer_to_json(status: Status, peer: Announcement) -> dict[str, Any]:
         "kv_tokens": peer.kv_tokens,
         "kv_tokens_free": peer.kv_tokens_free,
         "rtt_s": status.rtts_s.get(peer.peer_id),
+        "bandwidth_bytes_per_s": peer.bandwidth_bytes_per_s,
         "version": peer.version,
         "addresses": list(peer.addresses),
     }

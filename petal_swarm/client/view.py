@@ -26,7 +26,7 @@ from petal_swarm.wire.announcement import Announcement
 logger = logging.getLogger(__name__)
 
 RETRY_LOOKUP_S = 0.5
-#: Nobody measures bandwidth yet. At 100 Mbit/s a token of BLOOM-176B takes 5 ms, less than most round trips.
+#: Of lines that nobody measured: clients', and new servers'. A token of BLOOM-176B takes 5 ms.
 ASSUMED_BANDWIDTH_BYTES_PER_S = 12.5e6
 #: In a hurry, what was heard of the swarm so long ago is good enough for a first try.
 RECENT_S = 60.0

@@ -1,4 +1,4 @@
-"""The answering side of the `directory` stream protocol: pings, listings of signed records, dialling back."""
+"""The answering side of the `directory` protocol: pings, listings, dialling back, timing uploads."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 
 from petal_swarm.directory.dial_back import DialBackService
 from petal_swarm.directory.directory import Directory
+from petal_swarm.directory.upload import UploadService
 from petal_swarm.errors import (
     BadMessageError,
     BusyError,
@@ -21,7 +22,15 @@ from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Stream
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
 from petal_swarm.wire.messages import Message
-from petal_swarm.wire.messages.directory import MAX_ANNOUNCEMENTS, DialBack, Listing, ListRequest, Ping, Pong
+from petal_swarm.wire.messages.directory import (
+    MAX_ANNOUNCEMENTS,
+    DialBack,
+    Listing,
+    ListRequest,
+    Ping,
+    Pong,
+    Upload,
+)
 from petal_swarm.wire.messages.error import Error
 
 logger = logging.getLogger(__name__)
@@ -32,7 +41,7 @@ LOOKUP_TIMEOUT_S = 10.0
 MAX_LOOKUPS = 8
 #: Of one peer, over all its streams: the lookups of others must not wait behind those of one.
 MAX_LOOKUPS_OF_PEER = 3
-#: No request has a payload; what comes with one is read and forgotten.
+#: No request has a payload, and the parts of an upload have less; what comes is read and forgotten.
 MAX_PAYLOAD_BYTES = 64 << 10
 
 
@@ -48,10 +57,12 @@ class DirectoryService:
         directory: Directory,
         *,
         dial_back: DialBackService | None = None,
+        uploads: UploadService | None = None,
         idle_timeout_s: float = IDLE_TIMEOUT_S,
     ) -> None:
         self._directory = directory
         self._dial_back = dial_back or DialBackService()
+        self._uploads = uploads or UploadService()
         self._idle_timeout_s = idle_timeout_s
         self._lookups = asyncio.Semaphore(MAX_LOOKUPS)
         self._asking: dict[str, int] = {}
@@ -87,6 +98,8 @@ class DirectoryService:
             return Pong()
         if isinstance(request, DialBack):
             return await self._dial_back.answer(request, channel.peer_id, channel.remote_address)
+        if isinstance(request, Upload):
+            return await self._uploads.answer(request, channel)
         assert isinstance(request, ListRequest), "the table lets nothing else through"
         peer_id = channel.peer_id
         asking = self._asking.get(peer_id, 0)

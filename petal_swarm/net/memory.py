@@ -34,7 +34,10 @@ _STUCK_S = 30.0
 
 @dataclass(slots=True)
 class Link:
-    """What lies between two peers. `latency_s` is one way; `loss` the share of writes sent again."""
+    """What lies between two peers. `latency_s` is one way; `loss` the share of writes sent again.
+
+    `bytes_per_s` is in each direction, for all streams together; 0 is no limit.
+    """
 
     latency_s: float = 0.0
     jitter_s: float = 0.0
@@ -52,6 +55,8 @@ class MemoryNetwork:
     _random: random.Random = field(init=False, repr=False)
     _peers: dict[str, MemoryTransport] = field(init=False, default_factory=dict, repr=False)
     _links: dict[frozenset[str], Link] = field(init=False, default_factory=dict, repr=False)
+    #: When what was sent before has left, by sender and receiver, in the sender's time.
+    _sent_at_s: dict[tuple[str, str], float] = field(init=False, default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -89,12 +94,23 @@ class MemoryNetwork:
     def find(self, peer_id: str) -> MemoryTransport | None:
         return self._peers.get(peer_id)
 
-    def delay_s(self, link: Link, size: int) -> float:
-        """Seconds that `size` bytes take over `link`, this time."""
+    def delay_s(self, link: Link) -> float:
+        """Seconds that a small packet takes over `link`, this time."""
         delay = link.latency_s + link.jitter_s * self._random.random()
         while link.loss and self._random.random() < link.loss:
             delay += RETRANSMIT_S
-        return delay + (size / link.bytes_per_s if link.bytes_per_s else 0.0)
+        return delay
+
+    def transfer_s(self, sender: str, receiver: str, size: int, now_s: float) -> float:
+        """Seconds until `size` bytes that are sent now have arrived, behind those sent before."""
+        link = self.link(sender, receiver)
+        waits_s = 0.0
+        if link.bytes_per_s:
+            ends = self._sent_at_s
+            end_s = max(now_s, ends.get((sender, receiver), now_s)) + size / link.bytes_per_s
+            ends[sender, receiver] = end_s
+            waits_s = end_s - now_s
+        return waits_s + self.delay_s(link)
 
 
 class MemoryStream:
@@ -195,9 +211,10 @@ class MemoryStream:
             return
         other._on_way.append(data)
         other._unread += len(data or b"")
-        link = self.owner.network.link(self.owner.peer_id, self.peer_id)
-        if not link.is_cut:
-            delay = self.owner.network.delay_s(link, len(data or b""))
+        owner = self.owner
+        if not owner.network.link(owner.peer_id, self.peer_id).is_cut:
+            size, now_s = len(data or b""), owner._loop.time()
+            delay = owner.network.transfer_s(owner.peer_id, self.peer_id, size, now_s)
             other.owner._later(delay, other._arrive)
 
     def _arrive(self) -> None:
@@ -283,7 +300,7 @@ class MemoryTransport:
         if link.is_cut:
             await asyncio.sleep(timeout_s)
             raise PeerUnreachableError(f"no answer from peer {peer_id} within {timeout_s:g} s")
-        await asyncio.sleep(2 * self.network.delay_s(link, 0))
+        await asyncio.sleep(2 * self.network.delay_s(link))
         peer = self.network.find(peer_id)
         if peer is None:
             raise PeerUnreachableError(f"cannot reach peer {peer_id}: nobody is there")

@@ -17,6 +17,7 @@ LOOPBACK = "/ip4/127.0.0.1/tcp/0"
 MIN_KV_TOKENS = 64
 #: Keys of all pages of a step must fit one message.
 MAX_BATCH_TOKENS = MAX_PAGES * PAGE_TOKENS
+MIN_UPLOAD_MBIT, MAX_UPLOAD_MBIT = 0.1, 1e6
 KV_DTYPES = ("auto", "int8")
 REACHABILITY = ("auto", "public", "private")
 OFFLOADS = ("none", "cpu", "disk")
@@ -32,6 +33,7 @@ class ServerConfig:
     key. Only `allow_peers` may open sessions, if there are any. `rebalance` is whether it moves to other
     blocks when the swarm needs them more; None is yes, unless `blocks` says which. `adapters` are offered to
     everybody, each a folder or Hub id, or `NAME=` and that; `adapter_mib` is the room for clients' own.
+    `upload_mbit` is how fast the line sends; None is to measure it.
     `training_mib` is the room for what passes of training keep; None is a share of the free memory. Blocks
     and KV cache take `device_memory_mib` at most; None is a share of what is free. Blocks that do not fit are
     where `offload` says, and there is no training then. `tensor_parallel` is over how many devices of one
@@ -61,6 +63,7 @@ class ServerConfig:
     prefix_tokens: int | None = None
     max_batch_tokens: int = 2048
     max_mbit_per_peer: float = 2000.0
+    upload_mbit: float | None = None
     name: str = ""
     drain_timeout_s: float = 60.0
     cache_dir: str | None = None
@@ -97,6 +100,11 @@ class ServerConfig:
             raise ConfigError(f"--max-batch-tokens may be {MAX_BATCH_TOKENS} at most")
         if not self.max_mbit_per_peer > 0:
             raise ConfigError(f"--max-mbit-per-peer must be more than 0, got {self.max_mbit_per_peer:g}")
+        if self.upload_mbit is not None and not MIN_UPLOAD_MBIT <= self.upload_mbit <= MAX_UPLOAD_MBIT:
+            raise ConfigError(
+                f"--upload-mbit must be {MIN_UPLOAD_MBIT:g} to {MAX_UPLOAD_MBIT:,.0f},"
+                f" got {self.upload_mbit:g}"
+            )
         if self.prefix_tokens is not None and self.prefix_tokens < 0:
             raise ConfigError(f"--prefix-tokens must be at least 0, got {self.prefix_tokens}")
         if self.reachability not in REACHABILITY:
@@ -138,6 +146,11 @@ class ServerConfig:
     def session_limits(self) -> SessionLimits:
         """Bounds on what peers may ask, with what was said of them here."""
         return SessionLimits(max_bytes_per_s_of_peer=self.max_mbit_per_peer * 1e6 / 8)
+
+    @property
+    def upload_bytes_per_s(self) -> float:
+        """What the server was told of its line; 0 if it is to measure that."""
+        return (self.upload_mbit or 0.0) * 1e6 / 8
 
     @property
     def trains(self) -> bool:

@@ -36,6 +36,7 @@ from petal_swarm.server.offered import OfferedAdapter, read_offered
 from petal_swarm.server.rebalancer import Rebalancer, Timing
 from petal_swarm.server.training.host import TrainingHost
 from petal_swarm.server.training.limits import TrainingLimits
+from petal_swarm.server.uplink import Uplink
 from petal_swarm.span import Span
 from petal_swarm.version import __version__
 from petal_swarm.wire.announcement import Announcement
@@ -71,6 +72,7 @@ class Server:
         self._entrance = Entrance(self._gate, config.allow_peers)
         self._pinger = Pinger(transport)
         self._next_rtts_s: dict[str, float] = {}
+        self._uplink = Uplink(transport, self.others, rng=Random(f"{transport.peer_id} uploads"))
         self._compute: Compute | None = None
         self._host: SessionHost | None = None
         self._training: TrainingHost | None = None
@@ -144,6 +146,7 @@ class Server:
             kv_dtype=self.config.kv_dtype,
             max_batch_tokens=self.config.max_batch_tokens,
             next_rtts_s=self._next_rtts_s,
+            bandwidth_bytes_per_s=self.config.upload_bytes_per_s or self._uplink.bytes_per_s,
             version=__version__,
             movable=self._movable,
             moving_to=self._moving_to,
@@ -279,6 +282,8 @@ class Server:
         await self._announce()
         self._tasks.append(asyncio.create_task(self._update_figures(self._announcer)))
         self._tasks.append(asyncio.create_task(self._ping_neighbours()))
+        if self.config.upload_mbit is None:
+            self._tasks.append(asyncio.create_task(self._uplink.run()))
         num_blocks = self.checkpoint.config.num_blocks
         if self.config.rebalances and len(self.span) < num_blocks:
             rng = Random(f"{self._transport.peer_id} rebalances")

@@ -17,7 +17,17 @@ from petal_swarm.wire.frames import Buffer, FrameDecoder
 from petal_swarm.wire.messages import Message, decode, encode
 from petal_swarm.wire.messages.adapters import AdapterOffer, AdapterPart, AdapterReady, AdapterWanted
 from petal_swarm.wire.messages.audit import Recall, Recalled
-from petal_swarm.wire.messages.directory import DialBack, DialedBack, Listing, ListRequest, Ping, Pong
+from petal_swarm.wire.messages.directory import (
+    DialBack,
+    DialedBack,
+    Listing,
+    ListRequest,
+    Ping,
+    Pong,
+    Upload,
+    Uploaded,
+    UploadPart,
+)
 from petal_swarm.wire.messages.error import Error
 from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
 from petal_swarm.wire.messages.prefixes import FindPrefix, PrefixFound
@@ -126,6 +136,10 @@ DIRECTORY_TABLE: Final[Table] = {
     (State.OPENING, Role.LISTENER, Listing): State.IDLE,
     (State.IDLE, Role.DIALER, DialBack): State.OPENING,
     (State.OPENING, Role.LISTENER, DialedBack): State.IDLE,
+    (State.IDLE, Role.DIALER, Upload): State.OPEN,
+    (State.OPEN, Role.DIALER, UploadPart): State.OPEN,
+    (State.OPEN, Role.LISTENER, Uploaded): State.IDLE,
+    (State.OPEN, Role.LISTENER, Error): State.ENDED,
     (State.IDLE, Role.LISTENER, Error): State.ENDED,
     (State.OPENING, Role.LISTENER, Error): State.ENDED,
 }

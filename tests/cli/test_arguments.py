@@ -92,6 +92,8 @@ def test_an_unknown_command_suggests_one(capsys):
         (["run-server", "m", "--new-swarm", "--threads", "0"], "--threads"),
         (["run-server", "m", "--new-swarm", "--max-mbit-per-peer", "0"], "--max-mbit-per-peer must be"),
         (["run-server", "m", "--new-swarm", "--max-mbit-per-peer", "nan"], "--max-mbit-per-peer must be"),
+        (["run-server", "m", "--new-swarm", "--upload-mbit", "0"], "--upload-mbit must be 0.1 to 1,000,000"),
+        (["run-server", "m", "--new-swarm", "--upload-mbit", "nan"], "--upload-mbit must be"),
     ],
 )
 def test_bad_arguments_are_one_line_and_status_2(capsys, argv, expected):
@@ -191,3 +193,12 @@ def test_the_option_of_bandwidth_is_a_limit_of_sessions():
     assert config.session_limits() == SessionLimits()
     config = ServerConfig(model="m", new_swarm=True, max_mbit_per_peer=8)
     assert config.session_limits().max_bytes_per_s_of_peer == 1e6
+
+
+def test_a_line_that_is_told_is_announced_in_bytes():
+    from petal_swarm.server.config import ServerConfig
+
+    arguments = run_server.build_parser().parse_args(["m", "--new-swarm", "--upload-mbit", "40"])
+    config = ServerConfig(model="m", new_swarm=True, upload_mbit=arguments.upload_mbit)
+    assert config.upload_bytes_per_s == 5e6
+    assert ServerConfig(model="m", new_swarm=True).upload_bytes_per_s == 0

@@ -22,14 +22,17 @@ def shown(capsys, status):
 
 
 def test_all_blocks_are_served(capsys):
-    status = status_of(peer("a", 0, 4, name="left-half"), peer("b", 4, 8, version="0.1.0", queue_s=1.5))
+    status = status_of(
+        peer("a", 0, 4, name="left-half"),
+        peer("b", 4, 8, version="0.1.0", queue_s=1.5, bandwidth_bytes_per_s=4.75e6),
+    )
     out = shown(capsys, status)
     assert status.missing == ()
     assert "model: 8 blocks, 2 peers" in out
     assert "all 8 blocks are served" in out
     first, second = (" ".join(line.split()) for line in out.splitlines() if "serving" in line)
     assert first == "left-half 0:4 serving float32 100 0 ms 1,024 of 4,096 12 ms"
-    assert second == "..b 4:8 serving float32 100 1.5 s 1,024 of 4,096 12 ms 0.1.0"
+    assert second == "..b 4:8 serving float32 100 1.5 s 1,024 of 4,096 12 ms 38 Mbit/s 0.1.0"
 
 
 def test_missing_blocks_are_named(capsys):
@@ -79,6 +82,7 @@ def test_json_is_for_programs():
             "kv_tokens": 4096,
             "kv_tokens_free": 1024,
             "rtt_s": 0.0123,
+            "bandwidth_bytes_per_s": 0.0,
             "version": "",
             "addresses": ["/ip4/1.2.3.4"],
         }

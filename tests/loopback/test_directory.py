@@ -20,6 +20,7 @@ from petal_swarm.directory.dht import DhtDirectory
 from petal_swarm.directory.records import read_record, sign_record
 from petal_swarm.directory.remote import Pinger, RemoteDirectory
 from petal_swarm.directory.service import DirectoryService
+from petal_swarm.directory.upload import measure_upload
 from petal_swarm.errors import ConfigError, NetworkError, PeerUnreachableError
 from petal_swarm.net.identity import Identity
 from petal_swarm.net.p2pd import P2pdTransport
@@ -156,7 +157,7 @@ def test_a_late_joiner_and_whoever_joined_by_it(run: Run, swarm: Swarm) -> None:
     run(scenario())
 
 
-def test_a_client_asks_by_stream_and_measures_round_trips(run: Run, swarm: Swarm) -> None:
+def test_a_client_asks_by_stream_and_measures_round_trips_and_its_line(run: Run, swarm: Swarm) -> None:
     async def scenario() -> None:
         first, second, _ = swarm.servers
         await first.announce("stream")
@@ -170,6 +171,7 @@ def test_a_client_asks_by_stream_and_measures_round_trips(run: Run, swarm: Swarm
         rtts_s = await Pinger(transport).measure(found)
         assert set(rtts_s) == {first.peer_id, second.peer_id}
         assert all(0 < rtt_s < 0.5 for rtt_s in rtts_s.values())
+        assert await measure_upload(transport, first.peer_id, ()) > 1e6  # 8 Mbit/s: any machine, however busy
 
     run(scenario())
 

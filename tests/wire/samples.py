@@ -30,12 +30,16 @@ from petal_swarm.wire.messages.audit import Recall, Recalled
 from petal_swarm.wire.messages.directory import (
     MAX_DIALED_PORTS,
     MAX_RECORD_BYTES,
+    MAX_UPLOAD_PARTS,
     DialBack,
     DialedBack,
     Listing,
     ListRequest,
     Ping,
     Pong,
+    Upload,
+    Uploaded,
+    UploadPart,
 )
 from petal_swarm.wire.messages.error import MAX_RETRY_AFTER_S, Error
 from petal_swarm.wire.messages.opening import MAX_WAIT_S, SESSION_ID_BYTES, Open, Opened, PushOpen
@@ -338,6 +342,9 @@ BY_TYPE: dict[type[Message], st.SearchStrategy[Message]] = {
         port_lists,
         st.floats(0, 1e12),
     ),
+    Upload: st.builds(Upload, st.integers(2, MAX_UPLOAD_PARTS)),
+    UploadPart: st.just(UploadPart()),
+    Uploaded: st.builds(Uploaded, st.floats(0, 3600)),
 }
 messages: st.SearchStrategy[Message] = st.one_of(list(BY_TYPE.values()))
 
@@ -466,6 +473,9 @@ EXAMPLES: dict[type[Message], Message] = {
     Listing: Listing((b"one", b"two")),
     DialBack: DialBack((31330, 1)),
     DialedBack: DialedBack("/ip4/203.0.113.7/tcp/5", (31330, 1), (1,), 1.5),
+    Upload: Upload(5),
+    UploadPart: UploadPart(),
+    Uploaded: Uploaded(0.25),
 }
 
 

@@ -25,7 +25,17 @@ from petal_swarm.wire.connection import (
 )
 from petal_swarm.wire.messages import Message, encode
 from petal_swarm.wire.messages.audit import Recall, Recalled
-from petal_swarm.wire.messages.directory import DialBack, DialedBack, Listing, ListRequest, Ping, Pong
+from petal_swarm.wire.messages.directory import (
+    DialBack,
+    DialedBack,
+    Listing,
+    ListRequest,
+    Ping,
+    Pong,
+    Upload,
+    Uploaded,
+    UploadPart,
+)
 from petal_swarm.wire.messages.error import Error
 from petal_swarm.wire.messages.opening import Open, Opened, PushOpen
 from petal_swarm.wire.messages.prefixes import FindPrefix, PrefixFound
@@ -121,6 +131,8 @@ FLOWS: list[tuple[str, Flow]] = [
     ("directory", [(D, Ping), (L, Pong), (D, ListRequest), (L, Listing), (D, Ping), (L, Pong), (L, Error)]),
     ("directory", [(D, DialBack), (L, DialedBack), (D, Ping), (L, Error)]),
     ("directory", [(D, ListRequest), (L, Error)]),
+    ("directory", [(D, Upload), (D, UploadPart), (D, UploadPart), (L, Uploaded), (D, Ping), (L, Pong)]),
+    ("directory", [(D, Upload), (D, UploadPart), (L, Error)]),
 ]
 
 #: A way into each state that can be reached.
@@ -143,6 +155,7 @@ WAYS: dict[tuple[str, State], Flow] = {
     ("train-push", State.ENDED): [(D, PushOpen), (L, Error)],
     ("directory", State.IDLE): [],
     ("directory", State.OPENING): [(D, Ping)],
+    ("directory", State.OPEN): [(D, Upload)],
     ("directory", State.ENDED): [(D, Ping), (L, Error)],
 }
 

@@ -1,4 +1,4 @@
-"""The directory protocol: pings, the records of a model's servers, and whether a peer can be dialled."""
+"""The directory protocol: pings, a model's servers, whether a peer can be dialled, how fast it uploads."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from petal_swarm.wire.frames import Frame
 MAX_ANNOUNCEMENTS = 512
 MAX_RECORD_BYTES = 8 << 10
 MAX_DIALED_PORTS = 4
+#: A train of parts, to measure how fast bytes arrive; the first part only marks the beginning.
+UPLOAD_PART_BYTES = 32 << 10
+MAX_UPLOAD_PARTS = 129
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +130,63 @@ class DialedBack:
         )
 
 
-DirectoryMessage: TypeAlias = Ping | Pong | ListRequest | Listing | DialBack | DialedBack
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """So many `UploadPart`s follow, 2 at least: ask how long they took to arrive."""
+
+    type: ClassVar[str] = "upload"
+    parts: int
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "parts": self.parts}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Upload:
+        return cls(fields.integer(frame.header, "parts", 2, MAX_UPLOAD_PARTS))
+
+
+@dataclass(frozen=True, slots=True)
+class UploadPart:
+    """`UPLOAD_PART_BYTES` of payload that mean nothing."""
+
+    type: ClassVar[str] = "upload-part"
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type}
+
+    @property
+    def payload(self) -> bytes:
+        return _FILLING
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> UploadPart:
+        if frame.payload.nbytes != UPLOAD_PART_BYTES:
+            raise RemoteProtocolError(
+                f"the part of an upload has {UPLOAD_PART_BYTES} bytes, not {frame.payload.nbytes}"
+            )
+        return cls()
+
+
+@dataclass(frozen=True, slots=True)
+class Uploaded:
+    """Answer to `Upload`: seconds from the end of the first part to the end of the last."""
+
+    type: ClassVar[str] = "uploaded"
+    took_s: float
+
+    def to_header(self) -> dict[str, Any]:
+        return {"type": self.type, "took_s": self.took_s}
+
+    @classmethod
+    def from_frame(cls, frame: Frame) -> Uploaded:
+        return cls(fields.number(frame.header, "took_s", 0, 3600))
+
+
+DirectoryMessage: TypeAlias = (
+    Ping | Pong | ListRequest | Listing | DialBack | DialedBack | Upload | UploadPart | Uploaded
+)
+
+_FILLING = bytes(UPLOAD_PART_BYTES)
 
 
 def _join_records(records: tuple[bytes, ...]) -> bytes:

@@ -13,6 +13,8 @@ from petal_swarm.wire.messages import Message, decode, encode
 from petal_swarm.wire.messages.directory import (
     MAX_ANNOUNCEMENTS,
     MAX_RECORD_BYTES,
+    MAX_UPLOAD_PARTS,
+    UPLOAD_PART_BYTES,
     DialBack,
     DialedBack,
     DirectoryMessage,
@@ -20,6 +22,9 @@ from petal_swarm.wire.messages.directory import (
     ListRequest,
     Ping,
     Pong,
+    Upload,
+    Uploaded,
+    UploadPart,
 )
 
 from .damage import LISTS, TEXTS, altered, check_bad_fields, transmitted
@@ -38,6 +43,9 @@ BAD: dict[type[Message], dict[str, list[Any]]] = {
         "reached": PORTS,
         "time_s": [-1, float("nan"), float("inf"), 1e13, "1", True],
     },
+    Upload: {"parts": [1, 0, -1, MAX_UPLOAD_PARTS + 1, True, 2.0, "2", None, ...]},
+    UploadPart: {},
+    Uploaded: {"took_s": [-1e-9, float("nan"), float("inf"), 3601, "1", True, None, ...]},
 }
 
 
@@ -71,6 +79,12 @@ def test_ports_that_are_none(entry: Any) -> None:
 def test_listings_that_do_not_add_up(count: int, payload: bytes) -> None:
     with pytest.raises(RemoteProtocolError, match="records"):
         decode(Frame({"type": "listing", "count": count}, memoryview(payload)))
+
+
+@pytest.mark.parametrize("size", [0, 1, UPLOAD_PART_BYTES - 1, UPLOAD_PART_BYTES + 1])
+def test_a_part_of_another_size_would_measure_something_else(size: int) -> None:
+    with pytest.raises(RemoteProtocolError, match=f"not {size}"):
+        decode(Frame({"type": "upload-part"}, memoryview(bytes(size))))
 
 
 def test_a_listing_over_the_bounds_is_not_sent() -> None:

@@ -1,0 +1,116 @@
+"""How fast bytes get from one peer to another: a train of parts, timed where it arrives.
+
+The sender's clock would only tell how fast its own buffers fill, so the receiver times what lies between the
+ends of the first part and of the last, and answers that. Trains grow until one takes long enough to say
+something; through a fast line that is 5.3 MB in all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+
+from petal_swarm.errors import BusyError, DeadlineError, RemoteProtocolError
+from petal_swarm.net.channel import Channel
+from petal_swarm.net.transport import Transport
+from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
+from petal_swarm.wire.messages.directory import (
+    MAX_UPLOAD_PARTS,
+    UPLOAD_PART_BYTES,
+    Upload,
+    Uploaded,
+    UploadPart,
+)
+from petal_swarm.wire.messages.error import Error
+from petal_swarm.wire.protocols import DIRECTORY
+
+#: Parts after the first one: 128 KiB, 1 MiB, 4 MiB.
+TRAINS = (4, 32, MAX_UPLOAD_PARTS - 1)
+#: A train that took so long is the last: TCP has found its pace by then.
+LONG_ENOUGH_S = 0.25
+#: What is not through by then, slower than 35 kbit/s, is no line for this.
+TIMEOUT_S = 30.0
+#: At once at one listener: more would measure each other.
+MAX_UPLOADS = 2
+#: Nothing real is faster; times near 0 mean that all of it came in one read.
+MAX_BYTES_PER_S = 12.5e9
+
+
+class UploadService:
+    """The listener's side, for all its peers. What arrives is forgotten at once."""
+
+    def __init__(self, *, timeout_s: float = TIMEOUT_S, now: Callable[[], float] = time.perf_counter) -> None:
+        self._timeout_s = timeout_s
+        self._now = now
+        self._free = MAX_UPLOADS
+
+    async def answer(self, request: Upload, channel: Channel) -> Uploaded | Error:
+        """Read the parts, and say how long they took.
+
+        Raises:
+            RemoteProtocolError: something else came.
+            StreamClosedError: the stream ended before.
+            TimeoutError: they did not come in time.
+        """
+        if not self._free:
+            return Error(BusyError.code, "others are being measured; try again later or elsewhere")
+        self._free -= 1
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                await self._read_part(channel)
+                started_s = self._now()
+                for _ in range(request.parts - 1):
+                    await self._read_part(channel)
+                return Uploaded(self._now() - started_s)
+        finally:
+            self._free += 1
+
+    async def _read_part(self, channel: Channel) -> None:
+        message = await channel.receive()
+        if not isinstance(message, UploadPart):
+            sent = "nothing" if message is None else repr(message.type)
+            raise RemoteProtocolError(f"peer {channel.peer_id} sent {sent} instead of an upload's part")
+
+
+async def measure_upload(
+    transport: Transport, peer_id: str, addresses: Sequence[str], *, timeout_s: float = TIMEOUT_S
+) -> float:
+    """Bytes a second from here to the peer.
+
+    Raises:
+        NetworkError: it does not answer within `timeout_s`, or does not speak the protocol.
+        RemoteError, RemoteProtocolError: it answers something else; busy, or of an older version.
+    """
+    stream = await transport.open_stream(peer_id, DIRECTORY, addresses=addresses, timeout_s=timeout_s)
+    channel = Channel(stream, DIRECTORY_TABLE, Role.DIALER)
+    try:
+        async with asyncio.timeout(timeout_s):
+            for parts in TRAINS:
+                took_s = await _send_train(channel, parts + 1, timeout_s)
+                if took_s >= LONG_ENOUGH_S:
+                    break
+    except TimeoutError:
+        raise DeadlineError(
+            f"an upload to peer {peer_id} did not get through within {timeout_s:g} s"
+        ) from None
+    finally:
+        channel.abort()
+    sent_bytes = parts * UPLOAD_PART_BYTES
+    return sent_bytes / max(took_s, sent_bytes / MAX_BYTES_PER_S)
+
+
+def shown(bytes_per_s: float) -> str:
+    """For people: `38 Mbit/s`."""
+    mbit = bytes_per_s / 125e3
+    return f"{mbit / 1e3:.2g} Gbit/s" if mbit >= 1e3 else f"{mbit:.3g} Mbit/s"
+
+
+async def _send_train(channel: Channel, parts: int, timeout_s: float) -> float:
+    """Seconds that the peer says it took."""
+    channel.send(Upload(parts))
+    for _ in range(parts):
+        channel.send(UploadPart())
+        if channel.congested:
+            await channel.drain()
+    return (await channel.expect(Uploaded, timeout_s=timeout_s)).took_s

@@ -1,0 +1,114 @@
+"""A server measures its line: whom it asks, what counts, and when it asks again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from random import Random
+
+import pytest
+
+from petal_swarm.errors import NetworkError, PetalSwarmError, RemoteError
+from petal_swarm.net.memory import MemoryNetwork
+from petal_swarm.net.transport import Transport
+from petal_swarm.server.uplink import AGAIN_S, ASKED, SOON_S, TRIED, Uplink
+from petal_swarm.span import Span
+from petal_swarm.wire.announcement import Announcement
+
+
+def server(peer_id: str, state: str = "serving") -> Announcement:
+    return Announcement(
+        peer_id=peer_id, model="m", span=Span(0, 4), addresses=(f"/memory/p2p/{peer_id}",), state=state
+    )
+
+
+class World:
+    """Rates by peer, or why there is none; `servers` raises what it is, if it is an error."""
+
+    def __init__(
+        self, rates: dict[str, float | PetalSwarmError], servers: Sequence[Announcement] | None = None
+    ) -> None:
+        self.rates = rates
+        self.servers: Sequence[Announcement] | PetalSwarmError = (
+            [server(peer) for peer in rates] if servers is None else servers
+        )
+        self.asked: list[str] = []
+        self.pauses: list[float] = []
+
+    async def others(self) -> Sequence[Announcement]:
+        if isinstance(self.servers, PetalSwarmError):
+            raise self.servers
+        return self.servers
+
+    async def measure(self, transport: Transport, peer_id: str, addresses: Sequence[str]) -> float:
+        assert addresses == (f"/memory/p2p/{peer_id}",)
+        self.asked.append(peer_id)
+        rate = self.rates[peer_id]
+        if isinstance(rate, PetalSwarmError):
+            raise rate
+        return rate
+
+    async def sleep(self, seconds: float) -> None:
+        self.pauses.append(seconds)
+        if len(self.pauses) == 2:
+            raise asyncio.CancelledError
+
+    def run(self) -> float:
+        """What is known after two rounds."""
+
+        async def rounds() -> float:
+            uplink = Uplink(
+                MemoryNetwork().transport(),
+                self.others,
+                rng=Random(0),
+                measure=self.measure,
+                sleep=self.sleep,
+            )
+            with pytest.raises(asyncio.CancelledError):
+                await uplink.run()
+            return uplink.bytes_per_s
+
+        return asyncio.run(rounds())
+
+
+def test_the_middle_of_three_counts() -> None:
+    """So one that lies, or is slow itself, does not decide."""
+    world = World({"slow": 1e3, "honest": 5e6, "liar": 1e12})
+    assert world.run() == 5e6
+    assert sorted(world.asked[:3]) == ["honest", "liar", "slow"]
+    assert world.pauses == [AGAIN_S, AGAIN_S]
+
+
+def test_of_two_the_faster_since_the_other_may_be_slow_itself() -> None:
+    assert World({"a": 1e6, "b": 2e6}).run() == 2e6
+
+
+def test_few_are_asked_and_others_in_place_of_those_that_do_not_answer() -> None:
+    world = World({f"peer{number}": 1e6 for number in range(20)})
+    world.run()
+    assert len(world.asked) == 2 * ASKED
+    world = World({f"peer{number}": NetworkError("gone") for number in range(20)})
+    assert world.run() == 0
+    assert len(world.asked) == 2 * TRIED
+    assert world.pauses == [SOON_S, SOON_S]
+    world = World({"busy": RemoteError("busy"), "gone": NetworkError("gone"), "there": 3e6})
+    assert world.run() == 3e6
+
+
+def test_who_is_alone_asks_again_soon() -> None:
+    world = World({}, [])
+    assert world.run() == 0
+    assert world.pauses == [SOON_S, SOON_S]
+
+
+def test_servers_that_load_or_leave_are_spared() -> None:
+    world = World({"there": 1e6}, [server("loads", "joining"), server("there"), server("gone", "left")])
+    assert world.run() == 1e6
+    assert set(world.asked) == {"there"}
+
+
+def test_a_directory_that_cannot_be_asked_ends_nothing() -> None:
+    world = World({})
+    world.servers = NetworkError("no way out")
+    assert world.run() == 0
+    assert world.pauses == [SOON_S, SOON_S]
