@@ -21,7 +21,7 @@ from petal_swarm.models.streaming import SLOTS
 _LEFT = {"cpu": 0.3}
 _LEFT_ON_DEVICE = 0.1
 #: Of what blocks and KV cache have together; on a device the KV cache also gets what no block needs.
-_KV_SHARE = 0.25
+_KV_SHARE = 0.2
 _MAX_DEFAULT_KV_TOKENS = 65_536
 _MIN_DEFAULT_KV_TOKENS = 2_048
 #: A device's libraries take memory for their kernels and scratch when they first run.

@@ -34,11 +34,11 @@ def plan(free_mib: int, told_mib: int | None = None, device: str = "cpu", **more
 
 
 def test_as_many_blocks_as_fit_beside_their_cache() -> None:
-    """Of 200 MiB 60 are left to others, 50 are for work and adapters; of 90 a quarter is for the cache."""
+    """Of 200 MiB 60 are left to others, 50 are for work and adapters; of 90 a fifth is for the cache."""
     found = plan(200)
-    assert found.num_blocks == found.kept == 6
-    assert found.weight_bytes == 60 * MIB
-    assert 22 * MIB <= found.kv_bytes <= 22.5 * MIB
+    assert found.num_blocks == found.kept == 7
+    assert found.weight_bytes == 70 * MIB
+    assert 17.5 * MIB <= found.kv_bytes <= 18 * MIB
     assert plan(2000).num_blocks == 20
     assert plan(300, device="cuda").num_blocks > plan(300).num_blocks
 
@@ -50,7 +50,7 @@ def test_one_block_more_would_not_fit(device: str) -> None:
         usable = free_mib * MIB * (0.7 if device == "cpu" else 0.9) - 50 * MIB
         assert found.weight_bytes + found.kv_bytes <= usable
         more = (found.num_blocks + 1) * (10 * MIB + 2048 * 512)
-        assert found.num_blocks == 20 or more > usable * 0.75
+        assert found.num_blocks == 20 or more > usable * 0.8
 
 
 def test_a_device_gives_its_cache_what_no_block_needs() -> None:
