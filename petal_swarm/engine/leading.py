@@ -38,7 +38,8 @@ from petal_swarm.models.devices import to_device
 from petal_swarm.models.family import Block
 from petal_swarm.models.packed_adapters import ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
-from petal_swarm.models.sharded_stack import Group, ShardedStack
+from petal_swarm.models.rank_sums import Group
+from petal_swarm.models.sharded_stack import ShardedStack
 from petal_swarm.span import Span
 
 logger = logging.getLogger(__name__)

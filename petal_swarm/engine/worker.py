@@ -40,7 +40,8 @@ from petal_swarm.models.checkpoint import Checkpoint, Progress, open_checkpoint
 from petal_swarm.models.family import Block
 from petal_swarm.models.packed_adapters import Segment, ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
-from petal_swarm.models.sharded_stack import Group, ShardedStack
+from petal_swarm.models.rank_sums import Group
+from petal_swarm.models.sharded_stack import ShardedStack
 from petal_swarm.models.stack import read_blocks
 
 
