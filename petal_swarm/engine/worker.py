@@ -20,6 +20,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from petal_swarm.engine.followed_passes import FollowedPasses
 from petal_swarm.engine.ranks import (
     Adapt,
     Advance,
@@ -62,6 +63,8 @@ class Worker:
         self._pool: KVPool | None = None
         self._batches: dict[int, _Batch] = {}
         self._adapters: dict[int, ServedAdapter] = {}
+        #: Those of training.
+        self.passes = FollowedPasses(stack, group)
 
     @torch.inference_mode()
     def carry_out(self, command: Command) -> None:
@@ -86,6 +89,8 @@ class Worker:
                 self._own_pool.write_prefix(self._adapters[number], extents)
             case Forget(number):
                 del self._adapters[number]
+            case _:
+                self.passes.carry_out(command)
 
     @property
     def _own_pool(self) -> KVPool:

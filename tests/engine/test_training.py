@@ -399,7 +399,7 @@ def test_numbers_of_adapters_are_bounded(bloom: Tiny) -> None:
         for half in "ab":
             adapter = layout, of_step.view(-1)  # a tensor of its own
             run(passes.forward((step, half), rows(COUNT), LENGTHS, WHOLE, adapter, keep=True, peer="A"))
-        one, other = (passes._passes[step, half].numbers for half in "ab")
+        one, other = (passes._passes[step, half].state for half in "ab")
         assert one is other
     assert [key for key in passes._passes if key != "other"] == [(2, "a"), (2, "b"), (3, "a"), (3, "b")]
     assert passes.has("other")
