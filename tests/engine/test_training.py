@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -387,6 +388,17 @@ def test_masks_are_counted_and_go_with_the_graphs(bloom: Tiny) -> None:
     assert 0 < sum(masks) <= passes.stats().activation_bytes <= 1 << 20
     found = [run(passes.backward(key, rows(8)))[0] for key in (0, 19)]
     assert close(found[0], found[1])
+
+
+def test_the_same_numbers_in_another_layout_are_another_adapter(bloom: Tiny) -> None:
+    layout, numbers = adapter_for(bloom)
+    halved = AdapterLayout(tuple(replace(place, scale=place.scale / 2) for place in layout.places), 3)
+    found = []
+    for first in (layout, halved):
+        passes = Passes(bloom.stack)
+        run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, (first, numbers), keep=True))
+        found.append(run(passes.forward("b", rows(COUNT), LENGTHS, WHOLE, (halved, numbers), keep=True)))
+    assert torch.equal(*found)
 
 
 def test_numbers_of_adapters_are_bounded(bloom: Tiny) -> None:

@@ -123,7 +123,8 @@ class ThreadRanks:
     def _start(self, worker: Worker) -> None:
         reads, writes = os.pipe()
         self.pipes.append(os.fdopen(writes, "wb"))
-        thread = threading.Thread(target=self._follow, args=[worker, os.fdopen(reads, "rb")], name="rank")
+        arguments = [worker, os.fdopen(reads, "rb")]
+        thread = threading.Thread(target=self._follow, args=arguments, name="rank", daemon=True)
         self._threads.append(thread)
         thread.start()
 

@@ -307,7 +307,7 @@ def test_gradients_through_plain_int8_are_those_of_whole_blocks(
 
 
 def check_gradients(checkpoint: Checkpoint, count: int, quant: Quant = "none") -> None:
-    """Each rank has the gradient of the rows; those of an adapter's numbers add up. A batch that is spread
+    """Each rank has the gradient of the rows; those of an adapter's numbers add up. Batches that are spread
     may have been there before.
     """
     ranks, full = Ranks(checkpoint, count, quant, spread_from=8), whole(checkpoint, quant)
@@ -341,9 +341,15 @@ def trained(stack: BlockStack, layout: AdapterLayout, numbers: Tensor) -> tuple[
     hidden.requires_grad_()
     numbers = numbers.clone().requires_grad_()
     sequences = stack.sequences(LENGTHS, layout.prefix_tokens)
+    adapters = layout.split(stack.config, numbers, WHOLE)
     out = hidden
-    for block, adapter in layout.split(stack.config, numbers, WHOLE).items():
+    for block, adapter in adapters.items():
         out = stack.forward_trained(block, out, sequences, stack.part_of(adapter))
+    without = hidden.detach()
+    with torch.no_grad():
+        for block, adapter in adapters.items():
+            without = stack.forward_trained(block, without, sequences, stack.part_of(adapter))
+    assert error(without, out.detach()) < TOLERANCE
     return out.detach(), *torch.autograd.grad(out, [hidden, numbers], weights)
 
 
