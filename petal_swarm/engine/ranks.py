@@ -36,7 +36,8 @@ _SPREAD_FROM_CUDA = 1024
 @dataclass(frozen=True)
 class RankSettings:
     """What a rank has to know to load its part; `rendezvous` is a file that only this server's ranks see,
-    `quantized` where quantized parts are kept; `spread_from` as in `Group`, None is what measured best.
+    `quantized` where quantized parts are kept; `spread_from` as in `Group`, None is what measured best. With
+    `kernels` each rank tries ours for its own products: what is added up may be computed in several ways.
     """
 
     model: str
@@ -49,6 +50,7 @@ class RankSettings:
     quantized: Path | None = None
     threads: int | None = None
     spread_from: int | None = None
+    kernels: bool = False
 
 
 class LoraRows(NamedTuple):

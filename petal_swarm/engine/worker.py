@@ -39,6 +39,7 @@ from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.block_source import BlockSource
 from petal_swarm.models.checkpoint import Checkpoint, Progress, open_checkpoint
 from petal_swarm.models.family import Block
+from petal_swarm.models.kernels import permit
 from petal_swarm.models.packed_adapters import Segment, ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
 from petal_swarm.models.rank_sums import Group
@@ -118,6 +119,14 @@ class Worker:
             del self._batches[number]
 
 
+def set_process(settings: RankSettings) -> None:
+    """What a process whose only task is to be a rank has to have set, before it reads its part."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.kernels:
+        permit()
+
+
 def read_part(settings: RankSettings, checkpoint: Checkpoint, progress: Progress | None) -> list[Block]:
     """The blocks of a rank, leader or not.
 
@@ -140,8 +149,7 @@ def main() -> int:
     with os.fdopen(os.dup(1), "wb") as answer:
         os.dup2(2, 1)
         settings: RankSettings = pickle.load(commands)
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        set_process(settings)
         try:
             checkpoint = open_checkpoint(settings.model)
             blocks = read_part(settings, checkpoint, _unless_alone(answer))
