@@ -147,7 +147,7 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         default=1,
         metavar="N",
         help="share each block out over N GPUs, or N processes on a CPU; N must divide the model's attention"
-        " heads, and such a server does not train (default: 1)",
+        " heads (default: 1)",
     )
     blocks.add_argument(
         "--kernels",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -44,12 +44,19 @@ class Kept(NamedTuple):
 
 
 class Group:
-    """Some sequences of a pass, which go through the blocks together: `rows` from `row` on."""
+    """Some sequences of a pass, which go through the blocks together: `rows` from `row` on.
 
-    __slots__ = ("graphs", "inputs", "row", "rows", "sequences")
+    It is at `place` among its pass's.
+    """
 
-    def __init__(self, stack: BlockStack, row: int, lengths: Sequence[int], prefix_tokens: int) -> None:
+    __slots__ = ("graphs", "inputs", "lengths", "place", "row", "rows", "sequences")
+
+    def __init__(
+        self, stack: BlockStack, place: int, row: int, lengths: Sequence[int], prefix_tokens: int
+    ) -> None:
+        self.place = place
         self.row = row
+        self.lengths = tuple(lengths)
         self.rows = sum(lengths)
         self.sequences = stack.sequences(lengths, prefix_tokens)
         self.graphs: dict[int, BlockGraph] = {}
@@ -68,63 +75,78 @@ class Group:
                 plan.drop_masks()
 
 
+class AdapterState:
+    """An adapter in training: `given` on the device, in float32, and the `parts` that each block here adds.
+
+    Raises:
+        ConfigError: `given` has another length than the layout says for `blocks`.
+    """
+
+    def __init__(self, stack: BlockStack, layout: AdapterLayout, given: Tensor, blocks: Span) -> None:
+        self.layout = layout
+        self.blocks = blocks
+        self._given = given
+        with torch.inference_mode(False):
+            numbers = given.to(stack.device, torch.float32)
+            self.numbers = numbers.clone() if numbers.is_inference() else numbers.detach()
+        self.parts = parts_of(stack, layout, self.numbers, blocks)
+
+    def is_of(self, layout: AdapterLayout, given: Tensor, blocks: Span) -> bool:
+        """Whether it was made of these very numbers."""
+        same = (given.data_ptr(), given.numel()) == (self._given.data_ptr(), self._given.numel())
+        return same and blocks == self.blocks and layout == self.layout
+
+
+def parts_of(
+    stack: BlockStack, layout: AdapterLayout, numbers: Tensor, blocks: Span
+) -> dict[int, BlockAdapter]:
+    """Views into `numbers`, the vector for `blocks`: of what each block of `stack` adds."""
+    split = layout.split(stack.config, numbers, blocks)
+    return {block: stack.part_of(adapter) for block, adapter in split.items()}
+
+
 class Pass:
-    """One pass; made at its forward. Its adapter may be on the device already, for one of `others`."""
+    """One pass, of groups of sequences of these `lengths`; made at its forward."""
 
     def __init__(
         self,
         stack: BlockStack,
         blocks: Span,
-        lengths: Sequence[int],
-        adapter: tuple[AdapterLayout, Tensor] | None,
-        piece_rows: float,
-        peer: str,
-        others: Iterable[Pass] = (),
+        lengths: Sequence[Sequence[int]],
+        state: AdapterState | None,
+        peer: str = "",
     ) -> None:
         self.stack = stack
         self.blocks = blocks
+        self.state = state
         self.peer = peer
         self.until_s = math.inf
         #: As of the last `count`, which takes a while.
         self.counted = Kept()
-        self.layout: AdapterLayout | None = None
-        self.numbers: Tensor | None = None
-        self._given: Tensor | None = None
-        self._adapters: dict[int, BlockAdapter] = {}
-        prefix_tokens = 0
-        if adapter is not None:
-            self.layout, numbers = adapter
-            prefix_tokens = self.layout.prefix_tokens
-            self._given = numbers
-            self.numbers = next(
-                (found for each in others if (found := each._same(numbers)) is not None), None
-            )
-            if self.numbers is None:
-                with torch.inference_mode(False):
-                    numbers = numbers.to(stack.device, torch.float32)
-                    self.numbers = numbers.clone() if numbers.is_inference() else numbers.detach()
-            self._adapters = self.layout.split(stack.config, self.numbers, blocks)
         self.groups: list[Group] = []
+        prefix_tokens = 0 if state is None else state.layout.prefix_tokens
         row = 0
-        for own in _grouped(lengths, piece_rows):
-            self.groups.append(Group(stack, row, own, prefix_tokens))
+        for place, own in enumerate(lengths):
+            self.groups.append(Group(stack, place, row, own, prefix_tokens))
             row += self.groups[-1].rows
         self.rows = row
 
-    def _same(self, numbers: Tensor) -> Tensor | None:
-        """What is computed with here, if it was made of these very numbers."""
-        given = self._given
-        if given is None or (given.data_ptr(), given.numel()) != (numbers.data_ptr(), numbers.numel()):
-            return None
-        return self.numbers
-
     def adapter(self, block: int) -> BlockAdapter:
-        return self._adapters.get(block, _NOTHING)
+        return _NOTHING if self.state is None else self.state.parts.get(block, _NOTHING)
 
     def run(self, group: Group, block: int, hidden: Tensor) -> Tensor:
         """`block` without a graph."""
         with torch.inference_mode(False), torch.no_grad():
             return self.stack.forward_trained(block, hidden, group.sequences, self.adapter(block))
+
+    def train(self, group: Group, block: int, hidden: Tensor) -> Tensor:
+        """`block`, whose graph the group has then."""
+        out, group.graphs[block] = _trained_block(self, group, block, hidden)
+        return out
+
+    def gradient(self) -> Gradient:
+        """For one backward."""
+        return Gradient(self)
 
     def count(self) -> Kept:
         """What is kept now. A graph keeps its input anyway."""
@@ -138,6 +160,7 @@ class Pass:
         return self.counted
 
     def clear(self) -> None:
+        """Nothing is needed any more, unless a block is computed again."""
         for group in self.groups:
             group.graphs.clear()
             group.inputs.clear()
@@ -145,7 +168,11 @@ class Pass:
     def drop_graph(self) -> None:
         """Drop the graph that the backward needs last."""
         group = next(group for group in reversed(self.groups) if group.graphs)
-        del group.graphs[min(group.graphs)]
+        self.drop(group, min(group.graphs))
+
+    def drop(self, group: Group, block: int) -> None:
+        """Drop the graph of one block."""
+        del group.graphs[block]
         group.drop_masks()
 
     def drop_inner_inputs(self) -> None:
@@ -157,7 +184,7 @@ class Pass:
         return [block for block in group.inputs if block > self.blocks.start and block not in group.graphs]
 
 
-def trained_block(kept: Pass, group: Group, block: int, hidden: Tensor) -> tuple[Tensor, BlockGraph]:
+def _trained_block(kept: Pass, group: Group, block: int, hidden: Tensor) -> tuple[Tensor, BlockGraph]:
     """What comes out of `block`, detached, and the way back."""
     saved: dict[int, int] = {}
 
@@ -174,45 +201,56 @@ def trained_block(kept: Pass, group: Group, block: int, hidden: Tensor) -> tuple
     # It may be some rows of a larger tensor.
     saved[hidden.untyped_storage().data_ptr()] = hidden.nbytes
     shared = {address for plan in group.sequences.values() for address in plan.mask_addresses()}
-    if kept.numbers is not None:
-        shared.add(kept.numbers.untyped_storage().data_ptr())
+    if kept.state is not None:
+        shared.add(kept.state.numbers.untyped_storage().data_ptr())
     graph.nbytes = sum(size for address, size in saved.items() if address not in shared)
     return out.detach(), graph
 
 
 class Gradient:
-    """The backward of a pass: `through` its blocks, last to first. `numbers` adds up the adapter's."""
+    """The backward of a pass: each group `through` its blocks, last to first. `numbers` adds up the adapter's
+    on the way; close it when it is `complete`, or will not be.
+    """
 
     def __init__(self, kept: Pass) -> None:
         self.numbers: Tensor | None = None
+        self._blocks = kept.blocks
         self._targets: dict[int, BlockAdapter] = {}
-        if kept.layout is not None and kept.numbers is not None:
+        state = kept.state
+        if state is not None:
             with torch.inference_mode(False):
-                self.numbers = torch.zeros_like(kept.numbers)
-            self._targets = kept.layout.split(kept.stack.config, self.numbers, kept.blocks)
+                self.numbers = torch.zeros_like(state.numbers)
+            self._targets = parts_of(kept.stack, state.layout, self.numbers, kept.blocks)
         self._narrow = kept.stack.dtype is torch.float16
-        #: That in which `begin` takes gradients: they must not lose their range before they are scaled.
+        #: That in which gradients come: they must not lose their range before they are scaled.
         self.dtype = torch.float32 if self._narrow else kept.stack.dtype
         self._scale: Tensor | None = None
 
-    def begin(self, grad: Tensor) -> Tensor:
-        """The gradient of what a group of sequences resulted in."""
-        self._scale = None
-        return grad
-
-    def through(self, block: int, graph: BlockGraph, grad: Tensor) -> Tensor:
-        """The gradient of what goes into `block`; `graph` is used up."""
+    def through(self, group: Group, block: int, grad: Tensor) -> Tensor:
+        """The gradient of what goes into `block`, whose graph is used up."""
+        if block == self._blocks.end - 1:
+            self._scale = None
+        graph = group.graphs.pop(block)
         with torch.inference_mode(False):
             if self._narrow:
                 grad = self._rescaled(grad)
             found, *of_adapter = torch.autograd.grad([graph.edge], graph.leaves, [grad])
             for target, own in zip(_tensors(self._targets.get(block, _NOTHING)), of_adapter, strict=True):
                 target += own if self._scale is None else own / self._scale
-            return found
+        if block == self._blocks.start:
+            group.drop_masks()
+        return found
 
     def end(self, grad: Tensor) -> Tensor:
         """The gradient of what the group began with."""
         return grad if self._scale is None else grad.float() / self._scale
+
+    def complete(self) -> Tensor | None:
+        """The gradient of the adapter's numbers, of all groups."""
+        return self.numbers
+
+    def close(self) -> None:
+        """Nothing comes any more. Idempotent."""
 
     def _rescaled(self, grad: Tensor) -> Tensor:
         wide = grad.float()
@@ -221,7 +259,7 @@ class Gradient:
         return (wide * factor).half()
 
 
-def _grouped(lengths: Sequence[int], rows: float) -> Iterator[list[int]]:
+def grouped(lengths: Sequence[int], rows: float) -> Iterator[list[int]]:
     """Cuts a pass up: groups of at most so many rows, but whole sequences."""
     group: list[int] = []
     for length in lengths:

@@ -6,102 +6,36 @@ sums. A rank that is lost takes the others with it: what they have computed toge
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import logging
-import pickle
 import weakref
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import IO, Protocol
 
 import torch
 from torch import Tensor
 
+from petal_swarm.engine.crew import Crew
+from petal_swarm.engine.led_passes import PassLeader
 from petal_swarm.engine.ranks import (
     Adapt,
     Advance,
     Allocate,
     Begin,
-    Command,
     CopyRows,
     Drop,
     Forget,
     LoraRows,
     WritePrefix,
 )
-from petal_swarm.errors import RemoteError
 from petal_swarm.models.adapters import AdapterLayout
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.devices import to_device
 from petal_swarm.models.family import Block
 from petal_swarm.models.packed_adapters import ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
-from petal_swarm.models.sharded_stack import Group, ShardedStack
+from petal_swarm.models.sharded_stack import ShardedStack
 from petal_swarm.span import Span
-
-logger = logging.getLogger(__name__)
-
-LOST = "a process that computes a part of this server's blocks is gone, so the server leaves"
-
-
-class Others(Protocol):
-    """The processes of the other ranks."""
-
-    @property
-    def pipes(self) -> Sequence[IO[bytes]]:
-        """Where they take commands, by rank."""
-        ...
-
-    def kill(self) -> None:
-        """They end, whatever they do; that they are gone is somebody's business. Does not wait."""
-        ...
-
-    def end(self) -> None:
-        """They end, and nobody misses them."""
-        ...
-
-
-class Crew:
-    """The other ranks, as the leader commands them; `group` is with them."""
-
-    def __init__(self, others: Others, group: Group) -> None:
-        self.group = group
-        self._others = others
-        self._pipes = others.pipes
-        self._gone = False
-
-    def tell(self, command: Command) -> None:
-        data = pickle.dumps(command, pickle.HIGHEST_PROTOCOL)
-        for pipe in self._pipes:
-            pipe.write(data)
-            pipe.flush()
-
-    @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """What is done inside all ranks do, or none ever again.
-
-        Raises:
-            RemoteError: a rank is gone, or something failed at this one and the others wait in vain.
-        """
-        if self._gone:
-            raise RemoteError(LOST)
-        try:
-            yield
-        except BaseException as error:
-            if not self._gone:
-                self._gone = True
-                logger.error("computing with the other ranks failed", exc_info=error)
-                self._others.kill()
-            if isinstance(error, Exception):
-                raise RemoteError(LOST) from error
-            raise
-
-    def dismiss(self) -> None:
-        """Nothing will be computed any more."""
-        self._gone = True
-        self._others.end()
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +89,8 @@ class LeadingStack(ShardedStack):
         self._of_deltas: dict[int, int] = {}
         self._news: deque[_New | Drop | Forget] = deque()
         self._counter = itertools.count()
+        #: What the others do in training.
+        self.passes = PassLeader(crew, self._counter)
 
     def allocate(self, pool_tokens: int, kv_dtype: str) -> KVPool:
         """See `BlockStack`."""

@@ -36,7 +36,8 @@ _SPREAD_FROM_CUDA = 1024
 @dataclass(frozen=True)
 class RankSettings:
     """What a rank has to know to load its part; `rendezvous` is a file that only this server's ranks see,
-    `quantized` where quantized parts are kept; `spread_from` as in `Group`, None is what measured best.
+    `quantized` where quantized parts are kept; `spread_from` as in `Group`, None is what measured best. With
+    `kernels` each rank tries ours for its own products: what is added up may be computed in several ways.
     """
 
     model: str
@@ -49,6 +50,7 @@ class RankSettings:
     quantized: Path | None = None
     threads: int | None = None
     spread_from: int | None = None
+    kernels: bool = False
 
 
 class LoraRows(NamedTuple):
@@ -119,7 +121,98 @@ class Forget(NamedTuple):
     number: int
 
 
-Command: TypeAlias = Begin | Advance | Drop | Allocate | CopyRows | Adapt | WritePrefix | Forget
+class TrainAdapter(NamedTuple):
+    """See `graphs.AdapterState`: the `number`, of `size` numbers in float32 that are shared next."""
+
+    number: int
+    layout: AdapterLayout
+    blocks: Span
+    size: int
+
+
+class EndAdapter(NamedTuple):
+    """No pass uses the adapter state `number` any more."""
+
+    number: int
+
+
+class BeginPass(NamedTuple):
+    """See `graphs.Pass`: the pass `number`, with the adapter state `adapter`."""
+
+    number: int
+    blocks: Span
+    lengths: tuple[tuple[int, ...], ...]
+    adapter: int | None
+
+
+class EndPass(NamedTuple):
+    """Nothing is needed of the pass `number` any more."""
+
+    number: int
+
+
+class Place(NamedTuple):
+    """A block of a pass, and the group of sequences that is meant."""
+
+    number: int
+    group: int
+    block: int
+
+
+class Train(NamedTuple):
+    """A group goes through a block, whose graph is kept or not. Its rows are shared next, in the dtype
+    `shared`; None: they are what the last `Train` or `Through` resulted in.
+    """
+
+    place: Place
+    kept: bool
+    shared: torch.dtype | None
+
+
+class DropGraph(NamedTuple):
+    """The graph at `place` is not needed."""
+
+    place: Place
+
+
+class BeginGradient(NamedTuple):
+    """See `graphs.Gradient`: the gradient `number`, of the pass `of`."""
+
+    number: int
+    of: int
+
+
+class Through(NamedTuple):
+    """The gradient `gradient` goes on through the graph at `place`; what comes is as `Train` says."""
+
+    gradient: int
+    place: Place
+    shared: torch.dtype | None
+
+
+class EndGradient(NamedTuple):
+    """The gradient `number` is done with; what ranks have of an adapter's numbers is added up if it is
+    `complete`.
+    """
+
+    number: int
+    complete: bool
+
+
+TrainingCommand: TypeAlias = (
+    TrainAdapter
+    | EndAdapter
+    | BeginPass
+    | EndPass
+    | Train
+    | DropGraph
+    | BeginGradient
+    | Through
+    | EndGradient
+)
+Command: TypeAlias = (
+    Begin | Advance | Drop | Allocate | CopyRows | Adapt | WritePrefix | Forget | TrainingCommand
+)
 
 
 class TorchGroup:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from petal_swarm.engine.graphs import Gradient, Group, Pass, trained_block
+from petal_swarm.engine.graphs import AdapterState, Gradient, Group, Pass, grouped
+from petal_swarm.engine.leading import LeadingStack
+from petal_swarm.engine.led_passes import LedPass
 from petal_swarm.engine.works import Pieces
 from petal_swarm.errors import BadTensorError, NotFiniteError, PassGoneError
 from petal_swarm.models.adapters import AdapterLayout
@@ -94,7 +96,7 @@ class Passes:
         """
         self.expire()
         self._check(hidden, sum(lengths), "hidden")
-        started = Pass(self._stack, blocks, lengths, adapter, self._piece_rows(), peer, self._passes.values())
+        started = self._new(lengths, blocks, adapter, peer)
         self.forget(key)
         if keep:
             self._passes[key] = started
@@ -116,6 +118,9 @@ class Passes:
             if self._passes.get(key) is started:
                 self.forget(key)
             raise
+        finally:
+            if self._passes.get(key) is not started:
+                started.clear()
         self._touch(started)
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -136,31 +141,36 @@ class Passes:
             raise PassGoneError("nothing is kept of this training pass any more")
         self._touch(kept)
         self._check(grad, kept.rows, "the gradient")
-        gradient = Gradient(kept)
+        gradient = kept.gradient()
+        try:
+            found = yield from self._backward(key, kept, gradient, grad)
+            numbers = gradient.complete()
+        finally:
+            gradient.close()
+        self._touch(kept)
+        return found, numbers
+
+    def _backward(self, key: Hashable, kept: Pass, gradient: Gradient, grad: Tensor) -> Pieces[Tensor]:
         outs = []
         for group in kept.groups:
-            part = gradient.begin(self._own(grad[group.row : group.row + group.rows], gradient.dtype))
+            part = self._own(grad[group.row : group.row + group.rows], gradient.dtype)
             sums = []
             inputs: dict[int, Tensor] = {}
             for block in reversed(kept.blocks.blocks()):
-                graph = group.graphs.pop(block, None)
-                self._count(kept)
-                if graph is None:
+                if block not in group.graphs:
                     yield from self._recompute(key, kept, group, block, inputs)
-                    graph = trained_block(kept, group, block, inputs.pop(block))[1]
-                part = gradient.through(block, graph, part)
+                    kept.train(group, block, inputs.pop(block))
+                part = gradient.through(group, block, part)
                 if block != kept.blocks.start:
                     group.inputs.pop(block, None)
-                    self._count(kept)
+                self._count(kept)
                 sums.append(part.sum(dtype=torch.float32))
                 self._synchronize()
                 self._trim()
                 yield
             _check_sums(sums, list(reversed(kept.blocks.blocks())), "the gradient")
-            group.drop_masks()
             outs.append(gradient.end(part))
-        self._touch(kept)
-        return outs[0] if len(outs) == 1 else torch.cat(outs), gradient.numbers
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def forget(self, key: Hashable) -> None:
         """Free what is kept of a pass; unknown keys are ignored. If its backward is under way, that fails."""
@@ -182,12 +192,28 @@ class Passes:
     def stats(self) -> PassStats:
         return PassStats(len(self._passes), self._activation_bytes, self._input_bytes)
 
+    def _new(
+        self, lengths: Sequence[int], blocks: Span, adapter: tuple[AdapterLayout, Tensor] | None, peer: str
+    ) -> Pass:
+        state = None if adapter is None else self._state(*adapter, blocks)
+        groups = list(grouped(lengths, self._piece_rows()))
+        stack = self._stack
+        if isinstance(stack, LeadingStack):
+            return LedPass(stack.passes, stack, blocks, groups, state, peer)
+        return Pass(stack, blocks, groups, state, peer)
+
+    def _state(self, layout: AdapterLayout, numbers: Tensor, blocks: Span) -> AdapterState:
+        """Maybe on the device already, for another pass."""
+        for kept in self._passes.values():
+            if kept.state is not None and kept.state.is_of(layout, numbers, blocks):
+                return kept.state
+        return AdapterState(self._stack, layout, numbers, blocks)
+
     def _forward(self, key: Hashable, kept: Pass, group: Group, block: int, hidden: Tensor) -> Tensor:
         if self._passes.get(key) is not kept:  # not to be kept, or too large, or forgotten meanwhile
             return kept.run(group, block, hidden)
-        out, graph = trained_block(kept, group, block, hidden)
+        out = kept.train(group, block, hidden)
         group.inputs[block] = hidden
-        group.graphs[block] = graph
         self._count(kept)
         self._trim()
         return out
@@ -234,9 +260,7 @@ class Passes:
             of_peers: dict[str, int] = {}
             for (peer, _), nbytes in self._adapters().items():
                 of_peers[peer] = of_peers.get(peer, 0) + nbytes
-            old = [
-                key for key, kept in self._passes.items() if kept.numbers is not None and kept is not newest
-            ]
+            old = [key for key, kept in self._passes.items() if kept.state is not None and kept is not newest]
             if not old:
                 return
             key = max(old, key=lambda key: of_peers[self._passes[key].peer])
@@ -245,9 +269,9 @@ class Passes:
     def _adapters(self) -> dict[tuple[str, int], int]:
         """Bytes of the states of adapters that passes hold, by peer and place."""
         return {
-            (kept.peer, kept.numbers.data_ptr()): kept.numbers.nbytes
+            (kept.peer, kept.state.numbers.data_ptr()): kept.state.numbers.nbytes
             for kept in self._passes.values()
-            if kept.numbers is not None
+            if kept.state is not None
         }
 
     def _heaviest(self, weight: Callable[[Pass], int]) -> tuple[Hashable, Pass]:

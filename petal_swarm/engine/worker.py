@@ -20,6 +20,7 @@ from typing import IO
 import torch
 from torch import Tensor
 
+from petal_swarm.engine.followed_passes import FollowedPasses
 from petal_swarm.engine.ranks import (
     Adapt,
     Advance,
@@ -38,9 +39,11 @@ from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.block_source import BlockSource
 from petal_swarm.models.checkpoint import Checkpoint, Progress, open_checkpoint
 from petal_swarm.models.family import Block
+from petal_swarm.models.kernels import permit
 from petal_swarm.models.packed_adapters import Segment, ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
-from petal_swarm.models.sharded_stack import Group, ShardedStack
+from petal_swarm.models.rank_sums import Group
+from petal_swarm.models.sharded_stack import ShardedStack
 from petal_swarm.models.stack import read_blocks
 
 
@@ -61,6 +64,8 @@ class Worker:
         self._pool: KVPool | None = None
         self._batches: dict[int, _Batch] = {}
         self._adapters: dict[int, ServedAdapter] = {}
+        #: Those of training.
+        self.passes = FollowedPasses(stack, group)
 
     @torch.inference_mode()
     def carry_out(self, command: Command) -> None:
@@ -85,6 +90,8 @@ class Worker:
                 self._own_pool.write_prefix(self._adapters[number], extents)
             case Forget(number):
                 del self._adapters[number]
+            case _:
+                self.passes.carry_out(command)
 
     @property
     def _own_pool(self) -> KVPool:
@@ -112,6 +119,14 @@ class Worker:
             del self._batches[number]
 
 
+def set_process(settings: RankSettings) -> None:
+    """What a process whose only task is to be a rank has to have set, before it reads its part."""
+    if settings.threads is not None:
+        torch.set_num_threads(settings.threads)
+    if settings.kernels:
+        permit()
+
+
 def read_part(settings: RankSettings, checkpoint: Checkpoint, progress: Progress | None) -> list[Block]:
     """The blocks of a rank, leader or not.
 
@@ -134,8 +149,7 @@ def main() -> int:
     with os.fdopen(os.dup(1), "wb") as answer:
         os.dup2(2, 1)
         settings: RankSettings = pickle.load(commands)
-        if settings.threads is not None:
-            torch.set_num_threads(settings.threads)
+        set_process(settings)
         try:
             checkpoint = open_checkpoint(settings.model)
             blocks = read_part(settings, checkpoint, _unless_alone(answer))

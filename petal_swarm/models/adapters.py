@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from petal_swarm.errors import ConfigError
@@ -37,6 +38,15 @@ class BlockAdapter:
 
     lora: Mapping[str, LoraMatrices] = field(default_factory=dict)
     prefix: Tensor | None = None
+
+    def copied(self) -> BlockAdapter:
+        """Of contiguous tensors of its own, so that those it shares can be freed."""
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.clone(memory_format=torch.contiguous_format)
+
+        lora = {stem: LoraMatrices(copy(own.a), copy(own.b), own.scale) for stem, own in self.lora.items()}
+        return BlockAdapter(lora, None if self.prefix is None else copy(self.prefix))
 
 
 @dataclass(frozen=True)

@@ -8,47 +8,20 @@ each rank's rows of it, and rows are put together again in front of the next pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from petal_swarm.models.adapters import BlockAdapter
 from petal_swarm.models.config import ModelConfig
 from petal_swarm.models.families import family_of
 from petal_swarm.models.family import Block
 from petal_swarm.models.linear import Projection
 from petal_swarm.models.lora import Part, Project
 from petal_swarm.models.packing import KVPool, PackedBatch
-from petal_swarm.models.sharding import Shard
-from petal_swarm.models.stack import BlockStack
+from petal_swarm.models.rank_sums import Group, entered, summed
+from petal_swarm.models.stack import BlockStack, Sequences
 from petal_swarm.span import Span
-
-
-class Group(Protocol):
-    """The ranks that compute a stack together. All call the same things in the same order.
-
-    Tensors are contiguous, and on the device of the group. `spread_from` is of how many rows a batch is
-    worth spreading.
-    """
-
-    shard: Shard
-    spread_from: int
-
-    def share(self, tensor: Tensor) -> None:
-        """Gives everybody what rank 0 has in `tensor`."""
-        ...
-
-    def sum(self, tensor: Tensor) -> None:
-        """Adds up what all ranks have, in place; the same at all of them to the last bit."""
-        ...
-
-    def sum_rows(self, tensor: Tensor) -> Tensor:
-        """`[ranks * n, ...]` to `[n, ...]`: this rank's rows of the sum."""
-        ...
-
-    def join_rows(self, tensor: Tensor) -> Tensor:
-        """`[n, ...]` to `[ranks * n, ...]`: the rows of all ranks."""
-        ...
 
 
 class _Rows:
@@ -96,6 +69,8 @@ class _Joining:
         return _Joining(project(parts, self._inner), self._rows)
 
     def __call__(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return self._inner(entered(x, self._rows.group))
         return self._inner(self._rows.joined(x) if self._rows.spread else x)
 
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
@@ -127,6 +102,8 @@ class _Summing:
 
     def __call__(self, x: Tensor) -> Tensor:
         out = self._inner(x)
+        if x.requires_grad:
+            return summed(out, None, self._rows.group)
         if self._rows.spread:
             return self._rows.summed(out)
         self._rows.group.sum(out)
@@ -135,6 +112,8 @@ class _Summing:
     def plus(self, x: Tensor, residual: Tensor) -> Tensor:
         """`residual + self(x)`; the first rank's summand holds the residual."""
         rows = self._rows
+        if x.requires_grad:
+            return summed(self._inner(x), residual, rows.group)
         if rows.spread:
             return rows.summed(self._inner(x)).add_(residual)
         out = self._inner(x) if rows.group.shard.rank else self._inner.plus(x, residual)
@@ -191,3 +170,10 @@ class ShardedStack(BlockStack):
             if spread and not last:
                 hidden = self._rows.joined(hidden)
             yield hidden
+
+    def forward_trained(
+        self, block: int, hidden: Tensor, sequences: Sequences, adapter: BlockAdapter
+    ) -> Tensor:
+        """As there. Rows are never spread: the way back would have to put them together once more."""
+        self._rows.spread = 0
+        return super().forward_trained(block, hidden, sequences, adapter)

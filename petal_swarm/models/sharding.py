@@ -95,7 +95,10 @@ class Shard:
         return map_parts(weight, lambda rows: _columns(rows, part))
 
     def adapter(self, family: Family, config: ModelConfig, adapter: BlockAdapter) -> BlockAdapter:
-        """This rank's part of what is added to a block; copies, so that the rest can be freed."""
+        """This rank's part of what is added to a block: views, through which gradients flow.
+
+        What several ranks have, such as `a` where `b` is cut, adds up: so do the gradients of all parts.
+        """
         lora: dict[str, LoraMatrices] = {}
         for stem, own in adapter.lora.items():
             a, b = own.a, own.b
@@ -104,10 +107,10 @@ class Shard:
                 b = b[part.of(b.shape[0])]
             elif split is not None:
                 a = a[:, part.of(a.shape[1])]
-            lora[stem] = LoraMatrices(a.clone(memory_format=torch.contiguous_format), b.clone(), own.scale)
+            lora[stem] = LoraMatrices(a, b, own.scale)
         prefix = adapter.prefix
         if prefix is not None:
-            prefix = prefix[:, self.kv_heads(config).of(config.num_kv_heads)].clone()
+            prefix = prefix[:, self.kv_heads(config).of(config.num_kv_heads)]
         return BlockAdapter(lora, prefix)
 
     def _shape(self, family: Family, config: ModelConfig, name: str, shape: Shape) -> Shape:

@@ -182,7 +182,9 @@ class BlockStack:
         """
         assert self.span.covers(blocks), f"blocks {blocks} are not all in {self.span}"
         own = layout.split(self.config, numbers.to(self.device), blocks)
-        placed = {block - self.span.start: self._part_of(adapter) for block, adapter in own.items()}
+        placed = {block - self.span.start: self.part_of(adapter) for block, adapter in own.items()}
+        if self._shard is not None:
+            placed = {place: adapter.copied() for place, adapter in placed.items()}
         prefix = {
             place: self.arrange_prefix(adapter.prefix).to(self.dtype)
             for place, adapter in placed.items()
@@ -190,8 +192,8 @@ class BlockStack:
         }
         return ServedAdapter(self._adapted.deltas(placed), layout.prefix_tokens, prefix)
 
-    def _part_of(self, adapter: BlockAdapter) -> BlockAdapter:
-        """What of an adapter is added by these blocks."""
+    def part_of(self, adapter: BlockAdapter) -> BlockAdapter:
+        """What of an adapter is added by these blocks: all of it, or views of its tensors."""
         if self._shard is None:
             return adapter
         return self._shard.adapter(family_of(self.config), self.config, adapter)

@@ -37,8 +37,8 @@ class ServerConfig:
     `training_mib` is the room for what passes of training keep; None is a share of the free memory. Blocks
     and KV cache take `device_memory_mib` at most; None is a share of what is free. Blocks that do not fit are
     where `offload` says, and there is no training then. `tensor_parallel` is over how many devices of one
-    kind each block is shared out; such a server does not train either. With `kernels` those of our own are
-    tried on a CUDA device, and used where they are right and faster.
+    kind each block is shared out. With `kernels` those of our own are tried on a CUDA device, and used where
+    they are right and faster.
 
     Raises:
         ConfigError: settings that contradict each other.
@@ -138,8 +138,6 @@ class ServerConfig:
             raise ConfigError(f"--adapter-mib must be at least 0, got {self.adapter_mib}")
         if self.training_mib is not None and self.training_mib < 0:
             raise ConfigError(f"--training-mib must be at least 0, got {self.training_mib}")
-        if self.training_mib and self.tensor_parallel > 1:
-            raise ConfigError("--tensor-parallel does not train: leave --training-mib out")
         if len(self.adapters) > MAX_ADAPTERS:
             raise ConfigError(f"--adapters takes {MAX_ADAPTERS} at most")
 
@@ -154,7 +152,7 @@ class ServerConfig:
 
     @property
     def trains(self) -> bool:
-        return self.training_mib != 0 and self.offload == "none" and self.tensor_parallel == 1
+        return self.training_mib != 0 and self.offload == "none"
 
     @property
     def rebalances(self) -> bool:

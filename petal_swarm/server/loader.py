@@ -169,6 +169,7 @@ class Loader:
             quant=self.quant,
             quantized=self._quantized,
             threads=threads,
+            kernels=self._config.kernels,
         )
         return load_ranks(self._checkpoint, settings, self._devices[1:], progress, self._on_lost)
 

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from petal_swarm.engine.leading import Crew, LeadingStack
+from petal_swarm.engine.crew import Crew
+from petal_swarm.engine.leading import LeadingStack
 from petal_swarm.engine.ranks import RankSettings, TorchGroup
 from petal_swarm.engine.worker import read_part
 from petal_swarm.errors import ModelError

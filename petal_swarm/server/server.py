@@ -17,8 +17,8 @@ from petal_swarm.directory.remote import Pinger
 from petal_swarm.directory.service import DirectoryService
 from petal_swarm.engine.adapters import AdapterLimits, AdapterStore
 from petal_swarm.engine.compute import Compute, ComputeThread
+from petal_swarm.engine.crew import LOST
 from petal_swarm.engine.engine import Engine
-from petal_swarm.engine.leading import LOST
 from petal_swarm.errors import BusyError, ConfigError, PetalSwarmError, RemoteError
 from petal_swarm.models.checkpoint import Checkpoint
 from petal_swarm.models.devices import release_cached

@@ -6,6 +6,7 @@ import gc
 import math
 import weakref
 from collections.abc import Generator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -389,6 +390,17 @@ def test_masks_are_counted_and_go_with_the_graphs(bloom: Tiny) -> None:
     assert close(found[0], found[1])
 
 
+def test_the_same_numbers_in_another_layout_are_another_adapter(bloom: Tiny) -> None:
+    layout, numbers = adapter_for(bloom)
+    halved = AdapterLayout(tuple(replace(place, scale=place.scale / 2) for place in layout.places), 3)
+    found = []
+    for first in (layout, halved):
+        passes = Passes(bloom.stack)
+        run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, (first, numbers), keep=True))
+        found.append(run(passes.forward("b", rows(COUNT), LENGTHS, WHOLE, (halved, numbers), keep=True)))
+    assert torch.equal(*found)
+
+
 def test_numbers_of_adapters_are_bounded(bloom: Tiny) -> None:
     """The numbers of each step of a client that finishes no pass; those of one step are there once."""
     layout, numbers = adapter_for(bloom)
@@ -399,7 +411,7 @@ def test_numbers_of_adapters_are_bounded(bloom: Tiny) -> None:
         for half in "ab":
             adapter = layout, of_step.view(-1)  # a tensor of its own
             run(passes.forward((step, half), rows(COUNT), LENGTHS, WHOLE, adapter, keep=True, peer="A"))
-        one, other = (passes._passes[step, half].numbers for half in "ab")
+        one, other = (passes._passes[step, half].state for half in "ab")
         assert one is other
     assert [key for key in passes._passes if key != "other"] == [(2, "a"), (2, "b"), (3, "a"), (3, "b")]
     assert passes.has("other")

@@ -285,6 +285,74 @@ def test_quantized_parts_are_kept_on_disk(saved: Callable[[str], Checkpoint], tm
     assert [file.stat().st_ino for file in files] == times
 
 
+LENGTHS = (11, 7, 7, 15)
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks"), [*((kind, 2) for kind in KINDS), ("bloom-6-heads", 3), ("qwen2", 4), ("qwen3", 4)]
+)
+def test_gradients_are_those_of_whole_blocks(
+    saved: Callable[[str], Checkpoint], kind: str, ranks: int
+) -> None:
+    check_gradients(saved(kind), ranks)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "qwen2"])
+def test_gradients_through_plain_int8_are_those_of_whole_blocks(
+    saved: Callable[[str], Checkpoint], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("petal_swarm.models.int8.packing_works", lambda: False)
+    monkeypatch.setattr("petal_swarm.models.int8._fused_works", lambda values: False)
+    check_gradients(saved(kind), 2, "int8")
+
+
+def check_gradients(checkpoint: Checkpoint, count: int, quant: Quant = "none") -> None:
+    """Each rank has the gradient of the rows; those of an adapter's numbers add up. Batches that are spread
+    may have been there before.
+    """
+    ranks, full = Ranks(checkpoint, count, quant, spread_from=8), whole(checkpoint, quant)
+    ranks.run(rows(checkpoint, 9), lambda: prefill(9))
+    stems = [name.removesuffix(".weight") for name in checkpoint.family.splits]
+    layout = AdapterLayout(tuple(LoraPlace(block, stem, 3, 0.5) for block in (0, 2) for stem in stems), 3)
+    size = layout.numbers(checkpoint.config, WHOLE)
+    numbers = torch.randn(size, generator=torch.Generator().manual_seed(2)) * 0.3
+    expected = trained(full, layout, numbers)
+    with ThreadPoolExecutor(count) as pool:
+        found = list(pool.map(lambda stack: trained(stack, layout, numbers), ranks.stacks))
+    for out, hidden, _ in found:
+        assert torch.equal(out, found[0][0])
+        assert torch.equal(hidden, found[0][1])
+        assert error(out, expected[0]) < TOLERANCE
+        assert error(hidden, expected[1]) < TOLERANCE
+    summed = torch.stack([own for *_, own in found]).sum(0)
+    for block, own in layout.split(checkpoint.config, summed, WHOLE).items():
+        other = layout.split(checkpoint.config, expected[2], WHOLE)[block]
+        assert error(own.prefix, other.prefix) < TOLERANCE  # type: ignore[arg-type]
+        for stem, matrices in own.lora.items():
+            assert error(matrices.a, other.lora[stem].a) < TOLERANCE, (block, stem, "a")
+            assert error(matrices.b, other.lora[stem].b) < TOLERANCE, (block, stem, "b")
+
+
+def trained(stack: BlockStack, layout: AdapterLayout, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What comes out, and the gradients of the rows and of the adapter."""
+    generator = torch.Generator().manual_seed(4)
+    shape = (sum(LENGTHS), stack.config.hidden_size)
+    hidden, weights = (torch.randn(shape, generator=generator) for _ in range(2))
+    hidden.requires_grad_()
+    numbers = numbers.clone().requires_grad_()
+    sequences = stack.sequences(LENGTHS, layout.prefix_tokens)
+    adapters = layout.split(stack.config, numbers, WHOLE)
+    out = hidden
+    for block, adapter in adapters.items():
+        out = stack.forward_trained(block, out, sequences, stack.part_of(adapter))
+    without = hidden.detach()
+    with torch.no_grad():
+        for block, adapter in adapters.items():
+            without = stack.forward_trained(block, without, sequences, stack.part_of(adapter))
+    assert error(without, out.detach()) < TOLERANCE
+    return out.detach(), *torch.autograd.grad(out, [hidden, numbers], weights)
+
+
 def test_mlp_of_odd_size_is_cut_in_whole_units() -> None:
     from petal_swarm.models.config import ModelConfig
 

@@ -12,6 +12,7 @@ import torch
 from petal_swarm.engine.engine import Chunk, Engine
 from petal_swarm.engine.ranks import RankSettings
 from petal_swarm.engine.steps import StepRequest
+from petal_swarm.engine.training import Passes
 from petal_swarm.errors import CheckpointError, RemoteError
 from petal_swarm.models.adapters import AdapterLayout, LoraPlace
 from petal_swarm.models.checkpoint import open_checkpoint
@@ -19,6 +20,7 @@ from petal_swarm.models.sharding import Shard
 from petal_swarm.models.stack import load_blocks
 from petal_swarm.server.ranks import RankProcesses, load_ranks
 from petal_swarm.span import Slice
+from tests.engine.test_training import COUNT, LENGTHS, run
 from tests.engine.tiny import WHOLE, make, rows
 
 TOLERANCE = 1e-5
@@ -59,6 +61,14 @@ def engines(folder: Path) -> Iterator[tuple[Engine, Engine]]:
 
 def step(session: object, position: int, count: int, seed: int, **more: object) -> StepRequest:
     return StepRequest(session, WHOLE, (Slice(0, position, count),), rows(count, seed), **more)  # type: ignore[arg-type]
+
+
+def adapter_of(engine: Engine) -> tuple[AdapterLayout, torch.Tensor]:
+    """LoRA where it is cut by rows and by columns, and a prefix."""
+    places = (LoraPlace(1, "mlp.down_proj", 3, 0.7), LoraPlace(2, "self_attn.k_proj", 2, 1.5))
+    layout = AdapterLayout(places, prefix_tokens=4)
+    size = layout.numbers(engine.stack.config, WHOLE)
+    return layout, torch.randn(size, generator=torch.Generator().manual_seed(7))
 
 
 def near(found: torch.Tensor | None, expected: torch.Tensor | None) -> bool:
@@ -120,10 +130,7 @@ def test_interrupted_prefill_is_equal(engines: tuple[Engine, Engine]) -> None:
 
 
 def test_adapters_and_prefixes_are_equal(engines: tuple[Engine, Engine]) -> None:
-    places = (LoraPlace(1, "mlp.down_proj", 3, 0.7), LoraPlace(2, "self_attn.k_proj", 2, 1.5))
-    layout = AdapterLayout(places, prefix_tokens=4)
-    size = layout.numbers(engines[0].stack.config, WHOLE)
-    numbers = torch.randn(size, generator=torch.Generator().manual_seed(7))
+    layout, numbers = adapter_of(engines[0])
     for engine in engines:
         served = engine.stack.serve_adapter(layout, numbers, WHOLE)
         engine.open_session("adapted", max_length=64, adapter=served)
@@ -138,14 +145,44 @@ def test_adapters_and_prefixes_are_equal(engines: tuple[Engine, Engine]) -> None
         engine.close_session("plain")
 
 
+def test_gradients_are_equal_between_steps(engines: tuple[Engine, Engine]) -> None:
+    found = []
+    for engine in engines:
+        engine.open_session("s", max_length=64)
+        passes = Passes(engine.stack, piece_rows=lambda: 14)
+        adapter = adapter_of(engine)
+        out = run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, adapter, keep=True))
+        passes._passes["a"].drop_graph()
+        back = passes.backward("a", rows(COUNT, 1))
+        next(back)
+        (between,) = engine.run([step("s", 0, 29, 2)])
+        found.append([out, between.hidden, *run(back)])
+        passes.forget("a")
+        engine.close_session("s")
+        nothing = AdapterLayout(), torch.empty(0)  # of a client whose adapter is for other blocks
+        run(passes.forward("b", rows(COUNT), LENGTHS, WHOLE, nothing, keep=True))
+        hidden, of_numbers = run(passes.backward("b", rows(COUNT, 1)))
+        assert of_numbers is not None
+        assert of_numbers.shape == (0,)
+        found[-1].append(hidden)
+        passes.forget("b")
+    assert all(near(*pair) for pair in zip(*found, strict=True))
+
+
 def test_a_rank_lost_between_two_blocks_ends_it_all_clearly(folder: Path) -> None:
     lost = threading.Event()
     engine = engine_of(folder, lost)
     engine.open_session("a", max_length=64)
     batch = engine.begin([Chunk(engine.place(step("a", 0, 30, 1)), 30)])
     batch.advance()
+    passes = Passes(engine.stack)
+    run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, keep=True))
+    back = passes.backward("a", rows(COUNT))
+    next(back)
     engine.stack.crew._others._processes[0].kill()  # type: ignore[attr-defined]
     assert lost.wait(20)
+    with pytest.raises(RemoteError, match="a part of this server's blocks is gone"):
+        next(back)
     with pytest.raises(RemoteError, match="a part of this server's blocks is gone"):
         batch.advance()
     with pytest.raises(RemoteError, match="a part of this server's blocks is gone"):

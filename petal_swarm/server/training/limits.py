@@ -39,10 +39,14 @@ class TrainingLimits:
         return max(1, min(self.max_pass_tokens, fits))
 
     def passes(self, compute: Compute, clock: Callable[[], float]) -> Passes:
-        """What computes passes within these limits."""
+        """What computes passes within these limits. Ranks on a CPU are in one memory, and keep equal parts of
+        graphs, and an adapter each; inputs are only here.
+        """
         stack = compute.engine.stack
+        ranks = stack.ranks if stack.device.type == "cpu" else 1
         limits = PassLimits(
-            activation_bytes=self.room_bytes // 2,
+            activation_bytes=self.room_bytes // 2 // ranks,
+            adapter_bytes=PassLimits.adapter_bytes // ranks,
             input_bytes=self.room_bytes // 4,
             max_rows=self.rows_of_pass(stack.config.hidden_size),
             keep_s=self.keep_s,

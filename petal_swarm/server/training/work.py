@@ -63,15 +63,17 @@ def run_backward(
 
 
 def _until_finished(held: Pass, work: Pieces[T]) -> Pieces[T | None]:
-    while not held.finished:
-        try:
-            next(work)
-        except StopIteration as done:
-            result: T = done.value
-            return result
-        yield
-    work.close()
-    return None
+    try:
+        while not held.finished:
+            try:
+                next(work)
+            except StopIteration as done:
+                result: T = done.value
+                return result
+            yield
+        return None
+    finally:
+        work.close()  # here and now: other ranks are told what is not needed any more
 
 
 def _encoded(rows: Tensor, dtype: str) -> Encoded:

@@ -1,0 +1,138 @@
+"""Ranks as threads of this process: what they exchange they leave in a list for one another."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import threading
+from typing import IO
+
+import torch
+from torch import Tensor
+
+from petal_swarm.engine.crew import Crew
+from petal_swarm.engine.leading import LeadingStack
+from petal_swarm.engine.worker import Worker
+from petal_swarm.models.block_source import BlockSource
+from petal_swarm.models.checkpoint import Checkpoint
+from petal_swarm.models.quantization import Quant
+from petal_swarm.models.sharded_stack import ShardedStack
+from petal_swarm.models.sharding import Shard
+from petal_swarm.models.stack import read_blocks
+from petal_swarm.span import Span
+
+
+class _Table:
+    """Where the ranks meet."""
+
+    def __init__(self, ranks: int) -> None:
+        self.barrier = threading.Barrier(ranks, timeout=30)
+        self.brought: list[Tensor | None] = [None] * ranks
+
+
+class ThreadGroup:
+    """A `Group`; `shares` and `sums` count."""
+
+    def __init__(self, table: _Table, rank: int, spread_from: int) -> None:
+        self.shard = Shard(rank, len(table.brought))
+        self.spread_from = spread_from
+        self.shares = self.sums = 0
+        self._table = table
+
+    def share(self, tensor: Tensor) -> None:
+        self.shares += 1
+        found = self._all(tensor)[0]
+        assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
+        tensor.copy_(found)
+
+    def sum(self, tensor: Tensor) -> None:
+        self.sums += 1
+        tensor.copy_(torch.stack(self._all(tensor)).sum(0))
+
+    def sum_rows(self, tensor: Tensor) -> Tensor:
+        whole = torch.stack(self._all(tensor)).sum(0)
+        return whole.chunk(self.shard.ranks)[self.shard.rank].clone()
+
+    def join_rows(self, tensor: Tensor) -> Tensor:
+        return torch.cat(self._all(tensor))
+
+    def _all(self, tensor: Tensor) -> list[Tensor]:
+        assert tensor.is_contiguous()
+        self._table.brought[self.shard.rank] = tensor.detach().clone()
+        self._table.barrier.wait()
+        found = [brought for brought in self._table.brought if brought is not None]
+        self._table.barrier.wait()
+        return found
+
+
+class ThreadRanks:
+    """A checkpoint's blocks shared out: `stack` leads, and each of `workers` is in a thread of its own.
+
+    Batches of `spread_from` rows and more are spread.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        span: Span,
+        ranks: int,
+        *,
+        quant: Quant = "none",
+        dtype: torch.dtype = torch.float32,
+        spread_from: int = 8,
+    ) -> None:
+        self.pipes: list[IO[bytes]] = []
+        self.workers: list[Worker] = []
+        self._threads: list[threading.Thread] = []
+        self._settled = threading.Semaphore(0)
+        self._table = _Table(ranks)
+        self.groups = [ThreadGroup(self._table, rank, spread_from) for rank in range(ranks)]
+        for group in self.groups[1:]:
+            source = BlockSource(checkpoint, dtype, quant=quant, shard=group.shard)
+            blocks = read_blocks(source, span)
+            stack = ShardedStack(checkpoint.config, span, blocks, dtype=dtype, group=group)
+            self.workers.append(Worker(stack, group))
+            self._start(self.workers[-1])
+        own = read_blocks(BlockSource(checkpoint, dtype, quant=quant, shard=self.groups[0].shard), span)
+        crew = Crew(self, self.groups[0])
+        self.stack = LeadingStack(checkpoint.config, span, own, dtype=dtype, device="cpu", crew=crew)
+
+    def settle(self) -> None:
+        """Wait until everybody has done what they were told."""
+        for pipe in self.pipes:
+            pipe.write(pickle.dumps(None))
+            pipe.flush()
+        for _ in self.pipes:
+            assert self._settled.acquire(timeout=30)
+
+    def lose(self) -> None:
+        """All others end when they have done what they were told; nobody meets them any more."""
+        self.settle()
+        self.end()
+
+    def kill(self) -> None:
+        self._table.barrier.abort()
+
+    def end(self) -> None:
+        self.kill()
+        for pipe, thread in zip(self.pipes, self._threads, strict=True):
+            pipe.close()
+            thread.join(30)
+
+    def _start(self, worker: Worker) -> None:
+        reads, writes = os.pipe()
+        self.pipes.append(os.fdopen(writes, "wb"))
+        arguments = [worker, os.fdopen(reads, "rb")]
+        thread = threading.Thread(target=self._follow, args=arguments, name="rank", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+
+    def _follow(self, worker: Worker, commands: IO[bytes]) -> None:
+        with commands, contextlib.suppress(EOFError, threading.BrokenBarrierError):
+            while True:
+                command = pickle.load(commands)
+                if command is None:
+                    self._settled.release()
+                else:
+                    worker.carry_out(command)
