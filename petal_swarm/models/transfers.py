@@ -188,7 +188,9 @@ def pinned(nbytes: int, device: torch.device) -> Tensor:
     if streams is None:
         return memory
     start = memory.data_ptr()
-    if int(streams.cudart().cudaHostRegister(start, nbytes, 0)) != 0:
+    with streams.device(device):  # else the current device would be made to work, too, which takes its memory
+        refused = int(streams.cudart().cudaHostRegister(start, nbytes, 0)) != 0
+    if refused:
         logger.warning("%d MiB could not be pinned: blocks come from there more slowly", nbytes >> 20)
         return memory
     weakref.finalize(memory, _unpin, streams, start, device).atexit = False

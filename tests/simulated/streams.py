@@ -181,6 +181,7 @@ class Pinned:
         )
 
     def cudaHostRegister(self, start: int, nbytes: int, flags: int) -> int:  # noqa: N802
+        assert self._machine.chosen is not None, "CUDA asks which device is the current one"
         self._sizes[start] = nbytes
         return 0
 
