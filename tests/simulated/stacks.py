@@ -28,13 +28,17 @@ Folders: TypeAlias = Callable[[str], Path]
 
 WHOLE = Span(0, BLOCKS)
 TOLERANCE = 1e-5
-#: What a step may make the host wait for: its end.
+#: What a step may make the host wait for: its end,
 END = [("synchronize", "engine.engine:Engine.synchronize")]
+#: and, where whole steps of several sessions were computed together, a copy of all their rows at once.
+TOGETHER = [("copy to the host", "engine.engine:_fetched"), *END]
 
 
 def waits_of(what: str) -> list[tuple[str, str]]:
     """Of the batches of a `Script`, by their names there."""
-    return [] if what == "begin a chunk" else END
+    if what == "begin a chunk":
+        return []
+    return TOGETHER if what in ("prompts", "decode", "verify", "roll back", "decode beside a prompt") else END
 
 
 @dataclass(frozen=True)
