@@ -363,6 +363,16 @@ def test_a_file_that_cannot_be_read_fails_the_pass_and_no_other(disk, monkeypatc
     assert torch.equal(outputs(stack), expected)
 
 
+def test_what_was_to_come_ahead_is_tried_again_as_well(disk, monkeypatch):
+    stack = disk.load()
+    with monkeypatch.context() as patch:
+        patch.setattr(transfers, "bring_ahead", lambda chunk: (_ for _ in ()).throw(OSError(5, "unreadable")))
+        with pytest.raises(OSError, match="unreadable"):
+            outputs(stack)
+        stack._streaming._transfer._reader._thread.submit(lambda: None).result()  # the next block failed, too
+    assert torch.equal(outputs(stack), outputs(stack))
+
+
 def test_pages_are_brought_and_given_back(tmp_path):
     path = tmp_path / "pages"
     path.write_bytes(bytes(range(256)) * 64)
