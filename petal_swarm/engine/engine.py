@@ -271,7 +271,8 @@ class Engine:
         hidden, packed = self._pack(chunks)
         fits = True
         try:
-            _hand_out(chunks, self.stack.forward(hidden, packed, self._pool, blocks))
+            out = self.stack.forward(hidden, packed, self._pool, blocks)
+            _hand_out(chunks, out if self._on_host else _fetched(chunks, out))
         except BaseException as error:
             if not is_out_of_memory(error):
                 self.distrust(chunks)
@@ -439,6 +440,12 @@ class Batch:
             self._engine.learn(self.rows, self._blocks, self.compute_s)
         self.done = not self._blocks_left
         return elapsed
+
+
+def _fetched(chunks: Sequence[Chunk], hidden: torch.Tensor) -> torch.Tensor:
+    """A batch's output on the host, if all of it is to go there: one copy, rather than one for each step."""
+    wanted = len(chunks) > 1 and all(rows == step.rows and step.wants_all for step, rows in chunks)
+    return hidden.cpu() if wanted else hidden
 
 
 def _hand_out(chunks: Sequence[Chunk], hidden: torch.Tensor) -> None:

@@ -128,6 +128,12 @@ class PlacedStep:
         """Rows that were not taken yet."""
         return self.rows - self._taken
 
+    @property
+    def wants_all(self) -> bool:
+        """Whether the request wants every row back."""
+        request = self.request
+        return request.rows == "all" or (request.rows == "last" and self.rows == len(request.slices))
+
     def take(self, rows: int, pieces: list[PackedSlice], first: int) -> torch.Tensor:
         """The next `rows` rows of the step's hidden states; their slices are appended to `pieces`.
 

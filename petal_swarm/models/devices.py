@@ -6,6 +6,8 @@ a result on the host, and what the host has to tell is copied without waiting.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,17 +17,22 @@ def on_host(device: torch.device | str) -> bool:
     return torch.device(device).type == "cpu"
 
 
+def streams(device: torch.device | str) -> Any:
+    """`torch.cuda` where `device` has streams, events and pinned memory, else None."""
+    return torch.cuda if torch.device(device).type == "cuda" else None
+
+
 def to_device(host: Tensor, device: torch.device | str) -> Tensor:
     """`host` on `device`. To CUDA through pinned memory, which is the only way that does not wait."""
-    if torch.device(device).type == "cuda":
+    if streams(device) is not None:
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
 
 
 def wait_for(device: torch.device) -> None:
     """Return when everything that was launched on `device` by this thread is done."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).synchronize()
+    if (found := streams(device)) is not None:
+        found.current_stream(device).synchronize()
     elif device.type == "mps":
         torch.mps.synchronize()
 
@@ -43,7 +50,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def release_cached(device: torch.device) -> None:
     """Give back what torch keeps for later; after running out of memory that is in the wrong sizes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    if (found := streams(device)) is not None:
+        found.empty_cache()
     elif device.type == "mps":
         torch.mps.empty_cache()

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from petal_swarm.errors import ConfigError
+from petal_swarm.models import devices
 from petal_swarm.models.block_source import BlockSource
 from petal_swarm.models.checkpoint import Progress
 from petal_swarm.models.chunk_files import ChunkFolder
 from petal_swarm.models.chunks import ChunkLayout
-from petal_swarm.models.devices import on_host
 from petal_swarm.models.family import Block
 from petal_swarm.models.quantization import PARTS, Weight, from_parts, part_shapes, viewed
 from petal_swarm.models.streaming import SLOTS, Streaming, Transfer, streamed_places
@@ -111,7 +111,7 @@ class _HostMemory:
         return chunk
 
     def transfer(self, chunks: Sequence[Tensor], slots: int) -> Transfer:
-        if self._device.type == "cuda":
+        if devices.streams(self._device) is not None:
             return StreamTransfer(self._layout, chunks, slots, self._device)
 
         def read(number: int, target: Tensor) -> None:
@@ -142,7 +142,7 @@ class _Disk:
         return chunk
 
     def transfer(self, chunks: Sequence[Tensor], slots: int) -> Transfer:
-        if on_host(self._device):
+        if devices.on_host(self._device):
             return MappedTransfer(self._layout, chunks, slots)
 
         def read(number: int, target: Tensor) -> None:

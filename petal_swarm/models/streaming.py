@@ -103,7 +103,7 @@ class Streaming:
             try:
                 self._transfer.wait(slot)
             except BaseException:
-                content[slot] = None
+                content[:] = [None] * slots  # what was begun ahead may have failed, too, and nobody has heard
                 raise
 
 

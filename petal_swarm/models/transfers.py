@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from petal_swarm.models import devices
 from petal_swarm.models.chunks import PAGE_BYTES, ChunkLayout
-from petal_swarm.models.devices import on_host
 from petal_swarm.models.family import Block
 
 logger = logging.getLogger(__name__)
@@ -83,8 +83,11 @@ class ReadingTransfer:
         self._read = read
         self._device = device
         self._filled = [torch.empty(layout.nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
-        self._staging = [] if on_host(device) else [pinned(layout.nbytes, device) for _ in range(slots)]
-        self._side = _side_stream(device) if device.type == "cuda" else None
+        self._staging = (
+            [] if devices.on_host(device) else [pinned(layout.nbytes, device) for _ in range(slots)]
+        )
+        self._streams = devices.streams(device)
+        self._side = None if self._streams is None else self._streams.Stream(device)
         self._blocks = [layout.block(slot) for slot in self._filled]
         self._reader = _Reader(slots)
 
@@ -99,14 +102,14 @@ class ReadingTransfer:
             self._reader.begin(slot, lambda: self._read(number, target))
             return
         staging = self._staging[slot]
-        used = None if side is None else torch.cuda.current_stream(self._device).record_event()
+        used = None if side is None else self._streams.current_stream(self._device).record_event()
 
         def bring() -> None:
             self._read(number, staging)
-            if side is None or used is None:
+            if side is None:
                 target.copy_(staging)
                 return
-            with torch.cuda.stream(side):
+            with self._streams.stream(side):
                 side.wait_event(used)
                 target.copy_(staging, non_blocking=True)
             side.synchronize()  # by this thread: who computes waits for it only if it is late
@@ -130,12 +133,12 @@ class StreamTransfer:
         self._device = device
         self._filled = [torch.empty(layout.nbytes, dtype=torch.uint8, device=device) for _ in range(slots)]
         self._blocks = [layout.block(slot) for slot in self._filled]
-        self._side = _side_stream(device)
+        self._streams = devices.streams(device)
+        self._side = self._streams.Stream(device)
         for slot in self._filled:
-            slot.record_stream(
-                self._side
-            )  # if the stack goes while blocks come, its memory is not reused before
-        self._ready = [torch.cuda.Event() for _ in range(slots)]  # type: ignore[no-untyped-call]
+            # If the stack goes while blocks come, its memory is not reused before.
+            slot.record_stream(self._side)
+        self._ready = [self._streams.Event() for _ in range(slots)]
 
     def block(self, number: int, slot: int) -> Block:
         """The block of the slot."""
@@ -143,15 +146,15 @@ class StreamTransfer:
 
     def begin(self, number: int, slot: int) -> None:
         """See `Transfer`."""
-        used = torch.cuda.current_stream(self._device).record_event()
-        with torch.cuda.stream(self._side):
+        used = self._streams.current_stream(self._device).record_event()
+        with self._streams.stream(self._side):
             self._side.wait_event(used)
             self._filled[slot].copy_(self._chunks[number], non_blocking=True)
             self._ready[slot].record(self._side)
 
     def wait(self, slot: int) -> None:
         """See `Transfer`."""
-        torch.cuda.current_stream(self._device).wait_event(self._ready[slot])
+        self._streams.current_stream(self._device).wait_event(self._ready[slot])
 
 
 class _Reader:
@@ -175,33 +178,28 @@ class _Reader:
         coming.result()
 
 
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
 def pinned(nbytes: int, device: torch.device) -> Tensor:
     """uint8 `[nbytes]` of the host that `device` reads directly, if there is as much; plain memory if not.
 
     torch's own pinned memory comes in powers of two, which wastes up to half of it.
     """
     memory = torch.empty(nbytes, dtype=torch.uint8)
-    if device.type != "cuda":
+    streams = devices.streams(device)
+    if streams is None:
         return memory
     start = memory.data_ptr()
-    if int(_cudart().cudaHostRegister(start, nbytes, 0)) != 0:
+    with streams.device(device):  # else the current device would be made to work, too, which takes its memory
+        refused = int(streams.cudart().cudaHostRegister(start, nbytes, 0)) != 0
+    if refused:
         logger.warning("%d MiB could not be pinned: blocks come from there more slowly", nbytes >> 20)
         return memory
-    weakref.finalize(memory, _unpin, start, device).atexit = False
+    weakref.finalize(memory, _unpin, streams, start, device).atexit = False
     return memory
 
 
-def _unpin(start: int, device: torch.device) -> None:
-    torch.cuda.synchronize(device)  # a copy may be under way
-    _cudart().cudaHostUnregister(start)
-
-
-def _cudart() -> Any:
-    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
+def _unpin(streams: Any, start: int, device: torch.device) -> None:
+    streams.synchronize(device)  # a copy may be under way
+    streams.cudart().cudaHostUnregister(start)
 
 
 def bring_ahead(chunk: Tensor) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import error, make
 
 from petal_swarm.errors import ConfigError
-from petal_swarm.models import chunk_files, offload, transfers
+from petal_swarm.models import chunk_files, devices, offload, transfers
 from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.block_source import BlockSource
 from petal_swarm.models.checkpoint import open_checkpoint
@@ -22,7 +22,7 @@ from petal_swarm.models.chunks import PAGE_BYTES, ChunkLayout
 from petal_swarm.models.offload import Residence, house
 from petal_swarm.models.packing import KVPool, PackedBatch, PackedSlice
 from petal_swarm.models.stack import BlockStack, load_blocks
-from petal_swarm.models.transfers import MappedTransfer, ReadingTransfer, StreamTransfer
+from petal_swarm.models.transfers import MappedTransfer, ReadingTransfer
 from petal_swarm.span import Span
 
 BLOCKS = 6
@@ -363,6 +363,16 @@ def test_a_file_that_cannot_be_read_fails_the_pass_and_no_other(disk, monkeypatc
     assert torch.equal(outputs(stack), expected)
 
 
+def test_what_was_to_come_ahead_is_tried_again_as_well(disk, monkeypatch):
+    stack = disk.load()
+    with monkeypatch.context() as patch:
+        patch.setattr(transfers, "bring_ahead", lambda chunk: (_ for _ in ()).throw(OSError(5, "unreadable")))
+        with pytest.raises(OSError, match="unreadable"):
+            outputs(stack)
+        stack._streaming._transfer._reader._thread.submit(lambda: None).result()  # the next block failed, too
+    assert torch.equal(outputs(stack), outputs(stack))
+
+
 def test_pages_are_brought_and_given_back(tmp_path):
     path = tmp_path / "pages"
     path.write_bytes(bytes(range(256)) * 64)
@@ -384,8 +394,7 @@ def test_a_system_without_advice(bloom, tmp_path, monkeypatch):
 
 def test_files_for_a_device_beside_the_host(bloom, tmp_path, monkeypatch):
     """A thread reads them into slots, by way of pinned memory: here both are plain memory."""
-    monkeypatch.setattr(offload, "on_host", lambda device: False)
-    monkeypatch.setattr(transfers, "on_host", lambda device: False)
+    monkeypatch.setattr(devices, "on_host", lambda device: False)
     stack = loaded(bloom, Residence("disk", 3, tmp_path))
     transfer = stack._streaming._transfer
     assert isinstance(transfer, ReadingTransfer)
@@ -424,11 +433,20 @@ class Cuda:
 
     def __init__(self, monkeypatch):
         self.log = []
-        monkeypatch.setattr(transfers, "_side_stream", lambda device: Stream(self, "side"))
-        monkeypatch.setattr(transfers.torch.cuda, "current_stream", lambda device: Stream(self, "main"))
-        monkeypatch.setattr(transfers.torch.cuda, "stream", lambda stream: contextlib.nullcontext())
-        monkeypatch.setattr(transfers.torch.cuda, "Event", lambda: Event(self))
         monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: self.log.append("kept"))
+        monkeypatch.setattr(devices, "streams", lambda device: self)
+
+    def Stream(self, device):  # noqa: N802 - as torch calls it
+        return Stream(self, "side")
+
+    def current_stream(self, device):
+        return Stream(self, "main")
+
+    def stream(self, stream):
+        return contextlib.nullcontext()
+
+    def Event(self):  # noqa: N802
+        return Event(self)
 
 
 class Stream:
@@ -456,21 +474,9 @@ class Event:
 
 def test_what_is_asked_of_cuda(bloom, monkeypatch):
     """A copy begins behind what was launched before, and what is launched later begins behind the copy."""
-    cuda = Cuda(monkeypatch)
     expected = outputs(loaded(bloom, None))
-    monkeypatch.setattr(
-        offload,
-        "ReadingTransfer",
-        lambda layout, read, slots, device: StreamTransfer(layout, chunks, slots, CPU),
-    )
-    chunks = []
-    put = offload._HostMemory.put
-
-    def putting(shelf, number, progress):
-        chunks.append(put(shelf, number, progress))
-        return chunks[-1]
-
-    monkeypatch.setattr(offload._HostMemory, "put", putting)
+    cuda = Cuda(monkeypatch)
+    monkeypatch.setattr(offload, "pinned", lambda nbytes, device: torch.empty(nbytes, dtype=torch.uint8))
     stack = loaded(bloom, Residence("cpu", 3))
     assert cuda.log == ["kept", "kept"]
     cuda.log.clear()
