@@ -37,6 +37,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stacks(
     request: Any, folder: Path, device: torch.device, offload: Any, fitting: int, tmp_path: Path
 ) -> list[BlockStack]:
+    if request.param == "int8" and device.type == "cpu":
+        pytest.skip("a CPU packs the int8 weights that stay, and rounds activations for them")
     residences = (None, Residence(offload, fitting, tmp_path))
     checkpoint, options = open_checkpoint(str(folder)), {"dtype": torch.float32, "quant": request.param}
     return [load_blocks(checkpoint, WHOLE, device=device, residence=own, **options) for own in residences]
@@ -49,7 +51,8 @@ def test_passes_that_interrupt_each_other(
     """Launched without waiting, so that a copy that came too early or too late would be seen."""
     streaming = stacks[1]._streaming
     assert streaming is not None
-    assert isinstance(streaming._transfer, StreamTransfer if offload == "cpu" else ReadingTransfer)
+    by_stream = offload == "cpu" and device.type != "cpu"
+    assert isinstance(streaming._transfer, StreamTransfer if by_stream else ReadingTransfer)
     rng, walks = Random(0), []
     pools = [KVPool.allocate(stacks[0].config, WHOLE, 4096, torch.float32, device) for _ in stacks]
     position = [0] * 8
@@ -80,14 +83,14 @@ def test_passes_that_interrupt_each_other(
 
 
 @torch.inference_mode()
-def test_a_stack_that_goes_while_blocks_come(stacks: list[BlockStack], device: torch.device) -> None:
+def test_a_stack_that_goes_while_blocks_come(cuda: torch.device, stacks: list[BlockStack]) -> None:
     """What gets its memory is not overwritten by a copy that is under way."""
-    pool = KVPool.allocate(stacks[1].config, WHOLE, 64, torch.float32, device)
-    hidden = random_rows(3, HIDDEN).to(device)
-    batch = PackedBatch.build([PackedSlice(0, 3, 0, ((0, 3),))], device)
+    pool = KVPool.allocate(stacks[1].config, WHOLE, 64, torch.float32, cuda)
+    hidden = random_rows(3, HIDDEN).to(cuda)
+    batch = PackedBatch.build([PackedSlice(0, 3, 0, ((0, 3),))], cuda)
     stacks[1].forward(hidden, batch, pool, WHOLE)
     stacks.clear()
-    taken = [torch.full((1 << 20,), 7.0, device=device) for _ in range(32)]
-    wait_for(device)
-    torch.cuda.synchronize(device)
+    taken = [torch.full((1 << 20,), 7.0, device=cuda) for _ in range(32)]
+    wait_for(cuda)
+    torch.cuda.synchronize(cuda)
     assert all(bool((own == 7.0).all()) for own in taken)

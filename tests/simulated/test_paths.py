@@ -141,7 +141,7 @@ def test_training(kind: Kind, folders: Folders, device: Simulation, monkeypatch:
             device.clear()
             found.append(run(passes.forward("a", hidden, LENGTHS, WHOLE, (layout, numbers), keep=True)))
             if stack.device.type == NAME:
-                numbers_come = ("copy to the device", "engine.graphs:Pass.__init__")
+                numbers_come = ("copy to the device", "engine.graphs:AdapterState.__init__")
                 assert device.waits == [numbers_come, *PASS]
             assert passes.stats().activation_bytes > 0
             device.clear()
