@@ -211,7 +211,7 @@ def _noise(size: float) -> Fault:
     return fault
 
 
-def _spoilt(spoil: Callable[[Tensor], None]) -> Fault:
+def _spoilt(spoil: Callable[[Tensor], object]) -> Fault:
     def fault(at: Situation, kind: Kind) -> Tensor:
         rows = at.honest(kind)
         spoil(rows)
@@ -237,7 +237,7 @@ def _finetuned(size: float, *, one: bool = False) -> Fault:
 
 
 def _skipped(at: Situation, kind: Kind) -> Tensor:
-    blocks = at.own(kind)
+    blocks: list[Any] = at.own(kind)
     blocks[at.culprit] = Identity()
     return at.honest(kind, blocks)
 

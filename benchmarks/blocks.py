@@ -66,7 +66,9 @@ def lean(hf: Any, position: int) -> Callable[[], object]:
     config = ModelConfig.from_hf(hf.to_dict())
     family, span = family_of(config), Span(0, config.num_blocks)
     shapes = family.block_shapes(config)
-    tensors = [{name: torch.randn(shape) * 0.02 for name, shape in shapes.items()} for _ in span.blocks()]
+    tensors: list[Any] = [
+        {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()} for _ in span.blocks()
+    ]
     blocks = [family.build_block(config, own) for own in tensors]
     stack = BlockStack(config, span, blocks, dtype=torch.float32)
     pool = KVPool.allocate(config, span, position + 1, torch.float32, "cpu")

@@ -65,7 +65,7 @@ def compare(name: str, path: Path, local: Any, count: int, tokens: int) -> int:
         ) as model,
     ):
         ids, mask = prompts(path)
-        fixed = {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
+        fixed: dict[str, Any] = {"max_new_tokens": tokens, "min_new_tokens": tokens, "pad_token_id": 0}
         one = {"input_ids": ids[2:], "attention_mask": mask[2:], **fixed}
         batch = {"input_ids": ids, "attention_mask": mask, **fixed}
         cases = {

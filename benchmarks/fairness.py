@@ -66,6 +66,7 @@ class Prefiller:
 
     @property
     def busy(self) -> bool:
+        assert self._process.stdout is not None
         return not select.select([self._process.stdout], [], [], 0)[0]
 
     def took_s(self) -> float:
@@ -142,7 +143,8 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.prefill_at:
-        prefill(*arguments.prefill_at, arguments.prompt)
+        model, address = arguments.prefill_at
+        prefill(model, address, arguments.prompt)
         return
     options = ("--threads", "1", "--dtype", "bfloat16", "--quant", "none", "--kv-tokens", "16384")
     with workspace() as folder:

@@ -24,8 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.harness import servers
 from benchmarks.perplexity import text_tokens
-from petal_swarm import AutoSwarmModelForCausalLM
-from petal_swarm.client.adapter import Lora
+from petal_swarm import AutoSwarmModelForCausalLM, Lora
 from petal_swarm.models.checkpoint import open_checkpoint
 
 
@@ -89,7 +88,7 @@ def main() -> None:
             swarm.save_pretrained(folder)
             ours, our_s = train(swarm, ids, arguments, f"swarm of {arguments.servers}")
         theirs, their_s = train(with_peft(path, folder), ids, arguments, "peft")
-        again = []
+        again: list[float] = []
         if arguments.control:
             again, _ = train(with_peft(path, folder), ids, arguments, "peft, turned", turned=True)
     last = min(10, len(theirs))

@@ -13,7 +13,7 @@ import argparse
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +31,7 @@ class Build(NamedTuple):
 
     name: str
     kernel: Any
-    types: dict[str, str | None]
+    types: Mapping[str, str | None]
     constants: dict[str, int]
     options: dict[str, int]
 

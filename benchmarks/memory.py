@@ -14,6 +14,7 @@ import random
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import psutil
 import torch
@@ -27,7 +28,7 @@ SPANS = ("0:4", "4:8")
 class Clients:
     """Threads that generate until `seconds` are over; `generations` counts what they have done."""
 
-    def __init__(self, model: AutoSwarmModelForCausalLM, count: int, seconds: float) -> None:
+    def __init__(self, model: Any, count: int, seconds: float) -> None:
         self._model = model
         self._end_s = time.monotonic() + seconds
         self._lock = threading.Lock()

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import peft
@@ -29,7 +30,7 @@ from petal_swarm.models.adapter_settings import Lora
 
 SEQUENCES, TOKENS = 8, 128
 THREADS = 2
-LORA = {"rank": 8, "alpha": 16.0}
+LORA: dict[str, Any] = {"rank": 8, "alpha": 16.0}
 TARGETS = ("query_key_value", "dense")
 
 

@@ -57,7 +57,9 @@ def lean(hf: Any, sequences: int, length: int, lora: bool, kept: bool) -> Callab
     config = ModelConfig.from_hf(hf.to_dict())
     family, span = family_of(config), Span(0, config.num_blocks)
     shapes = family.block_shapes(config)
-    tensors = [{name: torch.randn(shape) * 0.02 for name, shape in shapes.items()} for _ in span.blocks()]
+    tensors: list[Any] = [
+        {name: torch.randn(shape) * 0.02 for name, shape in shapes.items()} for _ in span.blocks()
+    ]
     blocks = [family.build_block(config, own) for own in tensors]
     stack = BlockStack(config, span, blocks, dtype=torch.float32)
     limits = PassLimits(activation_bytes=1 << 40 if kept else 0)

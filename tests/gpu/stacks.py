@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Stack:
         for pair in self.pool.pairs:
             pair.fill_(torch.nan if kv_dtype == "auto" else -1)
 
-    def run(self, pieces: list[tuple[int, int, Extents]], hidden: Tensor) -> Tensor:
+    def run(self, pieces: Sequence[tuple[int, int, Extents]], hidden: Tensor) -> Tensor:
         """`hidden` of pieces of (position, length, extents)."""
         slices, row = [], 0
         for position, length, extents in pieces:

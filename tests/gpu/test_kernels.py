@@ -93,7 +93,9 @@ def test_attention_of_a_ragged_batch(
     masks = MaskTable(torch.zeros(1) if slopes is None else slopes, window, torch.float32)
     plan = AttentionPlan(PackedBatch.build(pieces), heads, masks, window, alibi, on_cpu)
     expected = plan.attend(qkv.float(), kept.clone())
-    tables = Tables.of(lay_out(pieces, 8).to(cuda), 8)
+    laid = lay_out(pieces, 8)
+    assert laid is not None
+    tables = Tables.of(laid.to(cuda), 8)
     positions = Positions(None if slopes is None else slopes.to(cuda), None)
     quick = PagedPlan(tables, heads, positions, window, 4096, None if on_cpu is None else on_cpu.width)
     given = torch.cat([qkv, qkv[:3]]).to(cuda)

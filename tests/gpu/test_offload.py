@@ -53,7 +53,8 @@ def test_passes_that_interrupt_each_other(
     assert streaming is not None
     by_stream = offload == "cpu" and device.type != "cpu"
     assert isinstance(streaming._transfer, StreamTransfer if by_stream else ReadingTransfer)
-    rng, walks = Random(0), []
+    rng = Random(0)
+    walks: list[Any] = []
     pools = [KVPool.allocate(stacks[0].config, WHOLE, 4096, torch.float32, device) for _ in stacks]
     position = [0] * 8
     found: list[tuple[torch.Tensor, torch.Tensor]] = []

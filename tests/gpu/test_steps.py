@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def engine_on(device: torch.device, folder: Path, mode: Mode, kv_dtype: str = "auto", **sizes: int) -> Engine:
-    options = {} if mode.quant == "none" else {"quant": mode.quant}
+    options: dict[str, Any] = {} if mode.quant == "none" else {"quant": mode.quant}
     stack = load_blocks(open_checkpoint(str(folder)), WHOLE, dtype=mode.dtype, device=device, **options)
     sizes = {"kv_tokens": 2048, "max_batch_tokens": 256, **sizes}
     return Engine(stack, **sizes, kv_dtype=kv_dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,11 @@ def test_the_tokens_of_one_process(checkpoint: Path, device: torch.device) -> No
 @pytest.mark.parametrize("name", MODES)
 def test_logits_are_near(checkpoint: Path, device: torch.device, name: str, kv_dtype: str) -> None:
     mode = MODES[name]
-    settings = {"dtype": str(mode.dtype).removeprefix("torch."), "quant": mode.quant, "kv_dtype": kv_dtype}
+    settings: dict[str, Any] = {
+        "dtype": str(mode.dtype).removeprefix("torch."),
+        "quant": mode.quant,
+        "kv_dtype": kv_dtype,
+    }
     assert ServerConfig(model="m", new_swarm=True, **settings).quant == mode.quant
     with torch.no_grad():
         expected = reference(checkpoint)(IDS).logits
