@@ -12,7 +12,7 @@ from typing import IO, Protocol
 import torch
 from torch import Tensor
 
-from petal_swarm.engine.ranks import Command, Vote, vote
+from petal_swarm.engine.ranks import Command, Vote
 from petal_swarm.errors import RemoteError
 from petal_swarm.models.meetings import Meetings
 from petal_swarm.models.rank_sums import Group
@@ -74,13 +74,13 @@ class Crew:
                 raise RemoteError(LOST) from error
             raise
 
-    def check(self, rows: Tensor, meetings: Meetings) -> None:
-        """Look at `rows [tokens, width]`, of which all numbers are NaN if a rank lacked memory for them.
+    def check(self, one: Tensor, meetings: Meetings) -> None:
+        """Look at `one` number of those that are all NaN if a rank lacked memory for them.
 
         Raises:
             torch.OutOfMemoryError: it did.
         """
-        if rows.numel() and math.isnan(rows[(0,) * rows.dim()].item()):
+        if math.isnan(one.item()):
             self.ask(meetings)
 
     def ask(self, meetings: Meetings) -> None:
@@ -91,7 +91,7 @@ class Crew:
         """
         with self.together():
             self.tell(Vote())
-            lacking = vote(meetings)
+            lacking = meetings.vote()
         if lacking:
             raise torch.OutOfMemoryError(f"out of memory at ranks {lacking} of those that share the blocks")
 

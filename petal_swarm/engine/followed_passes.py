@@ -96,7 +96,12 @@ class FollowedPasses:
 
     def _through(self, number: int, place: Place, shared: torch.dtype | None) -> None:
         gradient = self._gradients[number]
-        self._block(place, shared, lambda group, rows: there(gradient).through(group, place.block, rows))
+
+        def through(group: Group, rows: Tensor) -> Tensor:
+            there(group.graphs.get(place.block))
+            return there(gradient).through(group, place.block, rows)
+
+        self._block(place, shared, through)
         if self._last is not None:
             return
         own = self._passes[place.number]

@@ -171,7 +171,7 @@ class LedPass(Pass):
             place = self.place(group, block)
             leader.hand(lambda shared: Train(place, kept, shared), hidden)
             out = leader.block(lambda: compute(group, block, hidden), group.rows)
-        leader.crew.check(out, leader.meetings)
+        leader.crew.check(out[0, 0], leader.meetings)
         return out
 
 
@@ -198,7 +198,7 @@ class _LedGradient(Gradient):
             place = self._kept.place(group, block)
             leader.hand(lambda shared: Through(number, place, shared), grad)
             out = leader.block(lambda: compute(group, block, grad), group.rows)
-        leader.crew.check(out, leader.meetings)
+        leader.crew.check(out[0, 0], leader.meetings)
         return out
 
     def complete(self) -> Tensor | None:
@@ -208,8 +208,8 @@ class _LedGradient(Gradient):
             self._number = None
             if self.numbers is not None:
                 self._leader.crew.group.sum(self.numbers)
-        if self.numbers is not None:
-            self._leader.crew.check(self.numbers, self._leader.meetings)
+        if self.numbers is not None and len(self.numbers):
+            self._leader.crew.check(self.numbers[0], self._leader.meetings)
         return self.numbers
 
     def close(self) -> None:

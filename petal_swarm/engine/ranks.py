@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from petal_swarm.models.adapters import AdapterLayout
-from petal_swarm.models.devices import release_cached, to_device
+from petal_swarm.models.devices import to_device
 from petal_swarm.models.meetings import MeetingError, Meetings
 from petal_swarm.models.packing import PackedSlice
 from petal_swarm.models.quantization import Quant
@@ -89,7 +89,7 @@ class Drop(NamedTuple):
 
 
 class Vote(NamedTuple):
-    """Who lacked memory since this was asked last? A number of each rank is added up."""
+    """See `Meetings.vote`."""
 
 
 class Allocate(NamedTuple):
@@ -246,18 +246,6 @@ def take_rows(meetings: Meetings, count: int, dtype: torch.dtype) -> Tensor | No
     taken = meetings.take(shape, dtype)
     meetings.share(meetings.room(shape, dtype) if taken is None else taken)
     return taken
-
-
-def vote(meetings: Meetings) -> list[int]:
-    """The ranks that lacked memory since they voted last; all take part."""
-    flags = meetings.room((meetings.shard.ranks,), torch.float32).zero_()
-    flags[meetings.shard.rank] = float(meetings.lacked)
-    if meetings.lacked:
-        meetings.lacked = False
-        release_cached(flags.device)
-    meetings.sum(flags)
-    found: list[int] = flags.nonzero().flatten().tolist()
-    return found
 
 
 class TorchGroup:

@@ -36,7 +36,6 @@ from petal_swarm.engine.ranks import (
     WritePrefix,
     take_numbers,
     take_rows,
-    vote,
 )
 from petal_swarm.errors import ModelError, PetalSwarmError
 from petal_swarm.models.block_cache import BlockCache
@@ -86,7 +85,7 @@ class Worker:
             case CopyRows():
                 self._own_pool.copy_rows(*command)
             case Vote():
-                vote(self._meetings)
+                self._meetings.vote()
             case Adapt():
                 self._adapters[command.number] = self._adapt(command)
             case WritePrefix(number, extents):

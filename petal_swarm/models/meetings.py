@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from petal_swarm.errors import PetalSwarmError
-from petal_swarm.models.devices import is_out_of_memory
+from petal_swarm.models.devices import is_out_of_memory, release_cached
 from petal_swarm.models.rank_sums import Group
 
 T = TypeVar("T")
@@ -43,7 +43,7 @@ class Meetings:
     def __init__(self, group: Group, width: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shard = group.shard
         self.spread_from = group.spread_from
-        #: Whether there was no memory for something here. Who has told the others takes it back.
+        #: Whether there was no memory for something here. A vote takes it back.
         self.lacked = False
         self._group = group
         self.width = width
@@ -118,6 +118,17 @@ class Meetings:
         if nbytes > self._aside.nbytes:
             raise MeetingError("there is no memory to meet the other ranks with")
         return self._aside[:nbytes].view(dtype).view(shape)
+
+    def vote(self) -> list[int]:
+        """The ranks that lacked memory since they voted last; all take part."""
+        flags = self.room((self.shard.ranks,), torch.float32).zero_()
+        if self.lacked:
+            self.lacked = False
+            flags[self.shard.rank] = 1
+            release_cached(flags.device)
+        self._group.sum(flags)
+        found: list[int] = flags.nonzero().flatten().tolist()
+        return found
 
     def _miss(self, rows: int, owed: tuple[Kind, ...]) -> Tensor:
         self.lacked = True
