@@ -262,6 +262,8 @@ class TorchGroup:
         self._on_host = torch.device(settings.device).type == "cpu"
         best = _SPREAD_FROM_CPU if self._on_host else _SPREAD_FROM_CUDA
         self.spread_from = best if settings.spread_from is None else settings.spread_from
+        sent_bytes = _SENT_NUMBERS * torch.float32.itemsize * shard.ranks if self._on_host else 0
+        self._aside = torch.empty(sent_bytes, dtype=torch.uint8)
         kind: Any = dist
         store = kind.FileStore(str(settings.rendezvous), shard.ranks)
         self._group = (_gloo if self._on_host else _nccl)(store, shard)
@@ -279,13 +281,24 @@ class TorchGroup:
         if not self._on_host or tensor.numel() > _SENT_NUMBERS:
             _wait(lambda: self._group.allreduce([tensor]))
             return
-        found = tensor.new_empty(self.shard.ranks, *tensor.shape)
+        found = self._scratch(tensor)
         self._swap([tensor] * self.shard.ranks, list(found))
         if self.shard.ranks == 2:
             tensor.add_(found[1 - self.shard.rank])
         else:
             found[self.shard.rank] = tensor
             torch.sum(found, 0, out=tensor)
+
+    def _scratch(self, tensor: Tensor) -> Tensor:
+        """Room for such a tensor of each rank."""
+        shape = (self.shard.ranks, *tensor.shape)
+        try:
+            return tensor.new_empty(shape)
+        except (
+            RuntimeError,
+            MemoryError,
+        ):  # a rank that lacks memory for a block has to meet the others still
+            return self._aside[: tensor.nbytes * self.shard.ranks].view(tensor.dtype).view(shape)
 
     def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Group`."""
