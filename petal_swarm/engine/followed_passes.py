@@ -108,9 +108,8 @@ class FollowedPasses:
         if own is not None:
             own.groups[place.group].graphs.pop(place.block, None)
         if gradient is not None and gradient.numbers is not None:
-            gradient.numbers.fill_(
-                math.nan
-            )  # what is missing may not be in anything that the leader has seen
+            # What is missing may not be in anything that the leader sees before the end.
+            gradient.numbers.fill_(math.nan)
 
     def _end_gradient(self, gradient: Gradient | None, complete: bool) -> None:
         if complete:

@@ -423,8 +423,12 @@ def test_rows_of_a_missing_adapter_are_not_computed_without_it(
 def test_numbers_that_are_not_finite_are_not_a_lack_of_memory(
     start: Callable[..., ThreadRanks], whole: BlockStack, spread_from: int
 ) -> None:
+    """Neither is one of which they were asked before."""
     ranks = start(2, spread_from)
     engines = engine_of(ranks.stack), engine_of(whole)
+    for rank in (0, 1):
+        Lack(ranks, rank, 1, times=1)
+        assert_same(*engines, step("a", 0, 3))
     with torch.inference_mode():
         for count in (1, 9):
             placed = engines[0].place(step("a", 0, count))
