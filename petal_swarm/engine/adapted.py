@@ -106,8 +106,8 @@ class AdaptedSessions:
         self._cache.open(adapter, adapter.prefix_tokens)
         try:
             placement = self._cache.extend(adapter, Slice(0, 0, adapter.prefix_tokens))
+            self._pool.write_prefix(adapter, placement.extents)
         except BaseException:
             self._cache.close(adapter)
             raise
-        self._pool.write_prefix(adapter, placement.extents)
         return PrefixRows(adapter.prefix_tokens, placement.extents)

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import pickle
 from collections.abc import Iterator, Sequence
 from typing import IO, Protocol
 
-from petal_swarm.engine.ranks import Command
+import torch
+from torch import Tensor
+
+from petal_swarm.engine.ranks import Command, Vote
 from petal_swarm.errors import RemoteError
+from petal_swarm.models.meetings import Meetings
 from petal_swarm.models.rank_sums import Group
 
 logger = logging.getLogger(__name__)
@@ -68,6 +73,27 @@ class Crew:
             if isinstance(error, Exception):
                 raise RemoteError(LOST) from error
             raise
+
+    def check(self, one: Tensor, meetings: Meetings) -> None:
+        """Look at `one` number of those that are all NaN if a rank lacked memory for them.
+
+        Raises:
+            torch.OutOfMemoryError: it did.
+        """
+        if math.isnan(one.item()):
+            self.ask(meetings)
+
+    def ask(self, meetings: Meetings) -> None:
+        """Ask all ranks whether they lacked memory since they were asked last.
+
+        Raises:
+            torch.OutOfMemoryError: one did.
+        """
+        with self.together():
+            self.tell(Vote())
+            lacking = meetings.vote()
+        if lacking:
+            raise torch.OutOfMemoryError(f"out of memory at ranks {lacking} of those that share the blocks")
 
     def tell_if_there(self, command: Command) -> None:
         """Of something that they need not keep any more, which they do not once they are gone."""

@@ -27,10 +27,10 @@ from petal_swarm.engine.ranks import (
     Forget,
     LoraRows,
     WritePrefix,
+    share_numbers,
 )
 from petal_swarm.models.adapters import AdapterLayout
 from petal_swarm.models.config import ModelConfig
-from petal_swarm.models.devices import to_device
 from petal_swarm.models.family import Block
 from petal_swarm.models.packed_adapters import ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
@@ -55,7 +55,8 @@ class LeadingPool(KVPool):
         with self.leader.crew.together():
             self.leader.tell_news()
             self.leader.crew.tell(WritePrefix(self.leader.numbers[adapter], tuple(extents)))
-            KVPool.write_prefix(self, adapter, extents)
+            self.leader.meetings.attempt(lambda: KVPool.write_prefix(self, adapter, extents))
+        self.leader.crew.ask(self.leader.meetings)
 
 
 class _New:
@@ -69,7 +70,7 @@ class _New:
 class LeadingStack(ShardedStack):
     """The stack of rank 0. Only `serve_adapter` is for any thread.
 
-    What it raises when a rank is lost is a `RemoteError`.
+    What it raises when a rank is lost is a `RemoteError`; where one lacked memory, it is as if this one had.
     """
 
     def __init__(
@@ -90,7 +91,7 @@ class LeadingStack(ShardedStack):
         self._news: deque[_New | Drop | Forget] = deque()
         self._counter = itertools.count()
         #: What the others do in training.
-        self.passes = PassLeader(crew, self._counter)
+        self.passes = PassLeader(crew, self.meetings, self._counter)
 
     def allocate(self, pool_tokens: int, kv_dtype: str) -> KVPool:
         """See `BlockStack`."""
@@ -116,19 +117,24 @@ class LeadingStack(ShardedStack):
 
     def forward(self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span) -> Tensor:
         """See `BlockStack`."""
+        hidden = self._ready(hidden)
         with self.crew.together():
             self._begin(hidden, batch, blocks, len(blocks))
             for output in super().forward_by_block(hidden, batch, pool, blocks):  # noqa: B007
                 pass
+        self._check(output)
         return output
 
     def forward_by_block(
-        self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span
+        self, hidden: Tensor | None, batch: PackedBatch, pool: KVPool, blocks: Span
     ) -> Iterator[Tensor]:
         """See `BlockStack`."""
+        assert hidden is not None, "who leads has what is to be computed"
+        hidden = self._ready(hidden)
         with self.crew.together():
             number = self._begin(hidden, batch, blocks, 0)
         forward = super().forward_by_block(hidden, batch, pool, blocks)
+        del hidden
         left = len(blocks)
         try:
             while left:
@@ -136,10 +142,16 @@ class LeadingStack(ShardedStack):
                     self.crew.tell(Advance(number))
                     out = next(forward)
                 left -= 1
+                self._check(out)
                 yield out
         finally:
             if left:
                 self._news.append(Drop(number))
+
+    def _check(self, out: Tensor) -> None:
+        # A rank that could not put spread rows together in the end has brought NaN for its own rows.
+        spread = len(out) >= self.group.spread_from
+        self.crew.check(out[:, 0].sum() if spread else out[0, 0], self.meetings)
 
     def tell_news(self) -> None:
         """What happened since the last command, in threads that must not give any."""
@@ -147,16 +159,21 @@ class LeadingStack(ShardedStack):
             new = self._news.popleft()
             if isinstance(new, _New):
                 self.crew.tell(new.command)
-                self.group.share(to_device(new.numbers, self.device).contiguous())
+                share_numbers(self.group, new.numbers, self.device)
             else:
                 self.crew.tell(new)
+
+    def _ready(self, hidden: Tensor) -> Tensor:
+        """What could take memory is done before others are told of it."""
+        self.meetings.set_aside(len(hidden), self.dtype)
+        return hidden.contiguous()
 
     def _begin(self, hidden: Tensor, batch: PackedBatch, blocks: Span, at_once: int) -> int:
         self.tell_news()
         number = next(self._counter)
         lora = tuple(LoraRows(start, stop, self._of_deltas[id(own)]) for start, stop, own in batch.lora)
         self.crew.tell(Begin(number, blocks, at_once, batch.slices, lora))
-        self.group.share(hidden.contiguous())
+        self.group.share(hidden)
         return number
 
 

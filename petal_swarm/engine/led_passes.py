@@ -27,7 +27,9 @@ from petal_swarm.engine.ranks import (
     Train,
     TrainAdapter,
     TrainingCommand,
+    share_numbers,
 )
+from petal_swarm.models.meetings import WHOLE, Meetings
 from petal_swarm.models.stack import BlockStack
 from petal_swarm.span import Span
 
@@ -43,8 +45,9 @@ class _Told:
 class PassLeader:
     """What the other ranks know of passes: `numbers` name what they are told of."""
 
-    def __init__(self, crew: Crew, numbers: Iterator[int]) -> None:
+    def __init__(self, crew: Crew, meetings: Meetings, numbers: Iterator[int]) -> None:
         self.crew = crew
+        self.meetings = meetings
         self.numbers = numbers
         self._adapters: dict[AdapterState, _Told] = {}
         self._last: weakref.ref[Tensor] | None = None
@@ -55,12 +58,14 @@ class PassLeader:
             self.crew.tell(command(None))
         else:
             self.crew.tell(command(rows.dtype))
-            self.crew.group.share(rows.contiguous())
+            self.crew.group.share(rows)
 
-    def came_out(self, rows: Tensor) -> Tensor:
-        """Of what was handed."""
-        self._last = weakref.ref(rows)
-        return rows
+    def block(self, compute: Callable[[], Tensor], rows: int) -> Tensor:
+        """What comes out of what was handed."""
+        self._last = None
+        out = self.meetings.block(compute, rows, WHOLE)
+        self._last = weakref.ref(out)
+        return out
 
     def begin(self, started: Pass) -> int:
         """What they call a pass of which they have not known."""
@@ -73,7 +78,7 @@ class PassLeader:
                 told = self._adapters[state] = _Told(next(self.numbers))
                 size = len(state.numbers)
                 self.crew.tell(TrainAdapter(told.number, state.layout, state.blocks, size))
-                self.crew.group.share(state.numbers.contiguous())
+                share_numbers(self.crew.group, state.numbers, state.numbers.device)
             told.passes += 1
         lengths = tuple(group.lengths for group in started.groups)
         self.crew.tell(BeginPass(number, started.blocks, lengths, None if told is None else told.number))
@@ -95,7 +100,7 @@ class PassLeader:
 class LedPass(Pass):
     """A pass that the others know of from its first block until it is cleared.
 
-    What it raises when a rank is lost is a `RemoteError`.
+    What it raises when a rank is lost is a `RemoteError`; where one lacked memory, it is as if this one had.
     """
 
     def __init__(
@@ -113,15 +118,16 @@ class LedPass(Pass):
 
     def run(self, group: Group, block: int, hidden: Tensor) -> Tensor:
         """See `Pass`."""
-        with self.leader.crew.together():
-            self._hand(group, block, hidden, kept=False)
-            return self.leader.came_out(super().run(group, block, hidden))
+        return self._lead(super().run, group, block, hidden, kept=False)
 
     def train(self, group: Group, block: int, hidden: Tensor) -> Tensor:
         """See `Pass`."""
-        with self.leader.crew.together():
-            self._hand(group, block, hidden, kept=True)
-            return self.leader.came_out(super().train(group, block, hidden))
+        try:
+            return self._lead(super().train, group, block, hidden, kept=True)
+        except torch.OutOfMemoryError:
+            group.graphs.pop(block, None)
+            self.leader.crew.tell_if_there(DropGraph(self.place(group, block)))
+            raise
 
     def gradient(self) -> Gradient:
         """See `Pass`."""
@@ -149,9 +155,24 @@ class LedPass(Pass):
             self._number = self.leader.begin(self)
         return self._number
 
-    def _hand(self, group: Group, block: int, hidden: Tensor, *, kept: bool) -> None:
-        place = self.place(group, block)
-        self.leader.hand(lambda shared: Train(place, kept, shared), hidden)
+    def _lead(
+        self,
+        compute: Callable[[Group, int, Tensor], Tensor],
+        group: Group,
+        block: int,
+        hidden: Tensor,
+        *,
+        kept: bool,
+    ) -> Tensor:
+        leader = self.leader
+        leader.meetings.set_aside(group.rows, hidden.dtype)
+        hidden = hidden.contiguous()
+        with leader.crew.together():
+            place = self.place(group, block)
+            leader.hand(lambda shared: Train(place, kept, shared), hidden)
+            out = leader.block(lambda: compute(group, block, hidden), group.rows)
+        leader.crew.check(out[0, 0], leader.meetings)
+        return out
 
 
 class _LedGradient(Gradient):
@@ -161,19 +182,24 @@ class _LedGradient(Gradient):
         self._kept = kept
         self._leader = kept.leader
         self._number: int | None = None
+        super().__init__(kept)
         with self._leader.crew.together():
-            super().__init__(kept)
             number = next(self._leader.numbers)
             self._leader.crew.tell(BeginGradient(number, kept.number()))
         self._number = number
 
     def through(self, group: Group, block: int, grad: Tensor) -> Tensor:
         """See `Gradient`."""
-        number = self._own_number
-        with self._leader.crew.together():
+        number, leader = self._own_number, self._leader
+        leader.meetings.set_aside(group.rows, grad.dtype)
+        grad = grad.contiguous()
+        compute = super().through
+        with leader.crew.together():
             place = self._kept.place(group, block)
-            self._leader.hand(lambda shared: Through(number, place, shared), grad)
-            return self._leader.came_out(super().through(group, block, grad))
+            leader.hand(lambda shared: Through(number, place, shared), grad)
+            out = leader.block(lambda: compute(group, block, grad), group.rows)
+        leader.crew.check(out[0, 0], leader.meetings)
+        return out
 
     def complete(self) -> Tensor | None:
         """See `Gradient`: what all ranks have."""
@@ -182,6 +208,8 @@ class _LedGradient(Gradient):
             self._number = None
             if self.numbers is not None:
                 self._leader.crew.group.sum(self.numbers)
+        if self.numbers is not None and len(self.numbers):
+            self._leader.crew.check(self.numbers[0], self._leader.meetings)
         return self.numbers
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ sessions. Commands come by a pipe, tensors by the group: gloo between CPUs, NCCL
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +17,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from petal_swarm.models.adapters import AdapterLayout
+from petal_swarm.models.devices import to_device
+from petal_swarm.models.meetings import MeetingError, Meetings
 from petal_swarm.models.packing import PackedSlice
 from petal_swarm.models.quantization import Quant
+from petal_swarm.models.rank_sums import Group
 from petal_swarm.models.sharding import Shard
 from petal_swarm.span import Span
 
@@ -27,6 +30,8 @@ TIMEOUT_S = 300.0
 # Up to so many numbers gloo takes longer to arrange its sum than to send everything to everybody: 1024 to
 # 65,536 of them take 280 us by `allreduce`, 80 to 140 us by sending [measured, loopback].
 _SENT_NUMBERS = 1 << 16
+# An adapter's numbers travel in pieces, for which there is room where there is none for all of them.
+_PIECE_NUMBERS = 1 << 18
 # Between CPUs a sum in two halves takes as long as what is saved by sharing out norms, or longer; between
 # devices the rows that are not kept twice are worth it.
 _SPREAD_FROM_CPU = 1 << 30
@@ -81,6 +86,10 @@ class Drop(NamedTuple):
     """The batch `number` will not go on."""
 
     number: int
+
+
+class Vote(NamedTuple):
+    """See `Meetings.vote`."""
 
 
 class Allocate(NamedTuple):
@@ -211,15 +220,40 @@ TrainingCommand: TypeAlias = (
     | EndGradient
 )
 Command: TypeAlias = (
-    Begin | Advance | Drop | Allocate | CopyRows | Adapt | WritePrefix | Forget | TrainingCommand
+    Begin | Advance | Drop | Vote | Allocate | CopyRows | Adapt | WritePrefix | Forget | TrainingCommand
 )
+
+
+def share_numbers(group: Group, numbers: Tensor, device: torch.device) -> None:
+    """Gives everybody what rank 0 has in `numbers [n]`, piece by piece: see `take_numbers`."""
+    for piece in torch.split(numbers, _PIECE_NUMBERS):
+        group.share(to_device(piece, device).contiguous())
+
+
+def take_numbers(meetings: Meetings, count: int, dtype: torch.dtype) -> Tensor | None:
+    """What the leader gives by `share_numbers`; None if there is no memory to keep it."""
+    taken = meetings.take((count,), dtype)
+    for start in range(0, max(count, 1), _PIECE_NUMBERS):
+        size = min(count - start, _PIECE_NUMBERS)
+        meetings.share(meetings.room((size,), dtype) if taken is None else taken[start : start + size])
+    return taken
+
+
+def take_rows(meetings: Meetings, count: int, dtype: torch.dtype) -> Tensor | None:
+    """The next `[count, hidden_size]` that the leader gives; None if there is no memory to keep them."""
+    meetings.attempt(lambda: meetings.set_aside(count, dtype))
+    shape = (count, meetings.width)
+    taken = meetings.take(shape, dtype)
+    meetings.share(meetings.room(shape, dtype) if taken is None else taken)
+    return taken
 
 
 class TorchGroup:
     """A `sharded_stack.Group` between processes; made when all ranks are there.
 
     Raises:
-        RuntimeError: a rank does not come, or goes; after that the group is of no use.
+        RuntimeError: a rank does not come.
+        MeetingError: one goes; after that the group is of no use.
     """
 
     def __init__(self, settings: RankSettings) -> None:
@@ -228,6 +262,8 @@ class TorchGroup:
         self._on_host = torch.device(settings.device).type == "cpu"
         best = _SPREAD_FROM_CPU if self._on_host else _SPREAD_FROM_CUDA
         self.spread_from = best if settings.spread_from is None else settings.spread_from
+        sent_bytes = _SENT_NUMBERS * torch.float32.itemsize * shard.ranks if self._on_host else 0
+        self._aside = torch.empty(sent_bytes, dtype=torch.uint8)
         kind: Any = dist
         store = kind.FileStore(str(settings.rendezvous), shard.ranks)
         self._group = (_gloo if self._on_host else _nccl)(store, shard)
@@ -238,14 +274,14 @@ class TorchGroup:
 
     def share(self, tensor: Tensor) -> None:
         """See `Group`."""
-        self._group.broadcast(tensor, 0).wait()
+        _wait(lambda: self._group.broadcast(tensor, 0))
 
     def sum(self, tensor: Tensor) -> None:
         """See `Group`."""
         if not self._on_host or tensor.numel() > _SENT_NUMBERS:
-            self._group.allreduce([tensor]).wait()
+            _wait(lambda: self._group.allreduce([tensor]))
             return
-        found = tensor.new_empty(self.shard.ranks, *tensor.shape)
+        found = self._scratch(tensor)
         self._swap([tensor] * self.shard.ranks, list(found))
         if self.shard.ranks == 2:
             tensor.add_(found[1 - self.shard.rank])
@@ -253,24 +289,36 @@ class TorchGroup:
             found[self.shard.rank] = tensor
             torch.sum(found, 0, out=tensor)
 
-    def sum_rows(self, tensor: Tensor) -> Tensor:
+    def _scratch(self, tensor: Tensor) -> Tensor:
+        """Room for such a tensor of each rank."""
+        shape = (self.shard.ranks, *tensor.shape)
+        try:
+            return tensor.new_empty(shape)
+        except (
+            RuntimeError,
+            MemoryError,
+        ):  # a rank that lacks memory for a block has to meet the others still
+            return self._aside[: tensor.nbytes * self.shard.ranks].view(tensor.dtype).view(shape)
+
+    def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Group`."""
         parts = tensor.chunk(self.shard.ranks)
         own = parts[self.shard.rank]
+        out = torch.empty_like(own) if out is None else out
         if not self._on_host:
-            out = torch.empty_like(own)
-            self._group._reduce_scatter_base(out, tensor, dist.ReduceScatterOptions()).wait()
+            options = dist.ReduceScatterOptions()
+            _wait(lambda: self._group._reduce_scatter_base(out, tensor, options))
             return out
         found = tensor.new_empty(self.shard.ranks, *own.shape)
         found[self.shard.rank] = own
         self._swap(parts, list(found))
-        return found.sum(0)
+        return torch.sum(found, 0, out=out)
 
-    def join_rows(self, tensor: Tensor) -> Tensor:
+    def join_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         """See `Group`."""
-        out = tensor.new_empty(self.shard.ranks * len(tensor), *tensor.shape[1:])
+        out = tensor.new_empty(self.shard.ranks * len(tensor), *tensor.shape[1:]) if out is None else out
         if not self._on_host:
-            self._group._allgather_base(out, tensor).wait()
+            _wait(lambda: self._group._allgather_base(out, tensor))
             return out
         parts = out.chunk(self.shard.ranks)
         parts[self.shard.rank].copy_(tensor)
@@ -279,11 +327,26 @@ class TorchGroup:
 
     def _swap(self, given: Sequence[Tensor], taken: Sequence[Tensor]) -> None:
         """Each other rank gets its own of `given`, and what it gives is put into its own of `taken`."""
-        sent = [self._group.send([given[rank]], rank, 0) for rank in self._others]
-        for coming in [self._group.recv([taken[rank]], rank, 0) for rank in self._others]:
-            coming.wait()
-        for going in sent:
-            going.wait()
+        try:
+            sent = [self._group.send([given[rank]], rank, 0) for rank in self._others]
+            for coming in [self._group.recv([taken[rank]], rank, 0) for rank in self._others]:
+                coming.wait()
+            for going in sent:
+                going.wait()
+        except (RuntimeError, MemoryError) as error:
+            raise _torn(error) from error
+
+
+def _wait(begin: Callable[[], Any]) -> None:
+    try:
+        begin().wait()
+    except (RuntimeError, MemoryError) as error:
+        raise _torn(error) from error
+
+
+def _torn(error: BaseException) -> MeetingError:
+    """Even if memory was lacking: nobody knows how far the exchange came, so nothing can take its place."""
+    return MeetingError(f"ranks do not meet: {str(error).partition(chr(10))[0]}")
 
 
 def _gloo(store: Any, shard: Shard) -> Any:

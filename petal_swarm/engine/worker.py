@@ -13,7 +13,7 @@ import pickle
 import select
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO
 
@@ -32,17 +32,20 @@ from petal_swarm.engine.ranks import (
     Forget,
     RankSettings,
     TorchGroup,
+    Vote,
     WritePrefix,
+    take_numbers,
+    take_rows,
 )
 from petal_swarm.errors import ModelError, PetalSwarmError
 from petal_swarm.models.block_cache import BlockCache
 from petal_swarm.models.block_source import BlockSource
 from petal_swarm.models.checkpoint import Checkpoint, Progress, open_checkpoint
+from petal_swarm.models.devices import there
 from petal_swarm.models.family import Block
 from petal_swarm.models.kernels import permit
 from petal_swarm.models.packed_adapters import Segment, ServedAdapter
 from petal_swarm.models.packing import KVPool, PackedBatch
-from petal_swarm.models.rank_sums import Group
 from petal_swarm.models.sharded_stack import ShardedStack
 from petal_swarm.models.stack import read_blocks
 
@@ -56,16 +59,16 @@ class _Batch:
 
 
 class Worker:
-    """Carries out commands on `stack`, whose hidden states and sums come by `group`."""
+    """Carries out commands on `stack`, whose hidden states and sums come by its meetings."""
 
-    def __init__(self, stack: ShardedStack, group: Group) -> None:
+    def __init__(self, stack: ShardedStack) -> None:
         self._stack = stack
-        self._group = group
+        self._meetings = stack.meetings
         self._pool: KVPool | None = None
         self._batches: dict[int, _Batch] = {}
-        self._adapters: dict[int, ServedAdapter] = {}
+        self._adapters: dict[int, ServedAdapter | None] = {}  # None: there was no memory for it
         #: Those of training.
-        self.passes = FollowedPasses(stack, group)
+        self.passes = FollowedPasses(stack)
 
     @torch.inference_mode()
     def carry_out(self, command: Command) -> None:
@@ -81,13 +84,12 @@ class Worker:
                 self._pool = self._stack.allocate(pool_tokens, kv_dtype)
             case CopyRows():
                 self._own_pool.copy_rows(*command)
+            case Vote():
+                self._meetings.vote()
             case Adapt():
-                numbers = torch.empty(command.size, dtype=command.dtype, device=self._stack.device)
-                self._group.share(numbers)
-                served = self._stack.serve_adapter(command.layout, numbers, command.blocks)
-                self._adapters[command.number] = served
+                self._adapters[command.number] = self._adapt(command)
             case WritePrefix(number, extents):
-                self._own_pool.write_prefix(self._adapters[number], extents)
+                self._meetings.attempt(lambda: self._write_prefix(number, extents))
             case Forget(number):
                 del self._adapters[number]
             case _:
@@ -98,15 +100,27 @@ class Worker:
         assert self._pool is not None, "the leader allocates before it computes"
         return self._pool
 
+    def _adapt(self, command: Adapt) -> ServedAdapter | None:
+        stack, meetings = self._stack, self._meetings
+        numbers = take_numbers(meetings, command.size, command.dtype)
+        if numbers is None:
+            return None
+        return meetings.attempt(lambda: stack.serve_adapter(command.layout, numbers, command.blocks))
+
+    def _write_prefix(self, number: int, extents: Sequence[tuple[int, int]]) -> None:
+        self._own_pool.write_prefix(there(self._adapters[number]), extents)
+
     def _begin(self, command: Begin) -> None:
         stack = self._stack
         batch = PackedBatch.build(command.slices, stack.device)
+        hidden: Tensor | None = take_rows(self._meetings, batch.tokens, stack.dtype)
         for start, stop, number in command.lora:
-            deltas = self._adapters[number].deltas
-            assert deltas is not None, "rows with LoRA have an adapter that has some"
-            batch.lora += (Segment(start, stop, deltas),)
-        hidden = torch.empty(batch.tokens, stack.config.hidden_size, dtype=stack.dtype, device=stack.device)
-        self._group.share(hidden)
+            adapter = self._adapters[number]
+            if adapter is None:
+                hidden = None
+                continue
+            assert adapter.deltas is not None, "rows with LoRA have an adapter that has some"
+            batch.lora += (Segment(start, stop, adapter.deltas),)
         forward = stack.forward_by_block(hidden, batch, self._own_pool, command.blocks)
         self._batches[command.number] = _Batch(forward, len(command.blocks))
 
@@ -168,7 +182,7 @@ def main() -> int:
     stack = ShardedStack(
         checkpoint.config, settings.span, blocks, dtype=settings.dtype, device=device, group=group
     )
-    worker = Worker(stack, group)
+    worker = Worker(stack)
     while True:
         try:
             command: Command = pickle.load(commands)

@@ -6,10 +6,12 @@ a result on the host, and what the host has to tell is copied without waiting.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def on_host(device: torch.device | str) -> bool:
@@ -46,6 +48,17 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY)
+
+
+def there(made: T | None) -> T:
+    """What was made, if there was memory for it.
+
+    Raises:
+        torch.OutOfMemoryError: there was none.
+    """
+    if made is None:
+        raise torch.OutOfMemoryError("out of memory, since something was to be kept here")
+    return made
 
 
 def release_cached(device: torch.device) -> None:

@@ -18,7 +18,7 @@ class Group(Protocol):
     """The ranks that compute a stack together. All call the same things in the same order.
 
     Tensors are contiguous, and on the device of the group. `spread_from` is of how many rows a batch is
-    worth spreading.
+    worth spreading. Whoever lacks memory for a meeting says so before anything is exchanged, or never.
     """
 
     shard: Shard
@@ -32,12 +32,12 @@ class Group(Protocol):
         """Adds up what all ranks have, in place; the same at all of them to the last bit."""
         ...
 
-    def sum_rows(self, tensor: Tensor) -> Tensor:
-        """`[ranks * n, ...]` to `[n, ...]`: this rank's rows of the sum."""
+    def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """`[ranks * n, ...]` to `[n, ...]`: this rank's rows of the sum, in `out` if there is one."""
         ...
 
-    def join_rows(self, tensor: Tensor) -> Tensor:
-        """`[n, ...]` to `[ranks * n, ...]`: the rows of all ranks."""
+    def join_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        """`[n, ...]` to `[ranks * n, ...]`: the rows of all ranks, in `out` if there is one."""
         ...
 
 

@@ -8,6 +8,7 @@ each rank's rows of it, and rows are put together again in front of the next pro
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from petal_swarm.models.families import family_of
 from petal_swarm.models.family import Block
 from petal_swarm.models.linear import Projection
 from petal_swarm.models.lora import Part, Project
+from petal_swarm.models.meetings import SPREAD, SPREAD_LAST, WHOLE, Meetings
 from petal_swarm.models.packing import KVPool, PackedBatch
 from petal_swarm.models.rank_sums import Group, entered, summed
 from petal_swarm.models.stack import BlockStack, Sequences
@@ -146,7 +148,9 @@ class ShardedStack(BlockStack):
         group: Group,
     ) -> None:
         splits = family_of(config).splits
-        rows = self._rows = _Rows(group)
+        #: The `group`, in blocks.
+        self.meetings = Meetings(group, config.hidden_size, dtype, torch.device(device))
+        rows = self._rows = _Rows(self.meetings)
         self.group = group
 
         def surround(parts: Sequence[Part], base: Projection) -> Projection:
@@ -157,19 +161,33 @@ class ShardedStack(BlockStack):
         super().__init__(config, span, surrounded, dtype=dtype, device=device, shard=group.shard)
 
     def forward_by_block(
-        self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span
+        self, hidden: Tensor | None, batch: PackedBatch, pool: KVPool, blocks: Span
     ) -> Iterator[Tensor]:
-        """As there; before the last block, what comes out may be this rank's rows only."""
-        spread = batch.tokens if batch.tokens >= self.group.spread_from else 0
+        """As there; before the last block, what comes out may be this rank's rows only.
+
+        From a block on for which a rank has no memory, all that comes out is NaN. Without `hidden` this is
+        such a rank from the first on.
+        """
+        tokens = batch.tokens
+        spread = tokens if tokens >= self.group.spread_from else 0
+        forward = iter(()) if hidden is None else self._by_block(hidden, batch, pool, blocks, spread)
+        del hidden  # who has no memory should not keep it
+        compute = partial(next, forward, None)
+        for last in range(len(blocks) - 1, -1, -1):
+            self._rows.spread = spread  # each time: another batch may have run in between
+            owed = WHOLE if not spread else SPREAD if last else SPREAD_LAST
+            yield self.meetings.block(compute, tokens, owed)
+
+    def _by_block(
+        self, hidden: Tensor, batch: PackedBatch, pool: KVPool, blocks: Span, spread: int
+    ) -> Iterator[Tensor]:
         if spread:
             hidden = self._rows.own(hidden)
         forward = super().forward_by_block(hidden, batch, pool, blocks)
+        del hidden
         for last in range(len(blocks) - 1, -1, -1):
-            self._rows.spread = spread  # each time: another batch may have run in between
-            hidden = next(forward)
-            if spread and not last:
-                hidden = self._rows.joined(hidden)
-            yield hidden
+            out = next(forward)
+            yield self._rows.joined(out) if spread and not last else out
 
     def forward_trained(
         self, block: int, hidden: Tensor, sequences: Sequences, adapter: BlockAdapter

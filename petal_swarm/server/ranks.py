@@ -19,6 +19,7 @@ from petal_swarm.engine.ranks import RankSettings, TorchGroup
 from petal_swarm.engine.worker import read_part
 from petal_swarm.errors import ModelError
 from petal_swarm.models.checkpoint import Checkpoint, Progress
+from petal_swarm.models.meetings import MeetingError
 from petal_swarm.models.sharding import Shard
 
 _COMMAND = (sys.executable, "-m", "petal_swarm.engine.worker")
@@ -151,6 +152,6 @@ def load_ranks(
 def _meet(settings: RankSettings) -> TorchGroup:
     try:
         return TorchGroup(settings)
-    except RuntimeError as error:
+    except (RuntimeError, MeetingError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"the processes that share the blocks out do not meet: {reason}") from error

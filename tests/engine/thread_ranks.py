@@ -50,12 +50,13 @@ class ThreadGroup:
         self.sums += 1
         tensor.copy_(torch.stack(self._all(tensor)).sum(0))
 
-    def sum_rows(self, tensor: Tensor) -> Tensor:
+    def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         whole = torch.stack(self._all(tensor)).sum(0)
-        return whole.chunk(self.shard.ranks)[self.shard.rank].clone()
+        own = whole.chunk(self.shard.ranks)[self.shard.rank].clone()
+        return own if out is None else out.copy_(own)
 
-    def join_rows(self, tensor: Tensor) -> Tensor:
-        return torch.cat(self._all(tensor))
+    def join_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.cat(self._all(tensor), out=out)
 
     def _all(self, tensor: Tensor) -> list[Tensor]:
         assert tensor.is_contiguous()
@@ -92,7 +93,7 @@ class ThreadRanks:
             source = BlockSource(checkpoint, dtype, quant=quant, shard=group.shard)
             blocks = read_blocks(source, span)
             stack = ShardedStack(checkpoint.config, span, blocks, dtype=dtype, group=group)
-            self.workers.append(Worker(stack, group))
+            self.workers.append(Worker(stack))
             self._start(self.workers[-1])
         own = read_blocks(BlockSource(checkpoint, dtype, quant=quant, shard=self.groups[0].shard), span)
         crew = Crew(self, self.groups[0])

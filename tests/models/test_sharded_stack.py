@@ -61,12 +61,13 @@ class ThreadGroup:
         self.sums += 1
         tensor.copy_(torch.stack(self._all(tensor)).sum(0))
 
-    def sum_rows(self, tensor: Tensor) -> Tensor:
+    def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
         whole = torch.stack(self._all(tensor)).sum(0)
-        return whole.chunk(self.shard.ranks)[self.shard.rank].clone()
+        own = whole.chunk(self.shard.ranks)[self.shard.rank].clone()
+        return own if out is None else out.copy_(own)
 
-    def join_rows(self, tensor: Tensor) -> Tensor:
-        return torch.cat(self._all(tensor))
+    def join_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        return torch.cat(self._all(tensor), out=out)
 
 
 class Ranks:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,8 +27,10 @@ from tests.engine.tiny import WHOLE, make, rows
 TOLERANCE = 1e-5
 
 
-def engine_of(folder: Path, on_lost: threading.Event | None = None) -> Engine:
-    """Prompts of 25 rows and more are spread, others are not."""
+def engine_of(
+    folder: Path, on_lost: threading.Event | None = None, *, tokens: int = 512, spread_from: int = 25
+) -> Engine:
+    """Prompts of `spread_from` rows and more are spread, others are not."""
     settings = RankSettings(
         model=str(folder),
         span=WHOLE,
@@ -36,11 +39,11 @@ def engine_of(folder: Path, on_lost: threading.Event | None = None) -> Engine:
         device="cpu",
         quant="none",
         threads=1,
-        spread_from=25,
+        spread_from=spread_from,
     )
     lost = on_lost or threading.Event()
     stack = load_ranks(open_checkpoint(str(folder)), settings, ["cpu"], None, lost.set)
-    return Engine(stack, kv_tokens=512, max_batch_tokens=256)
+    return Engine(stack, kv_tokens=tokens, max_batch_tokens=tokens // 2)
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +170,35 @@ def test_gradients_are_equal_between_steps(engines: tuple[Engine, Engine]) -> No
         found[-1].append(hidden)
         passes.forget("b")
     assert all(near(*pair) for pair in zip(*found, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of another process are Linux's")
+def test_a_rank_that_runs_out_of_memory_lives(folder: Path) -> None:
+    """In earnest: the system refuses it more than it has, and a few megabytes."""
+    lost = threading.Event()
+    shared = engine_of(folder, lost, tokens=16384, spread_from=1 << 30)
+    whole = load_blocks(open_checkpoint(str(folder)), WHOLE, dtype=torch.float32)
+    engines = shared, Engine(whole, kv_tokens=16384, max_batch_tokens=8192)
+    for engine in engines:
+        engine.open_session("large", max_length=8192)
+        engine.open_session("small", max_length=64)
+    both(engines, [step("small", 0, 5, 1)])
+    pid = shared.stack.crew._others._processes[0].pid  # type: ignore[attr-defined]
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + (3 << 20)
+    resource.prlimit(pid, resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
+    slices = tuple(Slice(sequence, 0, 64) for sequence in range(128))
+    large = StepRequest("large", WHOLE, slices, rows(8192, 2))
+    placed = [engine.place(large) for engine in engines]
+    batch = shared.begin([Chunk(placed[0], 8192)])
+    while not batch.done:
+        batch.advance()
+    engines[1].compute([Chunk(placed[1], 8192)])
+    assert shared.fitting_rows < 8192, "there was no memory for all at once"
+    assert near(placed[0].result(), placed[1].result())
+    both(engines, [step("small", 5, 1, 3)])
+    assert not lost.is_set()
+    shared.close()
 
 
 def test_a_rank_lost_between_two_blocks_ends_it_all_clearly(folder: Path) -> None:

@@ -253,11 +253,13 @@ class Meeting:
     def sum(self, tensor: Tensor) -> None:
         tensor.copy_(torch.stack(self._all(tensor)).sum(0))
 
-    def sum_rows(self, tensor: Tensor) -> Tensor:
-        return torch.stack(self._all(tensor)).sum(0).chunk(self.shard.ranks)[self.shard.rank].clone()
+    def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        own = torch.stack(self._all(tensor)).sum(0).chunk(self.shard.ranks)[self.shard.rank].clone()
+        return own if out is None else out.copy_(own)
 
-    def join_rows(self, tensor: Tensor) -> Tensor:
-        return torch.cat(self._all(tensor))
+    def join_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
+        joined = torch.cat(self._all(tensor))
+        return joined if out is None else out.copy_(joined)
 
 
 @pytest.mark.parametrize("model", ["bloom", "qwen3"])
