@@ -7,7 +7,7 @@ from random import Random
 import pytest
 import torch
 
-from tests.models import kernel_interpreter
+from tests import kernel_interpreter
 
 kernel_interpreter.require()
 

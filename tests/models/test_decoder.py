@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-import kernel_interpreter
 import pytest
 import torch
+
+from tests import kernel_interpreter
 
 kernel_interpreter.require()
 

@@ -1,12 +1,8 @@
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.checkpoints import save_bloom, save_llama
-
-# Several threads for matrices this small only wait for one another.
-torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", params=["bloom", "llama"])

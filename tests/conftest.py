@@ -1,0 +1,33 @@
+"""Of all tests: torch's threads, Triton's interpreter, and who runs beside whom (`pytest -n 2`)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests import kernel_interpreter
+
+if TYPE_CHECKING:
+    from xdist.scheduler import LoadScopeScheduling
+
+#: Tests that start processes, or a browser, which have deadlines: never two of them at a time.
+WITH_PROCESSES = ("tests/loopback/", "tests/browser/", "tests/docs/", "tests/cli/test_local_swarm.py")
+
+# Several threads for matrices this small only wait for one another, and sum in another order.
+torch.set_num_threads(1)
+kernel_interpreter.load()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
+    """A file is of one worker, which makes its fixtures once; all with processes are of the same."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.partition("::")[0]
+            return "processes" if path.startswith(WITH_PROCESSES) else path
+
+    return ByFile(config, log)
