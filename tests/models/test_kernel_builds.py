@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
 
-from petal_swarm.models.kernels import triton_attention, triton_products  # noqa: E402
+from petal_swarm.models.kernels import triton_attention, triton_products
 
 ROOT = Path(__file__).parents[2]
 #: Others are parts of these.
