@@ -103,7 +103,7 @@ class Streaming:
             try:
                 self._transfer.wait(slot)
             except BaseException:
-                content[slot] = None
+                content[:] = [None] * slots  # what comes behind it may have failed as well
                 raise
 
 
