@@ -103,7 +103,7 @@ class Streaming:
             try:
                 self._transfer.wait(slot)
             except BaseException:
-                content[:] = [None] * slots  # what comes behind it may have failed as well
+                content[:] = [None] * slots  # what was begun ahead may have failed, too, and nobody has heard
                 raise
 
 
