@@ -12,8 +12,13 @@ from tests import kernel_interpreter
 if TYPE_CHECKING:
     from xdist.scheduler import LoadScopeScheduling
 
-#: Tests that start processes, or a browser, which have deadlines: never two of them at a time.
-WITH_PROCESSES = ("tests/loopback/", "tests/browser/", "tests/docs/", "tests/cli/test_local_swarm.py")
+#: What one worker runs as a whole.
+TOGETHER = {
+    # They start processes, or a browser, and wait for them with deadlines: never two of them at a time.
+    "processes": ("tests/loopback/", "tests/browser/", "tests/docs/", "tests/cli/test_local_swarm.py"),
+    # One process runs all of them.
+    "simulated": ("tests/simulated/",),
+}
 
 # Several threads for matrices this small only wait for one another, and sum in another order.
 torch.set_num_threads(1)
@@ -22,12 +27,12 @@ kernel_interpreter.load()
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> LoadScopeScheduling:
-    """A file is of one worker, which makes its fixtures once; all with processes are of the same."""
+    """A file is of one worker, which makes its fixtures once; see `TOGETHER` for what several files are."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.partition("::")[0]
-            return "processes" if path.startswith(WITH_PROCESSES) else path
+            return next((name for name, paths in TOGETHER.items() if path.startswith(paths)), path)
 
     return ByFile(config, log)
