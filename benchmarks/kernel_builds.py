@@ -1,10 +1,9 @@
 """Compiles every Triton kernel for GPUs that need not be there: what Triton refuses, and what spills.
 
-    python -m benchmarks.kernel_builds [--capabilities 80 90]
+    python -m benchmarks.kernel_builds [--capabilities 80 90] [--brief]
 
 Needs Triton (`pip install triton`), and no device. It shows that the kernels compile, and how many registers
-and how much shared memory they take; not that they are right, which tests/models/kernels and tests/gpu are
-for.
+and how much shared memory they take; not that they are right, which tests/models and tests/gpu are for.
 """
 
 from __future__ import annotations
@@ -87,6 +86,11 @@ def attention(x: str) -> Iterator[Build]:
     yield Build("rms_norm", triton_attention.rms_norm, normed, {"block": 1024}, {})
 
 
+def brief(kind: str) -> Iterator[Build]:
+    """One of each kernel: the last, which has most to do."""
+    yield from {build.kernel.__name__: build for build in builds(kind)}.values()
+
+
 def compile_for(build: Build, capability: int) -> Any:
     constants: dict[str, Any] = dict(build.constants)
     signature: dict[str, str] = {}
@@ -121,12 +125,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90])
     parser.add_argument("--kinds", nargs="+", default=["bf16", "fp32"], choices=NUMBERS)
+    parser.add_argument("--brief", action="store_true", help="one build of each kernel")
     arguments = parser.parse_args()
     print("| capability | activations | kernel | registers | stack, bytes | shared memory, KiB |")
     print("|---|---|---|---|---|---|")
     for capability in arguments.capabilities:
         for kind in arguments.kinds:
-            for build in builds(kind):
+            for build in brief(kind) if arguments.brief else builds(kind):
                 compiled = compile_for(build, capability)
                 found = usage(compiled.asm["cubin"])
                 print(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from starlette.applications import Starlette
 
 from petal_swarm.client import changes
@@ -22,9 +21,6 @@ from petal_swarm.gateway import swarm_api
 from petal_swarm.gateway.swarm_api import swarm_routes
 from tests.checkpoints import save_bloom
 from tests.swarm.local import LocalSwarm
-
-# Several threads for matrices this small only wait for one another.
-torch.set_num_threads(1)
 
 
 class Visitor:

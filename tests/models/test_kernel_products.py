@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import kernel_interpreter
 import pytest
 import torch
+
+from tests import kernel_interpreter
 
 kernel_interpreter.require()
 

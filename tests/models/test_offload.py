@@ -31,15 +31,6 @@ KINDS = ["bloom-6-heads", "llama3-biases", "qwen3", "qwen2-window"]
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """Of so small blocks each thread more only costs time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
     """Checkpoints of six blocks, each a variant of the other three."""

@@ -223,7 +223,7 @@ def test_bitsandbytes_is_loaded_on_use_and_in_silence():
     script = (
         "import sys, petal_swarm.models.stack, petal_swarm.server.server\n"
         "from petal_swarm.models import nf4\n"
-        "assert 'bitsandbytes' not in sys.modules\n"
+        "assert not {'bitsandbytes', 'triton'} & set(sys.modules)\n"
         "nf4.bitsandbytes()\n"
         "assert 'bitsandbytes' in sys.modules\n"
     )

@@ -20,6 +20,7 @@ class Watched:
         self.fails = False
         self._coming: list[int | None] = [None] * slots
         self._there: list[int | None] = [None] * slots
+        self._failed = [False] * slots
 
     def block(self, number, slot):
         return lambda: self._use(number, slot)
@@ -31,10 +32,11 @@ class Watched:
     def begin(self, number, slot):
         self.begun.append(number)
         self._coming[slot], self._there[slot] = number, None
+        self._failed[slot] = self.fails
 
     def wait(self, slot):
         assert self._coming[slot] is not None
-        if self.fails:
+        if self._failed[slot]:
             raise OSError("unplugged")
         self._there[slot] = self._coming[slot]
 

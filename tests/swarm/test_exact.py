@@ -60,7 +60,7 @@ def test_left_padded_batch_and_beams(checkpoint: Path, servers: int) -> None:
         {"use_cache": False, "max_new_tokens": 5},
         {"prefill_chunk_size": 5},
     ],
-    ids=str,
+    ids=" ".join,
 )
 def test_sampling(checkpoint: Path, options: dict[str, object]) -> None:
     ids = prompt(2, 9)

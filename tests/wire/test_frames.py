@@ -160,7 +160,9 @@ def test_over_the_bounds_is_not_sent() -> None:
 
 
 @pytest.mark.parametrize(
-    "header", [{"a": 1 << 64}, {"a": object()}, {"a": {1, 2}}, {"a": "\ud800"}], ids=repr
+    "header",
+    [{"a": 1 << 64}, {"a": object()}, {"a": {1, 2}}, {"a": "\ud800"}],
+    ids=["number", "object", "set", "half a character"],
 )
 def test_what_msgpack_cannot_say_is_our_own_fault(header: dict[str, Any]) -> None:
     with pytest.raises(LocalProtocolError):
