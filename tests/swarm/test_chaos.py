@@ -31,7 +31,7 @@ TASKS: list[dict[str, Any]] = [
 #: Longer than any deadline of a server that waits for a neighbour.
 SETTLE_S = 90.0
 #: Tasks that a server has for as long as it lives.
-LASTING = ("Announcer.", "Server._update_figures", "Server._ping_neighbours")
+LASTING = ("Announcer.", "Server._update_figures", "Server._ping_neighbours", "Uplink.run")
 
 
 class Chaos:
