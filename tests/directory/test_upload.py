@@ -102,6 +102,22 @@ def test_something_else_in_between_breaks_the_protocol() -> None:
         play(scenario)
 
 
+def test_more_parts_than_were_announced_break_the_protocol(caplog: pytest.LogCaptureFixture) -> None:
+    """Even if they come together with the last, before anybody could have answered."""
+
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
+        stream = await client.open_stream(server.peer_id, DIRECTORY, timeout_s=1)
+        channel = Channel(stream, DIRECTORY_TABLE, Role.DIALER)
+        channel.send(Upload(2))
+        stream.write(*[buffer for _ in range(3) for buffer in encode(UploadPart())])
+        assert (await channel.expect(Uploaded, timeout_s=1)).took_s == 0
+        await channel.expect(Pong, timeout_s=1)
+
+    with pytest.raises(BadMessageError, match="more parts of an upload than it said"):
+        play(scenario)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_more_than_a_few_at_once_would_measure_each_other() -> None:
     async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
         async def upload() -> Channel:
