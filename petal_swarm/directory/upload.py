@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from petal_swarm.errors import BusyError, DeadlineError, RemoteProtocolError
+from petal_swarm.net.addresses import ip_address
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
@@ -43,19 +44,22 @@ class UploadService:
     def __init__(self, *, timeout_s: float = TIMEOUT_S, now: Callable[[], float] = time.perf_counter) -> None:
         self._timeout_s = timeout_s
         self._now = now
-        self._free = MAX_UPLOADS
+        self._measured: set[str] = set()
 
     async def answer(self, request: Upload, channel: Channel) -> Uploaded | Error:
         """Read the parts, and say how long they took.
+
+        One of an IP address at a time: peer ids cost nothing, and a place can be held by sending nothing.
 
         Raises:
             RemoteProtocolError: something else came.
             StreamClosedError: the stream ended before.
             TimeoutError: they did not come in time.
         """
-        if not self._free:
+        whose = ip_address(channel.remote_address) or channel.peer_id
+        if len(self._measured) >= MAX_UPLOADS or whose in self._measured:
             return Error(BusyError.code, "others are being measured; try again later or elsewhere")
-        self._free -= 1
+        self._measured.add(whose)
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._read_part(channel)
@@ -64,7 +68,7 @@ class UploadService:
                     await self._read_part(channel)
                 return Uploaded(self._now() - started_s)
         finally:
-            self._free += 1
+            self._measured.discard(whose)
 
     async def _read_part(self, channel: Channel) -> None:
         message = await channel.receive()

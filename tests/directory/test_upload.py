@@ -121,7 +121,7 @@ def test_more_parts_than_were_announced_break_the_protocol(caplog: pytest.LogCap
 def test_more_than_a_few_at_once_would_measure_each_other() -> None:
     async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
         async def upload() -> Channel:
-            stream = await client.open_stream(server.peer_id, DIRECTORY, timeout_s=1)
+            stream = await client.network.transport().open_stream(server.peer_id, DIRECTORY, timeout_s=1)
             channel = Channel(stream, DIRECTORY_TABLE, Role.DIALER)
             channel.send(Upload(2))
             channel.send(UploadPart())
@@ -134,7 +134,24 @@ def test_more_than_a_few_at_once_would_measure_each_other() -> None:
         await slow[0].expect(Uploaded, timeout_s=1)
         slow[1].abort()  # a place is free again, however it ended
         await asyncio.sleep(0.01)
-        assert await asyncio.gather(measured(client, server), measured(client, server))
+        other = client.network.transport()
+        assert await asyncio.gather(measured(client, server), measured(other, server))
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("seen_at", ["", "/ip4/192.0.2.7/tcp/4001"])
+def test_nobody_takes_all_places(seen_at: str) -> None:
+    """Neither a peer by several streams, nor several peers of one address."""
+
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
+        sibling = client.network.transport() if seen_at else client
+        client.seen_at = sibling.seen_at = seen_at
+        stream = await client.open_stream(server.peer_id, DIRECTORY, timeout_s=1)
+        Channel(stream, DIRECTORY_TABLE, Role.DIALER).send(Upload(2))
+        with pytest.raises(BusyError, match="others are being measured"):
+            await measured(sibling, server)
+        assert await measured(client.network.transport(), server)
 
     play(scenario)
 
