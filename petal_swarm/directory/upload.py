@@ -19,6 +19,8 @@ from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
 from petal_swarm.wire.messages.directory import (
     MAX_UPLOAD_PARTS,
     UPLOAD_PART_BYTES,
+    Ping,
+    Pong,
     Upload,
     Uploaded,
     UploadPart,
@@ -28,8 +30,9 @@ from petal_swarm.wire.protocols import DIRECTORY
 
 #: Parts after the first one: 128 KiB, 1 MiB, 4 MiB.
 TRAINS = (4, 32, MAX_UPLOAD_PARTS - 1)
-#: A train that took so long is the last: TCP has found its pace by then.
-LONG_ENOUGH_S = 0.25
+#: A train that took so long, and so many round trips, is the last: TCP has found its pace by then, which it
+#: doubles once a round trip. Or one that took the longest of these: the next would take eight times that.
+LONG_ENOUGH_S, LONG_ENOUGH_RTTS, LONGEST_S = 0.25, 6, 2.0
 #: What is not through by then, slower than 35 kbit/s, is no line for this.
 TIMEOUT_S = 30.0
 #: At once at one listener: more would measure each other.
@@ -90,9 +93,10 @@ async def measure_upload(
     channel = Channel(stream, DIRECTORY_TABLE, Role.DIALER)
     try:
         async with asyncio.timeout(timeout_s):
+            enough_s = min(max(LONG_ENOUGH_S, LONG_ENOUGH_RTTS * await _rtt_s(channel, timeout_s)), LONGEST_S)
             for parts in TRAINS:
                 took_s = await _send_train(channel, parts + 1, timeout_s)
-                if took_s >= LONG_ENOUGH_S:
+                if took_s >= enough_s:
                     break
     except TimeoutError:
         raise DeadlineError(
@@ -110,11 +114,22 @@ def shown(bytes_per_s: float) -> str:
     return f"{mbit / 1e3:.2g} Gbit/s" if mbit >= 1e3 else f"{mbit:.3g} Mbit/s"
 
 
+async def _rtt_s(channel: Channel, timeout_s: float) -> float:
+    now = asyncio.get_running_loop().time
+    sent_s = now()
+    channel.send(Ping())
+    await channel.expect(Pong, timeout_s=timeout_s)
+    return now() - sent_s
+
+
 async def _send_train(channel: Channel, parts: int, timeout_s: float) -> float:
-    """Seconds that the peer says it took."""
+    """Seconds that the peer says it took, which are no more than have passed here."""
+    now = asyncio.get_running_loop().time
+    sent_s = now()
     channel.send(Upload(parts))
     for _ in range(parts):
         channel.send(UploadPart())
         if channel.congested:
             await channel.drain()
-    return (await channel.expect(Uploaded, timeout_s=timeout_s)).took_s
+    answer = await channel.expect(Uploaded, timeout_s=timeout_s)
+    return min(answer.took_s, now() - sent_s)

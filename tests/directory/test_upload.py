@@ -77,6 +77,51 @@ def test_one_that_is_too_slow_is_given_up() -> None:
         play(measured, Link(bytes_per_s=1e3))
 
 
+def answering(*took_s: float, after_s: float = 0.0, trains: list[int]) -> Callable[[Stream], Any]:
+    """A listener that says so of one train after the other."""
+
+    async def handle(stream: Stream) -> None:
+        channel = Channel(stream, DIRECTORY_TABLE, Role.LISTENER)
+        assert isinstance(await channel.receive(), Ping)
+        channel.send(Pong())
+        for said_s in took_s:
+            upload = await channel.receive()
+            assert isinstance(upload, Upload)
+            for _ in range(upload.parts):
+                await channel.receive()
+            trains.append(upload.parts)
+            await asyncio.sleep(after_s)
+            channel.send(Uploaded(said_s))
+        await channel.receive()
+
+    return handle
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "took_s", "trains"),
+    [(0.0, (0.26,), 1), (0.1, (0.4, 0.5, 0.6), 3), (0.1, (0.4, 1.3), 2), (1.0, (2.1,), 1)],
+)
+def test_a_train_lasts_for_some_round_trips(latency_s: float, took_s: tuple[float, ...], trains: int) -> None:
+    """Else what is measured over a far and fast line is how TCP begins."""
+    seen: list[int] = []
+
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> float:
+        await server.serve(DIRECTORY, answering(*took_s, after_s=3.0, trains=seen))
+        return await measured(client, server)
+
+    parts = (4, 32, 128)[trains - 1]
+    assert play(scenario, Link(latency_s=latency_s)) == pytest.approx(parts * (32 << 10) / took_s[-1])
+    assert seen == [5, 33, 129][:trains]
+
+
+def test_nobody_makes_a_line_slower_than_it_seems_from_here() -> None:
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> float:
+        await server.serve(DIRECTORY, answering(3600.0, after_s=0.5, trains=[]))
+        return await measured(client, server)
+
+    assert play(scenario) == pytest.approx(4 * (32 << 10) / 0.5)
+
+
 def test_the_stream_goes_on_afterwards() -> None:
     async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
         stream = await client.open_stream(server.peer_id, DIRECTORY, timeout_s=1)
