@@ -111,7 +111,9 @@ async def measure_upload(
 def shown(bytes_per_s: float) -> str:
     """For people: `38 Mbit/s`."""
     mbit = bytes_per_s / 125e3
-    return f"{mbit / 1e3:.2g} Gbit/s" if mbit >= 1e3 else f"{mbit:.3g} Mbit/s"
+    if mbit >= 999.5:
+        return f"{mbit / 1e3:,.1f}".removesuffix(".0") + " Gbit/s"
+    return f"{mbit:.3g} Mbit/s" if mbit >= 0.001 else "0 Mbit/s"
 
 
 async def _rtt_s(channel: Channel, timeout_s: float) -> float:

@@ -226,7 +226,17 @@ def test_servers_of_another_version_say_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mbit", "text"), [(0.5, "0.5 Mbit/s"), (38.26, "38.3 Mbit/s"), (940, "940 Mbit/s"), (2400, "2.4 Gbit/s")]
+    ("mbit", "text"),
+    [
+        (1e-5, "0 Mbit/s"),
+        (0.5, "0.5 Mbit/s"),
+        (38.26, "38.3 Mbit/s"),
+        (940, "940 Mbit/s"),
+        (999.7, "1 Gbit/s"),
+        (2400, "2.4 Gbit/s"),
+        (1e5, "100 Gbit/s"),
+        (8e9, "8,000,000 Gbit/s"),
+    ],
 )
 def test_rates_are_shown_in_bits(mbit: float, text: str) -> None:
     assert shown(mbit * 125e3) == text
