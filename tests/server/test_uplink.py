@@ -41,7 +41,7 @@ class World:
         return self.servers
 
     async def measure(self, transport: Transport, peer_id: str, addresses: Sequence[str]) -> float:
-        assert addresses and all(address.endswith(f"/p2p/{peer_id}") for address in addresses)
+        assert {address.rpartition("/p2p/")[2] for address in addresses} == {peer_id}
         self.asked.append(peer_id)
         rate = self.rates[peer_id]
         if isinstance(rate, PetalSwarmError):
