@@ -8,10 +8,11 @@ something; through a fast line that is 5.3 MB in all.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
-from petal_swarm.errors import BusyError, DeadlineError, RemoteProtocolError
+from petal_swarm.errors import BusyError, DeadlineError, LocalProtocolError, RemoteProtocolError
 from petal_swarm.net.addresses import ip_address
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
@@ -128,10 +129,11 @@ async def _send_train(channel: Channel, parts: int, timeout_s: float) -> float:
     """Seconds that the peer says it took, which are no more than have passed here."""
     now = asyncio.get_running_loop().time
     sent_s = now()
-    channel.send(Upload(parts))
-    for _ in range(parts):
-        channel.send(UploadPart())
-        if channel.congested:
-            await channel.drain()
+    with contextlib.suppress(LocalProtocolError):  # it has just ended the stream: what it said then is why
+        channel.send(Upload(parts))
+        for _ in range(parts):
+            channel.send(UploadPart())
+            if channel.congested:
+                await channel.drain()
     answer = await channel.expect(Uploaded, timeout_s=timeout_s)
     return min(answer.took_s, now() - sent_s)

@@ -18,6 +18,7 @@ from petal_swarm.net.transport import Stream
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
 from petal_swarm.wire.messages import encode
 from petal_swarm.wire.messages.directory import Ping, Pong, Upload, Uploaded, UploadPart
+from petal_swarm.wire.messages.error import Error
 from petal_swarm.wire.protocols import DIRECTORY
 
 T = TypeVar("T")
@@ -112,6 +113,26 @@ def test_a_train_lasts_for_some_round_trips(latency_s: float, took_s: tuple[floa
     parts = (4, 32, 128)[trains - 1]
     assert play(scenario, Link(latency_s=latency_s)) == pytest.approx(parts * (32 << 10) / took_s[-1])
     assert seen == [5, 33, 129][:trains]
+
+
+def test_one_that_ends_it_between_two_trains_is_heard() -> None:
+    """Its error may come together with its answer, before the next train begins."""
+
+    async def leaving(stream: Stream) -> None:
+        channel = Channel(stream, DIRECTORY_TABLE, Role.LISTENER)
+        await channel.receive()
+        channel.send(Pong())
+        for _ in range(1 + 5):
+            await channel.receive()
+        stream.write(*encode(Uploaded(0.0)), *encode(Error("busy", "going home")))
+        await channel.receive()
+
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
+        await server.serve(DIRECTORY, leaving)
+        with pytest.raises(BusyError, match="going home"):
+            await measured(client, server)
+
+    play(scenario)
 
 
 def test_nobody_makes_a_line_slower_than_it_seems_from_here() -> None:
