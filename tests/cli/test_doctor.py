@@ -22,9 +22,10 @@ from petal_swarm.cli.checkup import (
 )
 from petal_swarm.cli.doctor import show_check
 from petal_swarm.cli.main import main
-from petal_swarm.directory.reachability import Candidate, Sighting, judge
+from petal_swarm.directory.reachability import Sighting, judge
 from petal_swarm.errors import ConfigError, NetworkError
 from petal_swarm.models.checkpoint import open_checkpoint
+from petal_swarm.net.relay import Candidate
 from petal_swarm.server.config import ServerConfig
 from tests.checkpoints import save_bloom
 
