@@ -35,9 +35,11 @@ if TYPE_CHECKING:
     from petal_swarm.models.checkpoint import Checkpoint
 
 PEER_TIMEOUT_S = 10.0
-#: Quantized blocks of one large model, and the model itself in the Hub's cache.
 #: 2 Mbit/s: a prompt of 1,000 tokens of BLOOM-176B takes two minutes.
 SLOW_BYTES_PER_S = 250e3
+#: Asked at most how fast the line sends, each for a while: a swarm may have hundreds that cannot tell.
+UPLOADS_TRIED = 4
+#: Quantized blocks of one large model, and the model itself in the Hub's cache.
 LITTLE_DISK_BYTES = 20 << 30
 
 
@@ -190,7 +192,7 @@ async def peer(transport: Transport, helper: Candidate) -> Check:
 
 async def upload(transport: Transport, helpers: Sequence[Candidate]) -> Check:
     """How fast the line sends, to the first peer that tells."""
-    for helper in helpers:
+    for helper in helpers[:UPLOADS_TRIED]:
         try:
             rate = await measure_upload(transport, helper.peer_id, helper.addresses)
         except PetalSwarmError:

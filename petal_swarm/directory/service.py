@@ -30,6 +30,7 @@ from petal_swarm.wire.messages.directory import (
     Ping,
     Pong,
     Upload,
+    UploadPart,
 )
 from petal_swarm.wire.messages.error import Error
 
@@ -100,6 +101,8 @@ class DirectoryService:
             return await self._dial_back.answer(request, channel.peer_id, channel.remote_address)
         if isinstance(request, Upload):
             return await self._uploads.answer(request, channel)
+        if isinstance(request, UploadPart):  # it came together with the last one that was announced
+            raise RemoteProtocolError("more parts of an upload than it said")
         assert isinstance(request, ListRequest), "the table lets nothing else through"
         peer_id = channel.peer_id
         asking = self._asking.get(peer_id, 0)

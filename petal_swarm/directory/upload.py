@@ -8,16 +8,20 @@ something; through a fast line that is 5.3 MB in all.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 
-from petal_swarm.errors import BusyError, DeadlineError, RemoteProtocolError
+from petal_swarm.errors import BusyError, DeadlineError, LocalProtocolError, RemoteProtocolError
+from petal_swarm.net.addresses import ip_address
 from petal_swarm.net.channel import Channel
 from petal_swarm.net.transport import Transport
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
 from petal_swarm.wire.messages.directory import (
     MAX_UPLOAD_PARTS,
     UPLOAD_PART_BYTES,
+    Ping,
+    Pong,
     Upload,
     Uploaded,
     UploadPart,
@@ -27,8 +31,9 @@ from petal_swarm.wire.protocols import DIRECTORY
 
 #: Parts after the first one: 128 KiB, 1 MiB, 4 MiB.
 TRAINS = (4, 32, MAX_UPLOAD_PARTS - 1)
-#: A train that took so long is the last: TCP has found its pace by then.
-LONG_ENOUGH_S = 0.25
+#: A train that took so long, and so many round trips, is the last: TCP has found its pace by then, which it
+#: doubles once a round trip. Or one that took the longest of these: the next would take eight times that.
+LONG_ENOUGH_S, LONG_ENOUGH_RTTS, LONGEST_S = 0.25, 6, 2.0
 #: What is not through by then, slower than 35 kbit/s, is no line for this.
 TIMEOUT_S = 30.0
 #: At once at one listener: more would measure each other.
@@ -43,19 +48,22 @@ class UploadService:
     def __init__(self, *, timeout_s: float = TIMEOUT_S, now: Callable[[], float] = time.perf_counter) -> None:
         self._timeout_s = timeout_s
         self._now = now
-        self._free = MAX_UPLOADS
+        self._measured: set[str] = set()
 
     async def answer(self, request: Upload, channel: Channel) -> Uploaded | Error:
         """Read the parts, and say how long they took.
+
+        One of an IP address at a time: peer ids cost nothing, and a place can be held by sending nothing.
 
         Raises:
             RemoteProtocolError: something else came.
             StreamClosedError: the stream ended before.
             TimeoutError: they did not come in time.
         """
-        if not self._free:
+        whose = ip_address(channel.remote_address) or channel.peer_id
+        if len(self._measured) >= MAX_UPLOADS or whose in self._measured:
             return Error(BusyError.code, "others are being measured; try again later or elsewhere")
-        self._free -= 1
+        self._measured.add(whose)
         try:
             async with asyncio.timeout(self._timeout_s):
                 await self._read_part(channel)
@@ -64,7 +72,7 @@ class UploadService:
                     await self._read_part(channel)
                 return Uploaded(self._now() - started_s)
         finally:
-            self._free += 1
+            self._measured.discard(whose)
 
     async def _read_part(self, channel: Channel) -> None:
         message = await channel.receive()
@@ -86,9 +94,10 @@ async def measure_upload(
     channel = Channel(stream, DIRECTORY_TABLE, Role.DIALER)
     try:
         async with asyncio.timeout(timeout_s):
+            enough_s = min(max(LONG_ENOUGH_S, LONG_ENOUGH_RTTS * await _rtt_s(channel, timeout_s)), LONGEST_S)
             for parts in TRAINS:
                 took_s = await _send_train(channel, parts + 1, timeout_s)
-                if took_s >= LONG_ENOUGH_S:
+                if took_s >= enough_s:
                     break
     except TimeoutError:
         raise DeadlineError(
@@ -103,14 +112,28 @@ async def measure_upload(
 def shown(bytes_per_s: float) -> str:
     """For people: `38 Mbit/s`."""
     mbit = bytes_per_s / 125e3
-    return f"{mbit / 1e3:.2g} Gbit/s" if mbit >= 1e3 else f"{mbit:.3g} Mbit/s"
+    if mbit >= 999.5:
+        return f"{mbit / 1e3:,.1f}".removesuffix(".0") + " Gbit/s"
+    return f"{mbit:.3g} Mbit/s" if mbit >= 0.001 else "0 Mbit/s"
+
+
+async def _rtt_s(channel: Channel, timeout_s: float) -> float:
+    now = asyncio.get_running_loop().time
+    sent_s = now()
+    channel.send(Ping())
+    await channel.expect(Pong, timeout_s=timeout_s)
+    return now() - sent_s
 
 
 async def _send_train(channel: Channel, parts: int, timeout_s: float) -> float:
-    """Seconds that the peer says it took."""
-    channel.send(Upload(parts))
-    for _ in range(parts):
-        channel.send(UploadPart())
-        if channel.congested:
-            await channel.drain()
-    return (await channel.expect(Uploaded, timeout_s=timeout_s)).took_s
+    """Seconds that the peer says it took, which are no more than have passed here."""
+    now = asyncio.get_running_loop().time
+    sent_s = now()
+    with contextlib.suppress(LocalProtocolError):  # it has just ended the stream: what it said then is why
+        channel.send(Upload(parts))
+        for _ in range(parts):
+            channel.send(UploadPart())
+            if channel.congested:
+                await channel.drain()
+    answer = await channel.expect(Uploaded, timeout_s=timeout_s)
+    return min(answer.took_s, now() - sent_s)

@@ -147,6 +147,8 @@ class Passes:
             numbers = gradient.complete()
         finally:
             gradient.close()
+            if self._passes.get(key) is not kept:
+                kept.clear()  # once more: it went on for a while after it was forgotten
         self._touch(kept)
         return found, numbers
 

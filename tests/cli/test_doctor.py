@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from petal_swarm.cli import checkup
-from petal_swarm.cli.checkup import Check, clock, daemon_failed, disk, hardware, reachability, software
+from petal_swarm.cli.checkup import (
+    UPLOADS_TRIED,
+    Check,
+    clock,
+    daemon_failed,
+    disk,
+    hardware,
+    reachability,
+    software,
+    upload,
+)
 from petal_swarm.cli.doctor import show_check
 from petal_swarm.cli.main import main
 from petal_swarm.directory.reachability import Sighting, judge
-from petal_swarm.errors import ConfigError
+from petal_swarm.errors import ConfigError, NetworkError
 from petal_swarm.models.checkpoint import open_checkpoint
+from petal_swarm.net.relay import Candidate
 from petal_swarm.server.config import ServerConfig
 from tests.checkpoints import save_bloom
 
@@ -46,6 +58,32 @@ def test_disk() -> None:
     assert disk(Path("/x"), 500 << 30) == Check("disk", "ok", "500 GiB free for /x")
     little = disk(Path("/x"), 1 << 30)
     assert (little.state, "--cache-dir" in little.advice) == ("warning", True)
+
+
+@pytest.mark.parametrize(
+    ("rates", "state", "text"),
+    [
+        ([None, 5e6], "ok", "40 Mbit/s to ..number-1"),
+        ([1e5], "warning", "0.8 Mbit/s to ..number-0"),
+        ([None] * 300, "warning", "nobody could tell how fast it is"),
+    ],
+)
+def test_upload(rates: list[float | None], state: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the first that tells; few are asked, each of which may take a minute to be silent."""
+    asked = []
+
+    async def measure(transport: Any, peer_id: str, addresses: Any) -> float:
+        asked.append(peer_id)
+        rate = rates[len(asked) - 1]
+        if rate is None:
+            raise NetworkError("ended the stream")
+        return rate
+
+    monkeypatch.setattr(checkup, "measure_upload", measure)
+    helpers = [Candidate(f"peer-number-{place}", ()) for place in range(len(rates))]
+    check = asyncio.run(upload(cast(Any, None), helpers))
+    assert (check.state, check.text) == (state, text)
+    assert len(asked) == min(len(rates), UPLOADS_TRIED)
 
 
 def test_free_space_of_a_folder_that_is_not_there_yet(tmp_path: Path) -> None:

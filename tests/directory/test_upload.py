@@ -18,6 +18,7 @@ from petal_swarm.net.transport import Stream
 from petal_swarm.wire.connection import DIRECTORY_TABLE, Role
 from petal_swarm.wire.messages import encode
 from petal_swarm.wire.messages.directory import Ping, Pong, Upload, Uploaded, UploadPart
+from petal_swarm.wire.messages.error import Error
 from petal_swarm.wire.protocols import DIRECTORY
 
 T = TypeVar("T")
@@ -77,6 +78,71 @@ def test_one_that_is_too_slow_is_given_up() -> None:
         play(measured, Link(bytes_per_s=1e3))
 
 
+def answering(*took_s: float, after_s: float = 0.0, trains: list[int]) -> Callable[[Stream], Any]:
+    """A listener that says so of one train after the other."""
+
+    async def handle(stream: Stream) -> None:
+        channel = Channel(stream, DIRECTORY_TABLE, Role.LISTENER)
+        assert isinstance(await channel.receive(), Ping)
+        channel.send(Pong())
+        for said_s in took_s:
+            upload = await channel.receive()
+            assert isinstance(upload, Upload)
+            for _ in range(upload.parts):
+                await channel.receive()
+            trains.append(upload.parts)
+            await asyncio.sleep(after_s)
+            channel.send(Uploaded(said_s))
+        await channel.receive()
+
+    return handle
+
+
+@pytest.mark.parametrize(
+    ("latency_s", "took_s", "trains"),
+    [(0.0, (0.26,), 1), (0.1, (0.4, 0.5, 0.6), 3), (0.1, (0.4, 1.3), 2), (1.0, (2.1,), 1)],
+)
+def test_a_train_lasts_for_some_round_trips(latency_s: float, took_s: tuple[float, ...], trains: int) -> None:
+    """Else what is measured over a far and fast line is how TCP begins."""
+    seen: list[int] = []
+
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> float:
+        await server.serve(DIRECTORY, answering(*took_s, after_s=3.0, trains=seen))
+        return await measured(client, server)
+
+    parts = (4, 32, 128)[trains - 1]
+    assert play(scenario, Link(latency_s=latency_s)) == pytest.approx(parts * (32 << 10) / took_s[-1])
+    assert seen == [5, 33, 129][:trains]
+
+
+def test_one_that_ends_it_between_two_trains_is_heard() -> None:
+    """Its error may come together with its answer, before the next train begins."""
+
+    async def leaving(stream: Stream) -> None:
+        channel = Channel(stream, DIRECTORY_TABLE, Role.LISTENER)
+        await channel.receive()
+        channel.send(Pong())
+        for _ in range(1 + 5):
+            await channel.receive()
+        stream.write(*encode(Uploaded(0.0)), *encode(Error("busy", "going home")))
+        await channel.receive()
+
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
+        await server.serve(DIRECTORY, leaving)
+        with pytest.raises(BusyError, match="going home"):
+            await measured(client, server)
+
+    play(scenario)
+
+
+def test_nobody_makes_a_line_slower_than_it_seems_from_here() -> None:
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> float:
+        await server.serve(DIRECTORY, answering(3600.0, after_s=0.5, trains=[]))
+        return await measured(client, server)
+
+    assert play(scenario) == pytest.approx(4 * (32 << 10) / 0.5)
+
+
 def test_the_stream_goes_on_afterwards() -> None:
     async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
         stream = await client.open_stream(server.peer_id, DIRECTORY, timeout_s=1)
@@ -102,10 +168,26 @@ def test_something_else_in_between_breaks_the_protocol() -> None:
         play(scenario)
 
 
+def test_more_parts_than_were_announced_break_the_protocol(caplog: pytest.LogCaptureFixture) -> None:
+    """Even if they come together with the last, before anybody could have answered."""
+
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
+        stream = await client.open_stream(server.peer_id, DIRECTORY, timeout_s=1)
+        channel = Channel(stream, DIRECTORY_TABLE, Role.DIALER)
+        channel.send(Upload(2))
+        stream.write(*[buffer for _ in range(3) for buffer in encode(UploadPart())])
+        assert (await channel.expect(Uploaded, timeout_s=1)).took_s == 0
+        await channel.expect(Pong, timeout_s=1)
+
+    with pytest.raises(BadMessageError, match="more parts of an upload than it said"):
+        play(scenario)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_more_than_a_few_at_once_would_measure_each_other() -> None:
     async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
         async def upload() -> Channel:
-            stream = await client.open_stream(server.peer_id, DIRECTORY, timeout_s=1)
+            stream = await client.network.transport().open_stream(server.peer_id, DIRECTORY, timeout_s=1)
             channel = Channel(stream, DIRECTORY_TABLE, Role.DIALER)
             channel.send(Upload(2))
             channel.send(UploadPart())
@@ -118,7 +200,24 @@ def test_more_than_a_few_at_once_would_measure_each_other() -> None:
         await slow[0].expect(Uploaded, timeout_s=1)
         slow[1].abort()  # a place is free again, however it ended
         await asyncio.sleep(0.01)
-        assert await asyncio.gather(measured(client, server), measured(client, server))
+        other = client.network.transport()
+        assert await asyncio.gather(measured(client, server), measured(other, server))
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("seen_at", ["", "/ip4/192.0.2.7/tcp/4001"])
+def test_nobody_takes_all_places(seen_at: str) -> None:
+    """Neither a peer by several streams, nor several peers of one address."""
+
+    async def scenario(client: MemoryTransport, server: MemoryTransport) -> None:
+        sibling = client.network.transport() if seen_at else client
+        client.seen_at = sibling.seen_at = seen_at
+        stream = await client.open_stream(server.peer_id, DIRECTORY, timeout_s=1)
+        Channel(stream, DIRECTORY_TABLE, Role.DIALER).send(Upload(2))
+        with pytest.raises(BusyError, match="others are being measured"):
+            await measured(sibling, server)
+        assert await measured(client.network.transport(), server)
 
     play(scenario)
 
@@ -148,7 +247,17 @@ def test_servers_of_another_version_say_nothing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mbit", "text"), [(0.5, "0.5 Mbit/s"), (38.26, "38.3 Mbit/s"), (940, "940 Mbit/s"), (2400, "2.4 Gbit/s")]
+    ("mbit", "text"),
+    [
+        (1e-5, "0 Mbit/s"),
+        (0.5, "0.5 Mbit/s"),
+        (38.26, "38.3 Mbit/s"),
+        (940, "940 Mbit/s"),
+        (999.7, "1 Gbit/s"),
+        (2400, "2.4 Gbit/s"),
+        (1e5, "100 Gbit/s"),
+        (8e9, "8,000,000 Gbit/s"),
+    ],
 )
 def test_rates_are_shown_in_bits(mbit: float, text: str) -> None:
     assert shown(mbit * 125e3) == text

@@ -247,6 +247,22 @@ def test_a_pass_that_fails_ends_alone(checkpoint: Callable[[str], Checkpoint], r
     assert_equal_gradients(ranks.stack, whole(checkpoint("llama")))
 
 
+def test_a_pass_forgotten_while_blocks_are_computed_again_leaves_nothing(ranks: ThreadRanks) -> None:
+    """For want of memory that others' passes take, or because its time is up."""
+    limits = PassLimits(activation_bytes=0, input_bytes=rows(COUNT).nbytes)
+    passes = Passes(ranks.stack, limits)
+    run(passes.forward("a", rows(COUNT), LENGTHS, WHOLE, adapter_for(ranks.stack), keep=True))
+    back = passes.backward("a", rows(COUNT))
+    next(back)  # the first block of those before the last
+    passes.forget("a")
+    with pytest.raises(PassGoneError):
+        run(back)
+    ranks.settle()
+    (worker,) = ranks.workers
+    assert (worker.passes.held, worker.passes._passes) == (0, {})
+    assert not ranks.stack.passes._adapters
+
+
 def test_others_lost_in_mid_backward_end_it_all_clearly(ranks: ThreadRanks) -> None:
     passes = Passes(ranks.stack)
     for key in "ab":

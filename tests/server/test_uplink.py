@@ -16,9 +16,9 @@ from petal_swarm.span import Span
 from petal_swarm.wire.announcement import Announcement
 
 
-def server(peer_id: str, state: str = "serving") -> Announcement:
+def server(peer_id: str, state: str = "serving", at: str = "/memory") -> Announcement:
     return Announcement(
-        peer_id=peer_id, model="m", span=Span(0, 4), addresses=(f"/memory/p2p/{peer_id}",), state=state
+        peer_id=peer_id, model="m", span=Span(0, 4), addresses=(f"{at}/p2p/{peer_id}",), state=state
     )
 
 
@@ -41,7 +41,7 @@ class World:
         return self.servers
 
     async def measure(self, transport: Transport, peer_id: str, addresses: Sequence[str]) -> float:
-        assert addresses == (f"/memory/p2p/{peer_id}",)
+        assert {address.rpartition("/p2p/")[2] for address in addresses} == {peer_id}
         self.asked.append(peer_id)
         rate = self.rates[peer_id]
         if isinstance(rate, PetalSwarmError):
@@ -50,15 +50,18 @@ class World:
 
     async def sleep(self, seconds: float) -> None:
         self.pauses.append(seconds)
-        if len(self.pauses) == 2:
+        if len(self.pauses) == self._rounds:
             raise asyncio.CancelledError
 
-    def run(self) -> float:
-        """What is known after two rounds."""
+    def run(self, own: tuple[str, ...] = (), rounds_of: int = 2) -> float:
+        """What is known after so many rounds."""
+        self._rounds = rounds_of
 
         async def rounds() -> float:
+            transport = MemoryNetwork().transport()
+            transport.addresses = lambda: own or ("/memory/p2p/self",)  # type: ignore[method-assign]
             uplink = Uplink(
-                MemoryNetwork().transport(),
+                transport,
                 self.others,
                 rng=Random(0),
                 measure=self.measure,
@@ -90,7 +93,7 @@ def test_few_are_asked_and_others_in_place_of_those_that_do_not_answer() -> None
     world = World({f"peer{number}": NetworkError("gone") for number in range(20)})
     assert world.run() == 0
     assert len(world.asked) == 2 * TRIED
-    assert world.pauses == [SOON_S, SOON_S]
+    assert world.pauses == [SOON_S, 2 * SOON_S]
     world = World({"busy": RemoteError("busy"), "gone": NetworkError("gone"), "there": 3e6})
     assert world.run() == 3e6
 
@@ -112,3 +115,26 @@ def test_a_directory_that_cannot_be_asked_ends_nothing() -> None:
     world.servers = NetworkError("no way out")
     assert world.run() == 0
     assert world.pauses == [SOON_S, SOON_S]
+
+
+def test_a_swarm_that_never_answers_is_asked_less_and_less() -> None:
+    """Of older versions: they must not be sent to, nor log, every few seconds for ever."""
+    world = World({"old": NetworkError("ended the stream")})
+    world.run(rounds_of=10)
+    assert world.pauses == [min(SOON_S * 2**number, AGAIN_S) for number in range(10)]
+    assert world.pauses[-1] == AGAIN_S
+
+
+def test_who_does_not_see_the_line_is_asked_last() -> None:
+    """A sibling on the same machine, and one whose relay would be measured."""
+    relayed = server("relayed", at="/ip4/192.0.2.9/tcp/1/p2p/relay/p2p-circuit")
+    sibling = server("sibling", at="/ip4/198.51.100.1/tcp/2")
+    rates: dict[str, float | PetalSwarmError] = {"relayed": 1e5, "sibling": 5e9, "far": 3e6}
+    own = ("/ip4/198.51.100.1/tcp/1/p2p/self",)
+    seen = [relayed, sibling, server("far", at="/ip4/203.0.113.5/tcp/1")]
+    world = World(rates, seen)
+    assert world.run(own) == 3e6
+    assert world.asked == ["far", "far"]
+    world = World(rates | {"far": NetworkError("gone")}, seen)
+    assert world.run(own) == 5e9
+    assert world.asked[0] == "far"
