@@ -21,6 +21,8 @@ ASKED = 3
 #: Asked at most, until so many have answered.
 TRIED = 8
 AGAIN_S = 3600.0
+#: Fewer than three have answered, so that one of them may have decided.
+FEW_AGAIN_S = 600.0
 #: Nobody was there to ask, or nobody answered: then twice as long each time, since a swarm of older versions
 #: never will, and each question costs the line 160 KB and those who are asked a line in their logs.
 SOON_S = 15.0
@@ -70,7 +72,7 @@ class Uplink:
         self._soon_s = SOON_S
         self.bytes_per_s = statistics.median_high(rates)
         logger.info("the line sends %s (measured against %d)", shown(self.bytes_per_s), len(rates))
-        return AGAIN_S
+        return AGAIN_S if len(rates) == ASKED else FEW_AGAIN_S
 
     async def _rates(self, others: list[Announcement]) -> list[float]:
         """What those say that see the line: others only if none of them answers."""
