@@ -21,6 +21,7 @@ from petal_swarm.engine.scheduler import Job
 from petal_swarm.engine.steps import StepRequest, StepResult
 from petal_swarm.engine.works import Pieces, Work, internal_error
 from petal_swarm.errors import CacheFullError, PetalSwarmError, RemoteError
+from petal_swarm.models.devices import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -253,6 +254,8 @@ def _run_into(future: Future[T], function: Callable[[], T]) -> None:
         try:
             future.set_result(function())
         except BaseException as error:
+            if isinstance(error, Exception) and is_out_of_memory(error):
+                error = internal_error(error)  # nobody's bug: an adapter's prefix found no room on the device
             future.set_exception(error)
 
 

@@ -229,6 +229,16 @@ def test_calls_that_fail_or_are_cancelled(compute: ComputeThread, gate: Gate) ->
     assert not called.is_set()
 
 
+def test_a_call_without_memory_fails_with_a_reason(compute: ComputeThread) -> None:
+    """A session that cannot be opened for want of it is told so, and not cut off as by a bug."""
+
+    def lacks() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    with pytest.raises(RemoteError, match="no memory left for this; use another server"):
+        compute.call(lacks).result(TIMEOUT_S)
+
+
 def test_the_steps_of_a_closed_session_are_dropped(
     compute: ComputeThread, engine: Engine, gate: Gate
 ) -> None:
