@@ -294,10 +294,8 @@ class TorchGroup:
         shape = (self.shard.ranks, *tensor.shape)
         try:
             return tensor.new_empty(shape)
-        except (
-            RuntimeError,
-            MemoryError,
-        ):  # a rank that lacks memory for a block has to meet the others still
+        except (RuntimeError, MemoryError):
+            # A rank that lacks memory for a block has to meet the others still.
             return self._aside[: tensor.nbytes * self.shard.ranks].view(tensor.dtype).view(shape)
 
     def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""Ranks as threads of this process: what they exchange they leave in a list for one another."""
+"""A leader and its workers, each a thread of this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import threading
 from typing import IO
 
 import torch
-from torch import Tensor
 
 from petal_swarm.engine.crew import Crew
 from petal_swarm.engine.leading import LeadingStack
@@ -18,53 +17,9 @@ from petal_swarm.models.block_source import BlockSource
 from petal_swarm.models.checkpoint import Checkpoint
 from petal_swarm.models.quantization import Quant
 from petal_swarm.models.sharded_stack import ShardedStack
-from petal_swarm.models.sharding import Shard
 from petal_swarm.models.stack import read_blocks
 from petal_swarm.span import Span
-
-
-class _Table:
-    """Where the ranks meet."""
-
-    def __init__(self, ranks: int) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=30)
-        self.brought: list[Tensor | None] = [None] * ranks
-
-
-class ThreadGroup:
-    """A `Group`; `shares` and `sums` count."""
-
-    def __init__(self, table: _Table, rank: int, spread_from: int) -> None:
-        self.shard = Shard(rank, len(table.brought))
-        self.spread_from = spread_from
-        self.shares = self.sums = 0
-        self._table = table
-
-    def share(self, tensor: Tensor) -> None:
-        self.shares += 1
-        found = self._all(tensor)[0]
-        assert (found.shape, found.dtype) == (tensor.shape, tensor.dtype)
-        tensor.copy_(found)
-
-    def sum(self, tensor: Tensor) -> None:
-        self.sums += 1
-        tensor.copy_(torch.stack(self._all(tensor)).sum(0))
-
-    def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        whole = torch.stack(self._all(tensor)).sum(0)
-        own = whole.chunk(self.shard.ranks)[self.shard.rank].clone()
-        return own if out is None else out.copy_(own)
-
-    def join_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.cat(self._all(tensor), out=out)
-
-    def _all(self, tensor: Tensor) -> list[Tensor]:
-        assert tensor.is_contiguous()
-        self._table.brought[self.shard.rank] = tensor.detach().clone()
-        self._table.barrier.wait()
-        found = [brought for brought in self._table.brought if brought is not None]
-        self._table.barrier.wait()
-        return found
+from tests.thread_group import Table, ThreadGroup
 
 
 class ThreadRanks:
@@ -87,7 +42,7 @@ class ThreadRanks:
         self.workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
         self._settled = threading.Semaphore(0)
-        self._table = _Table(ranks)
+        self._table = Table(ranks)
         self.groups = [ThreadGroup(self._table, rank, spread_from) for rank in range(ranks)]
         for group in self.groups[1:]:
             source = BlockSource(checkpoint, dtype, quant=quant, shard=group.shard)

@@ -1,11 +1,10 @@
 """Blocks shared out over ranks against the whole ones: outputs, adapters, quantized weights, caches.
 
-The ranks are threads here; what they exchange they leave in a list for one another.
+The ranks are threads here.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,47 +26,12 @@ from petal_swarm.models.sharded_stack import ShardedStack
 from petal_swarm.models.sharding import Shard, check_ranks
 from petal_swarm.models.stack import BlockStack, load_blocks, read_blocks
 from petal_swarm.span import Span
+from tests.thread_group import Table, ThreadGroup
 
 TOLERANCE = 1e-5
 WHOLE = Span(0, 3)
 NEVER = 1 << 30
 KINDS = ["bloom", "bloom-6-heads", "bloom-post-norm", "llama3-biases", "mistral-window", "qwen2", "qwen3"]
-
-
-class Table:
-    """Where the ranks meet."""
-
-    def __init__(self, ranks: int) -> None:
-        self.barrier = threading.Barrier(ranks, timeout=30)
-        self.brought: list[Tensor | None] = [None] * ranks
-
-
-class ThreadGroup:
-    def __init__(self, table: Table, rank: int, spread_from: int = NEVER) -> None:
-        self.shard = Shard(rank, len(table.brought))
-        self.spread_from = spread_from
-        self.sums = 0
-        self._table = table
-
-    def _all(self, tensor: Tensor) -> list[Tensor]:
-        assert tensor.is_contiguous()
-        self._table.brought[self.shard.rank] = tensor.clone()
-        self._table.barrier.wait()
-        found = [brought for brought in self._table.brought if brought is not None]
-        self._table.barrier.wait()
-        return found
-
-    def sum(self, tensor: Tensor) -> None:
-        self.sums += 1
-        tensor.copy_(torch.stack(self._all(tensor)).sum(0))
-
-    def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        whole = torch.stack(self._all(tensor)).sum(0)
-        own = whole.chunk(self.shard.ranks)[self.shard.rank].clone()
-        return own if out is None else out.copy_(own)
-
-    def join_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        return torch.cat(self._all(tensor), out=out)
 
 
 class Ranks:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,13 +19,13 @@ from petal_swarm.models.block_source import BlockSource
 from petal_swarm.models.checkpoint import open_checkpoint
 from petal_swarm.models.offload import Residence
 from petal_swarm.models.sharded_stack import ShardedStack
-from petal_swarm.models.sharding import Shard
 from petal_swarm.models.stack import BlockStack, read_blocks
 from petal_swarm.models.transfers import ReadingTransfer, StreamTransfer
 from petal_swarm.server import loader
 from petal_swarm.server.config import ServerConfig
 from petal_swarm.server.loader import Loader
 from tests.models.tiny_models import BLOCKS
+from tests.thread_group import Table, ThreadGroup
 
 from .device import NAME, Simulation
 from .stacks import (
@@ -230,46 +229,13 @@ def test_a_server_on_a_device(
     assert torch.equal(answers[0].cpu(), answers[1].cpu())
 
 
-class Meeting:
-    """A `sharded_stack.Group` of threads of this process."""
-
-    def __init__(self, shard: Shard, brought: list[Tensor], barrier: threading.Barrier) -> None:
-        self.shard = shard
-        self.spread_from = 8
-        self._brought = brought
-        self._barrier = barrier
-
-    def _all(self, tensor: Tensor) -> list[Tensor]:
-        assert tensor.is_contiguous()
-        self._brought[self.shard.rank] = tensor.clone()
-        self._barrier.wait()
-        found = list(self._brought)
-        self._barrier.wait()
-        return found
-
-    def share(self, tensor: Tensor) -> None:
-        tensor.copy_(self._all(tensor)[0])
-
-    def sum(self, tensor: Tensor) -> None:
-        tensor.copy_(torch.stack(self._all(tensor)).sum(0))
-
-    def sum_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        own = torch.stack(self._all(tensor)).sum(0).chunk(self.shard.ranks)[self.shard.rank].clone()
-        return own if out is None else out.copy_(own)
-
-    def join_rows(self, tensor: Tensor, out: Tensor | None = None) -> Tensor:
-        joined = torch.cat(self._all(tensor))
-        return joined if out is None else out.copy_(joined)
-
-
 @pytest.mark.parametrize("model", ["bloom", "qwen3"])
 def test_ranks_that_share_blocks_out(model: str, folders: Folders, device: Simulation) -> None:
     checkpoint = open_checkpoint(str(folders(model)))
-    brought: list[Tensor] = [torch.empty(0)] * 2
-    barrier = threading.Barrier(2, timeout=30)
+    table = Table(2)
 
     def work(rank: int) -> list[Tensor]:
-        group = Meeting(Shard(rank, 2), brought, barrier)
+        group = ThreadGroup(table, rank, spread_from=8)
         blocks = read_blocks(BlockSource(checkpoint, torch.float32, NAME, shard=group.shard), WHOLE)
         own = ShardedStack(checkpoint.config, WHOLE, blocks, dtype=torch.float32, device=NAME, group=group)
         return together(own)
