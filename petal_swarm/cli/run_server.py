@@ -44,7 +44,11 @@ def build_parser(prog: str = "run_server") -> argparse.ArgumentParser:
         "model", metavar="MODEL", help="Hugging Face id, local folder (safetensors or old .bin), or GGUF file"
     )
     _add_swarm_options(parser.add_argument_group("the swarm"))
-    _add_block_options(parser.add_argument_group("the blocks"))
+    blocks = parser.add_argument_group("the blocks")
+    _add_block_options(blocks)
+    _add_cache_options(blocks)
+    _add_adapter_options(blocks)
+    _add_memory_options(blocks)
     parser.add_argument(
         "--drain-timeout",
         type=not_negative,
@@ -153,7 +157,7 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         "--kernels",
         action="store_true",
         help="on an NVIDIA GPU: try kernels of our own and CUDA graphs at the start, and use those that are"
-        " right and faster there (new, and not yet timed on many GPUs)",
+        " right and faster there (new: not yet timed on a device)",
     )
     blocks.add_argument(
         "--dtype",
@@ -168,6 +172,9 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         help="quantization of the weights: int8 takes a quarter of float32's memory, nf4 a seventh"
         " (default: int8 for BLOOM, else none)",
     )
+
+
+def _add_cache_options(blocks: argparse._ArgumentGroup) -> None:
     blocks.add_argument(
         "--kv-tokens", type=int, metavar="N", help="room of the KV cache (default: from the free memory)"
     )
@@ -191,6 +198,9 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="most tokens to compute at once (default: %(default)s)",
     )
+
+
+def _add_adapter_options(blocks: argparse._ArgumentGroup) -> None:
     blocks.add_argument(
         "--adapters",
         metavar="FOLDER",
@@ -214,6 +224,9 @@ def _add_block_options(blocks: argparse._ArgumentGroup) -> None:
         help="memory for what clients that train leave between a pass forward and its gradient; what is"
         " dropped is computed again (default: a quarter of what is free; 0: do not train)",
     )
+
+
+def _add_memory_options(blocks: argparse._ArgumentGroup) -> None:
     blocks.add_argument(
         "--offload",
         default="none",
